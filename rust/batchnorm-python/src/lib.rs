@@ -1,0 +1,5 @@
+//! Python binding.
+use pyo3::prelude::*;
+/// Compiled core.
+#[pymodule]
+mod _core {}

@@ -1,0 +1,1 @@
+"""HTTP service for frozen batch normalization layers."""
