@@ -1,1 +1,56 @@
-"""Batch normalization."""
+"""Batch normalization for CPUs after Ioffe and Szegedy 2015 (arXiv 1502.03167).
+
+Functions: `train_forward` and `backward`, `infer` and `infer_backward`; their halves `moments`, `normalize`,
+`gradient_sums` and `gradient_apply`. Layers: `BatchNorm` trains, `FrozenBatchNorm` is what is saved, exported and served.
+"""
+
+from __future__ import annotations
+
+from batchnorm._core import (
+    Cache,
+    GradientSums,
+    Moments,
+    __version__,
+    backward,
+    get_num_threads,
+    gradient_apply,
+    gradient_sums,
+    infer,
+    infer_backward,
+    moments,
+    normalize,
+    set_num_threads,
+    set_simd_level,
+    simd_level,
+    simd_levels,
+    train_forward,
+)
+from batchnorm._types import Gradients
+from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.layer import BatchNorm
+from batchnorm.population import Algorithm2, MovingAverage
+
+__all__ = [
+    "Algorithm2",
+    "BatchNorm",
+    "Cache",
+    "FrozenBatchNorm",
+    "GradientSums",
+    "Gradients",
+    "Moments",
+    "MovingAverage",
+    "__version__",
+    "backward",
+    "get_num_threads",
+    "gradient_apply",
+    "gradient_sums",
+    "infer",
+    "infer_backward",
+    "moments",
+    "normalize",
+    "set_num_threads",
+    "set_simd_level",
+    "simd_level",
+    "simd_levels",
+    "train_forward",
+]

@@ -1,5 +1,29 @@
-//! Python binding.
+//! The binding `batchnorm._core`: parse, detach, call, wrap; no arithmetic.
+
+mod buffer;
+mod functions;
+mod parameters;
+mod values;
+
 use pyo3::prelude::*;
-/// Compiled core.
+
+/// The compiled core; `import batchnorm` is the public face.
 #[pymodule]
-mod _core {}
+mod _core {
+    #[pymodule_export]
+    use crate::functions::{
+        backward, get_num_threads, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize,
+        set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
+    };
+    #[pymodule_export]
+    use crate::values::{Affine, Cache, GradientSums, Moments};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "the name that Python gives it")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
+
+/// The one door from the core's errors to Python's: a refused shape or value is a `ValueError`.
+fn value_error(error: batchnorm::Error) -> PyErr {
+    pyo3::exceptions::PyValueError::new_err(error.to_string())
+}

@@ -1,1 +1,75 @@
-//! Batch normalization.
+//! Batch normalization after Ioffe and Szegedy 2015 (arXiv 1502.03167), on CPUs: training with its full backward pass,
+//! and inference with frozen population statistics.
+//!
+//! # The mathematics
+//!
+//! | symbol | name here | meaning |
+//! |---|---|---|
+//! | x, y | `x`, `y` | input and output, (outer, channels, inner) |
+//! | m | `count` | values in a channel: outer·inner |
+//! | μ, σ² | `mean`, `var` | mean and biased variance of a channel of the batch |
+//! | E\[x\], Var\[x\] | `mean`, `var` | population statistics; the variance unbiased |
+//! | γ, β | `gamma`, `beta` | learned scale and shift |
+//! | ε | `eps` | added to the variance |
+//!
+//! Forward (Algorithm 1): x̂ = (x − μ)/√(σ²+ε), y = γx̂ + β. With γ = √(Var\[x\]+ε) and β = E\[x\] a layer is the identity.
+//!
+//! Backward (section 3; derived in `backward.rs`): dβ = Σdy, dγ = Σdy·x̂, and since every example moves the statistics
+//! of all the others, dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m).
+//!
+//! Inference (Algorithm 2): y = (x − E\[x\])·s + β with s = γ/√(Var\[x\]+ε), in float64 for 32- and 64-bit tensors and in
+//! float32 with a two-part mean for 16-bit ones, each operation rounded, none fused.
+//!
+//! # Promises
+//!
+//! The bits of y, moments and gradients do not depend on the number of threads, the instruction-set level, alignment,
+//! or being in place; in inference not on the batch either.
+//!
+//! ```
+//! use batchnorm::{Affine, Layout, View, ViewMut, infer, train_forward};
+//!
+//! let layout = Layout::of_shape(&[4, 2], 1)?;
+//! let x: Vec<f32> = vec![1.0, 10.0, 2.0, 20.0, 3.0, 30.0, 4.0, 40.0];
+//! let mut y = vec![0.0; 8];
+//! let (moments, _) =
+//!     train_forward(View::new(&x, layout)?, None, None, 1e-5, &mut ViewMut::new(&mut y, layout)?)?;
+//! assert_eq!(moments.mean(), [2.5, 25.0]);
+//!
+//! let frozen = Affine::new(moments.mean(), &moments.var_unbiased()?, None, None, 1e-5)?;
+//! infer(View::new(&x, layout)?, &frozen, &mut ViewMut::new(&mut y, layout)?)?;
+//! # Ok::<(), batchnorm::Error>(())
+//! ```
+
+mod affine;
+mod backward;
+mod blocks;
+mod bytes;
+mod element;
+mod error;
+mod infer;
+mod layout;
+mod moments;
+mod parallel;
+mod simd;
+mod train;
+mod view;
+
+pub use affine::Affine;
+pub use backward::{GradientSums, backward, gradient_apply, gradient_sums, infer_backward};
+pub use element::{Element, Wide};
+pub use error::Error;
+pub use half::{bf16, f16};
+pub use infer::{infer, infer_in_place};
+pub use layout::Layout;
+pub use moments::{Moments, moments};
+pub use parallel::{get_num_threads, set_num_threads};
+pub use simd::{Level, set_simd_level, simd_level, simd_levels};
+pub use train::{normalize, train_forward};
+pub use view::{View, ViewMut};
+
+/// What every verb does first: refuses what the environment names wrongly, and puts floating point in the standard mode.
+fn begin() -> Result<simd::FloatMode, Error> {
+    simd_level()?;
+    parallel::check()?;
+    Ok(simd::FloatMode::standard())
+}

@@ -1,0 +1,292 @@
+//! Tensors in Python's memory: NumPy arrays, what converts to them, and output memory.
+
+#![allow(unsafe_code, reason = "memory that NumPy owns")]
+
+use crate::value_error;
+use batchnorm::{Element, Layout, View, ViewMut};
+use numpy::npyffi::{NPY_ARRAY_WRITEABLE, NPY_ORDER, PY_ARRAY_API};
+use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{IntoPyDict, PyType};
+
+/// The element types of the core.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DType {
+    F32,
+    F64,
+    F16,
+    Bf16,
+}
+
+const WANTED: &str = "float32, float64, float16 or bfloat16 (ml_dtypes)";
+
+impl DType {
+    fn of(descr: &Bound<'_, PyArrayDescr>) -> Option<Self> {
+        match descr.num() {
+            11 => Some(Self::F32),
+            12 => Some(Self::F64),
+            23 => Some(Self::F16),
+            // Types that packages register; bfloat16 is known by its name.
+            256.. if descr.typeobj().name().is_ok_and(|name| name == "bfloat16") => Some(Self::Bf16),
+            _ => None,
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F64 => 8,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Calls `$body` with `$T` as the element type that `$dtype` names.
+macro_rules! with_element {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::buffer::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::buffer::DType::F64 => {
+                type $T = f64;
+                $body
+            }
+            $crate::buffer::DType::F16 => {
+                type $T = batchnorm::f16;
+                $body
+            }
+            $crate::buffer::DType::Bf16 => {
+                type $T = batchnorm::bf16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_element;
+
+/// A dense array of a known element type and layout, in native byte order.
+pub(crate) struct Tensor<'py> {
+    pub(crate) array: Bound<'py, PyUntypedArray>,
+    pub(crate) dtype: DType,
+    pub(crate) layout: Layout,
+}
+
+impl<'py> Tensor<'py> {
+    /// The argument as a tensor. It is copied only if it is strided or of foreign byte order.
+    pub(crate) fn read(argument: &str, value: &Bound<'py, PyAny>, channel_axis: isize) -> PyResult<Self> {
+        let array = as_array(argument, value)?;
+        let dtype = dtype_of(argument, &array)?;
+        if array.dtype().is_native_byteorder() != Some(false)
+            && let Some(layout) = layout_of(&array, dtype, channel_axis)?
+        {
+            return Ok(Self { array, dtype, layout });
+        }
+        let copy = copied(&array)?;
+        match layout_of(&copy, dtype, channel_axis)? {
+            Some(layout) => Ok(Self { array: copy, dtype, layout }),
+            None => Err(PyValueError::new_err(format!("{argument} cannot be copied to dense memory"))),
+        }
+    }
+
+    /// The argument as a tensor of the shape, dtype and memory order of this one; copied where its order differs.
+    pub(crate) fn read_like(&self, argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let array = as_array(argument, value)?;
+        self.check_like(argument, &array)?;
+        let native = array.dtype().is_native_byteorder() != Some(false);
+        let array = if native && self.same_order(&array) {
+            array
+        } else {
+            let copy = self.empty_like()?;
+            numpy_module(self.array.py())?.call_method1(intern!(self.array.py(), "copyto"), (&copy, &array))?;
+            copy
+        };
+        Ok(Self { array, dtype: self.dtype, layout: self.layout })
+    }
+
+    /// Memory for a result of the shape, dtype and memory order of this tensor: `out`, if it fits and shares no memory
+    /// with `inputs`, or new.
+    pub(crate) fn output(&self, out: Option<&Bound<'py, PyAny>>, inputs: &[(&str, &Self)]) -> PyResult<Output<'py>> {
+        let Some(out) = out else {
+            return Ok(Output { array: self.empty_like()?, dtype: self.dtype, layout: self.layout });
+        };
+        let array = self.check_output(out)?;
+        let place = memory(&array);
+        for (name, input) in inputs {
+            let other = memory(&input.array);
+            if place.start < other.end && other.start < place.end {
+                return Err(PyValueError::new_err(format!("out shares memory with {name}; wanted memory of its own")));
+            }
+        }
+        Ok(Output { array, dtype: self.dtype, layout: self.layout })
+    }
+
+    /// As [`Tensor::output`], but `out` may also be this very tensor: then the second value is true.
+    pub(crate) fn output_or_in_place(&self, out: Option<&Bound<'py, PyAny>>) -> PyResult<(Output<'py>, bool)> {
+        if let Some(out) = out {
+            let array = self.check_output(out)?;
+            if memory(&array) == memory(&self.array) {
+                return Ok((Output { array, dtype: self.dtype, layout: self.layout }, true));
+            }
+        }
+        Ok((self.output(out, &[("x", self)])?, false))
+    }
+
+    fn check_output(&self, out: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let array = out
+            .cast::<PyUntypedArray>()
+            .map_err(|_| PyTypeError::new_err(format!("out is {}; wanted a NumPy array", type_name(out))))?;
+        self.check_like("out", array)?;
+        if array.dtype().is_native_byteorder() == Some(false) {
+            return Err(PyTypeError::new_err("out is of foreign byte order; wanted native byte order"));
+        }
+        if !self.same_order(array) {
+            return Err(PyValueError::new_err(format!(
+                "out has strides {:?}; wanted the memory order of x, strides {:?}",
+                array.strides(),
+                self.array.strides()
+            )));
+        }
+        // SAFETY: the array is alive, and its flags are plain data.
+        if unsafe { (*array.as_array_ptr()).fields.flags } & NPY_ARRAY_WRITEABLE == 0 {
+            return Err(PyValueError::new_err("out is read-only; wanted an array that can be written"));
+        }
+        Ok(array.clone())
+    }
+
+    fn check_like(&self, argument: &str, array: &Bound<'py, PyUntypedArray>) -> PyResult<()> {
+        if dtype_of(argument, array)? != self.dtype {
+            return Err(PyTypeError::new_err(format!(
+                "{argument} has dtype {}; wanted that of x, {}",
+                array.dtype(),
+                self.array.dtype()
+            )));
+        }
+        if array.shape() != self.array.shape() {
+            return Err(PyValueError::new_err(format!(
+                "{argument} has shape {:?}; wanted that of x, {:?}",
+                array.shape(),
+                self.array.shape()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Whether an array of this shape has its elements at the same offsets. Strides of axes of size 1 mean nothing.
+    fn same_order(&self, array: &Bound<'py, PyUntypedArray>) -> bool {
+        let mut strides = array.strides().iter().zip(self.array.strides()).zip(self.array.shape());
+        self.layout.is_empty() || strides.all(|((a, b), &n)| a == b || n == 1)
+    }
+
+    fn empty_like(&self) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let (py, array) = (self.array.py(), self.array.as_array_ptr());
+        // SAFETY: the prototype is alive; a null dtype stands for its own. The result is a new reference or null with
+        // an error set, as `from_owned_ptr_or_err` expects.
+        let new = unsafe {
+            let new = PY_ARRAY_API.PyArray_NewLikeArray(py, array, NPY_ORDER::NPY_KEEPORDER, std::ptr::null_mut(), 0);
+            Bound::from_owned_ptr_or_err(py, new)?
+        };
+        Ok(new.cast_into::<PyUntypedArray>()?)
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.len() * self.dtype.bytes()
+    }
+
+    /// The memory, as elements of the type that `dtype` names.
+    ///
+    /// Like NumPy's own functions this relies on the caller not to write the array from another thread meanwhile.
+    pub(crate) fn view<T: Element>(&self) -> View<'_, T> {
+        debug_assert_eq!(size_of::<T>(), self.dtype.bytes());
+        // SAFETY: the array is alive and dense with `layout.len()` elements of this type, as `read` has checked.
+        unsafe { View::from_raw(data(&self.array).cast(), self.layout) }
+    }
+}
+
+/// An array to be written, like the tensor that it was made from.
+pub(crate) struct Output<'py> {
+    pub(crate) array: Bound<'py, PyUntypedArray>,
+    dtype: DType,
+    layout: Layout,
+}
+
+impl Output<'_> {
+    /// The memory, as elements of the type that the tensor has.
+    pub(crate) fn view_mut<T: Element>(&mut self) -> ViewMut<'_, T> {
+        debug_assert_eq!(size_of::<T>(), self.dtype.bytes());
+        // SAFETY: the array is alive, writable, dense with `layout.len()` elements of this type, and shares no memory
+        // with the call's inputs (or is the input, of which no view is made then), as `output` has checked.
+        unsafe { ViewMut::from_raw(data(&self.array).cast(), self.layout) }
+    }
+}
+
+fn data(array: &Bound<'_, PyUntypedArray>) -> *mut u8 {
+    // SAFETY: the array is alive; reading its data pointer has no effect.
+    unsafe { (*array.as_array_ptr()).fields.data.cast() }
+}
+
+/// The addresses of a dense array.
+fn memory(array: &Bound<'_, PyUntypedArray>) -> std::ops::Range<usize> {
+    let start = data(array) as usize;
+    start..start + array.len() * array.dtype().itemsize()
+}
+
+fn layout_of(array: &Bound<'_, PyUntypedArray>, dtype: DType, channel_axis: isize) -> PyResult<Option<Layout>> {
+    Layout::of_strides(array.shape(), array.strides(), dtype.bytes(), channel_axis).map_err(value_error)
+}
+
+fn dtype_of(argument: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<DType> {
+    let descr = array.dtype();
+    DType::of(&descr).ok_or_else(|| PyTypeError::new_err(format!("{argument} has dtype {descr}; wanted {WANTED}")))
+}
+
+/// A NumPy array of the argument's memory: itself, or by `__dlpack__` or `__array__`.
+fn as_array<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let py = value.py();
+    if let Ok(array) = value.cast_exact::<PyUntypedArray>() {
+        return Ok(array.clone());
+    }
+    let refusal = |why: &str| {
+        let found = type_name(value);
+        PyTypeError::new_err(format!(
+            "{argument} is {found}{why}; wanted a NumPy array or an object with __dlpack__ (on the CPU) or __array__"
+        ))
+    };
+    if let Ok(array) = value.cast::<PyUntypedArray>() {
+        // A mask would be lost in silence; other subclasses are plain arrays underneath.
+        return if value.hasattr(intern!(py, "mask"))? { Err(refusal(" with a mask")) } else { Ok(array.clone()) };
+    }
+    let numpy = numpy_module(py)?;
+    let mut why = String::new();
+    for (attribute, function) in [("__dlpack__", "from_dlpack"), ("__array__", "asarray")] {
+        if value.is_instance_of::<PyType>() || !value.hasattr(attribute)? {
+            continue;
+        }
+        match numpy.call_method1(function, (value,)) {
+            Ok(array) => return array.cast_into().map_err(|_| refusal("")),
+            Err(error) => why = format!(" ({error})"),
+        }
+    }
+    Err(refusal(&why))
+}
+
+/// A dense copy in native byte order that keeps the order of the axes.
+fn copied<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let py = array.py();
+    let native = array.dtype().call_method1(intern!(py, "newbyteorder"), ("=",))?;
+    let options = [("dtype", native), ("order", "K".into_pyobject(py)?.into_any())].into_py_dict(py)?;
+    let copy = numpy_module(py)?.call_method(intern!(py, "array"), (array,), Some(&options))?;
+    Ok(copy.cast_into::<PyUntypedArray>()?)
+}
+
+fn numpy_module(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
+    py.import(intern!(py, "numpy"))
+}
+
+pub(crate) fn type_name(value: &Bound<'_, PyAny>) -> String {
+    value.get_type().fully_qualified_name().map_or_else(|_| "an object".to_owned(), |name| name.to_string())
+}

@@ -1,0 +1,383 @@
+//! The functions of the module.
+
+use crate::buffer::{Tensor, with_element};
+use crate::parameters::{Parameters, affine};
+use crate::value_error;
+use crate::values::{Cache, GradientSums, Moments};
+use batchnorm::Error;
+use numpy::{PyArray1, PyUntypedArray};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+
+/// Tensors smaller than this are done before another thread could use the interpreter.
+const WORTH_DETACHING: usize = 32 * 1024;
+
+/// Runs work on `bytes` of tensor memory, without the interpreter lock where there is much of it.
+fn run<R: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce() -> Result<R, Error> + Send) -> PyResult<R> {
+    if bytes < WORTH_DETACHING { work() } else { py.detach(work) }.map_err(value_error)
+}
+
+/// The named tuple that backward passes return.
+pub(crate) fn gradients<'py>(
+    dx: Bound<'py, PyUntypedArray>,
+    sums: &batchnorm::GradientSums,
+) -> PyResult<Bound<'py, PyAny>> {
+    static GRADIENTS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let py = dx.py();
+    let (dgamma, dbeta) = (PyArray1::from_slice(py, sums.dgamma()), PyArray1::from_slice(py, sums.dbeta()));
+    GRADIENTS.import(py, "batchnorm._types", "Gradients")?.call1((dx, dgamma, dbeta))
+}
+
+/// Moments of x: count, mean and M2 of each channel over all other axes.
+///
+/// Args:
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///
+/// Returns:
+///     Moments in float64. Of zero rows: the neutral element, count 0.
+///
+/// Raises:
+///     ValueError: Rank, channel_axis or size are not as said.
+///     TypeError: x is no tensor of these dtypes.
+#[pyfunction]
+#[pyo3(signature = (x, *, channel_axis=1))]
+pub(crate) fn moments(py: Python<'_>, x: &Bound<'_, PyAny>, channel_axis: isize) -> PyResult<Moments> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    with_element!(x.dtype, T => {
+        let view = x.view::<T>();
+        run(py, x.bytes(), || batchnorm::moments(view))
+    })
+    .map(Moments)
+}
+
+/// Normalizes x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
+///
+/// The moments may be those of more than x: merged over micro-batches or processes.
+///
+/// Args:
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     moments: Moments with 2 values a channel or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite and more than 0.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///     out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x.
+///
+/// Returns:
+///     y, of x's shape, dtype and memory order, and the cache for the backward pass.
+///
+/// Raises:
+///     ValueError: A shape or value is not as said.
+///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+#[pyfunction]
+#[pyo3(signature = (x, moments, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None))]
+#[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
+pub(crate) fn normalize<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    moments: &Moments,
+    gamma: Option<&Bound<'py, PyAny>>,
+    beta: Option<&Bound<'py, PyAny>>,
+    eps: f64,
+    channel_axis: isize,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<(Bound<'py, PyUntypedArray>, Cache)> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    let parameters = Parameters::read(gamma, beta, x.layout.channels())?;
+    let mut y = x.output(out, &[("x", &x)])?;
+    let moments = moments.0.clone();
+    let affine = with_element!(x.dtype, T => {
+        let (view, mut y) = (x.view::<T>(), y.view_mut::<T>());
+        run(py, x.bytes(), || {
+            batchnorm::normalize(view, &moments, parameters.gamma(), parameters.beta(), eps, &mut y)
+        })
+    })?;
+    Ok((y.array, Cache { x: x.array.unbind(), moments, affine, channel_axis }))
+}
+
+/// Batch normalization in training (Algorithm 1): ``normalize`` by the moments of x itself, to the bit.
+///
+/// Args:
+///     x: Tensor of rank 2 or more, with 2 values a channel or more; float32, float64, float16 or bfloat16.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite and more than 0.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///     out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x.
+///
+/// Returns:
+///     y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x by reference.
+///
+/// Raises:
+///     ValueError: A shape or value is not as said.
+///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+#[pyfunction]
+#[pyo3(signature = (x, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None))]
+pub(crate) fn train_forward<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    gamma: Option<&Bound<'py, PyAny>>,
+    beta: Option<&Bound<'py, PyAny>>,
+    eps: f64,
+    channel_axis: isize,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<(Bound<'py, PyUntypedArray>, Cache)> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    let parameters = Parameters::read(gamma, beta, x.layout.channels())?;
+    let mut y = x.output(out, &[("x", &x)])?;
+    let (moments, affine) = with_element!(x.dtype, T => {
+        let (view, mut y) = (x.view::<T>(), y.view_mut::<T>());
+        run(py, x.bytes(), || batchnorm::train_forward(view, parameters.gamma(), parameters.beta(), eps, &mut y))
+    })?;
+    Ok((y.array, Cache { x: x.array.unbind(), moments, affine, channel_axis }))
+}
+
+/// The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
+///
+/// Args:
+///     dy: ∂ℓ/∂y, of the shape and dtype of x.
+///     cache: What the forward pass returned.
+///
+/// Returns:
+///     GradientSums in float64, which merge over micro-batches and processes.
+///
+/// Raises:
+///     ValueError: dy has another shape than x.
+///     TypeError: dy has another dtype than x.
+#[pyfunction]
+pub(crate) fn gradient_sums(py: Python<'_>, dy: &Bound<'_, PyAny>, cache: &Cache) -> PyResult<GradientSums> {
+    let x = cached(py, cache)?;
+    let dy = x.read_like("dy", dy)?;
+    with_element!(x.dtype, T => {
+        let (dy, view) = (dy.view::<T>(), x.view::<T>());
+        run(py, x.bytes(), || batchnorm::gradient_sums(dy, view, &cache.affine))
+    })
+    .map(GradientSums)
+}
+
+/// The input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
+///
+/// Args:
+///     dy: ∂ℓ/∂y, of the shape and dtype of x.
+///     cache: What the forward pass returned.
+///     sums: Sums over all values whose moments were merged; m is their count.
+///     out: Array of x's shape, dtype and memory order to write dx to; it shares no memory with dy and x.
+///
+/// Returns:
+///     dx, of x's shape, dtype and memory order.
+///
+/// Raises:
+///     ValueError: A shape is not as said.
+///     TypeError: dy or out has another dtype than x.
+#[pyfunction]
+#[pyo3(signature = (dy, cache, sums, *, out=None))]
+pub(crate) fn gradient_apply<'py>(
+    py: Python<'py>,
+    dy: &Bound<'py, PyAny>,
+    cache: &Cache,
+    sums: &GradientSums,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let x = cached(py, cache)?;
+    let dy = x.read_like("dy", dy)?;
+    let mut dx = x.output(out, &[("dy", &dy), ("x", &x)])?;
+    with_element!(x.dtype, T => {
+        let (dy, view, mut dx) = (dy.view::<T>(), x.view::<T>(), dx.view_mut::<T>());
+        run(py, x.bytes(), || batchnorm::gradient_apply(dy, view, &cache.affine, &sums.0, &mut dx))
+    })?;
+    Ok(dx.array)
+}
+
+/// The backward pass of training (section 3): ``gradient_apply`` with ``gradient_sums``, to the bit.
+///
+/// Args:
+///     dy: ∂ℓ/∂y, of the shape and dtype of x.
+///     cache: What the forward pass returned.
+///     out: Array of x's shape, dtype and memory order to write dx to; it shares no memory with dy and x.
+///
+/// Returns:
+///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
+///
+/// Raises:
+///     ValueError: A shape is not as said.
+///     TypeError: dy or out has another dtype than x.
+#[pyfunction]
+#[pyo3(signature = (dy, cache, *, out=None))]
+pub(crate) fn backward<'py>(
+    py: Python<'py>,
+    dy: &Bound<'py, PyAny>,
+    cache: &Cache,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let x = cached(py, cache)?;
+    let dy = x.read_like("dy", dy)?;
+    let mut dx = x.output(out, &[("dy", &dy), ("x", &x)])?;
+    let sums = with_element!(x.dtype, T => {
+        let (dy, view, mut dx) = (dy.view::<T>(), x.view::<T>(), dx.view_mut::<T>());
+        run(py, x.bytes(), || batchnorm::backward(dy, view, &cache.affine, &mut dx))
+    })?;
+    gradients(dx.array, &sums)
+}
+
+fn cached<'py>(py: Python<'py>, cache: &Cache) -> PyResult<Tensor<'py>> {
+    Tensor::read("x", cache.x.bind(py).as_any(), cache.channel_axis)
+}
+
+/// Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
+///
+/// Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
+/// rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set.
+///
+/// Args:
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     mean: E[x], shape (channels,) or a number.
+///     var: Var[x], shape (channels,) or a number; 0 or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory of its own.
+///
+/// Returns:
+///     y, of x's shape, dtype and memory order.
+///
+/// Raises:
+///     ValueError: A shape or value is not as said.
+///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+#[pyfunction]
+#[pyo3(signature = (x, mean, var, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None))]
+#[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
+pub(crate) fn infer<'py>(
+    x: &Bound<'py, PyAny>,
+    mean: &Bound<'py, PyAny>,
+    var: &Bound<'py, PyAny>,
+    gamma: Option<&Bound<'py, PyAny>>,
+    beta: Option<&Bound<'py, PyAny>>,
+    eps: f64,
+    channel_axis: isize,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    infer_into(&x, &affine(mean, var, gamma, beta, eps, x.layout.channels())?, out)
+}
+
+pub(crate) fn infer_into<'py>(
+    x: &Tensor<'py>,
+    affine: &batchnorm::Affine,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let (mut y, in_place) = x.output_or_in_place(out)?;
+    let py = x.array.py();
+    with_element!(x.dtype, T => {
+        let mut target = y.view_mut::<T>();
+        if in_place {
+            run(py, x.bytes(), || batchnorm::infer_in_place(affine, &mut target))
+        } else {
+            let view = x.view::<T>();
+            run(py, x.bytes(), || batchnorm::infer(view, affine, &mut target))
+        }
+    })?;
+    Ok(y.array)
+}
+
+/// The backward pass with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
+///
+/// Args:
+///     dy: ∂ℓ/∂y, of the shape and dtype of x.
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     mean: E[x], shape (channels,) or a number.
+///     var: Var[x], shape (channels,) or a number; 0 or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///     out: Array of x's shape, dtype and memory order to write dx to; it shares no memory with dy and x.
+///
+/// Returns:
+///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
+///
+/// Raises:
+///     ValueError: A shape or value is not as said.
+///     TypeError: dy, x, out or a parameter is of a wrong type.
+#[pyfunction]
+#[pyo3(signature = (dy, x, mean, var, gamma=None, *, eps=1e-5, channel_axis=1, out=None))]
+#[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
+pub(crate) fn infer_backward<'py>(
+    dy: &Bound<'py, PyAny>,
+    x: &Bound<'py, PyAny>,
+    mean: &Bound<'py, PyAny>,
+    var: &Bound<'py, PyAny>,
+    gamma: Option<&Bound<'py, PyAny>>,
+    eps: f64,
+    channel_axis: isize,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    let affine = affine(mean, var, gamma, None, eps, x.layout.channels())?;
+    let (dx, sums) = infer_backward_of(dy, &x, &affine, out)?;
+    gradients(dx, &sums)
+}
+
+pub(crate) fn infer_backward_of<'py>(
+    dy: &Bound<'py, PyAny>,
+    x: &Tensor<'py>,
+    affine: &batchnorm::Affine,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<(Bound<'py, PyUntypedArray>, batchnorm::GradientSums)> {
+    let dy = x.read_like("dy", dy)?;
+    let mut dx = x.output(out, &[("dy", &dy), ("x", x)])?;
+    let py = x.array.py();
+    let sums = with_element!(x.dtype, T => {
+        let (dy, view, mut dx) = (dy.view::<T>(), x.view::<T>(), dx.view_mut::<T>());
+        run(py, x.bytes(), || batchnorm::infer_backward(dy, view, affine, &mut dx))
+    })?;
+    Ok((dx.array, sums))
+}
+
+/// Sets the number of threads that work on one call, the caller's own included. Results do not depend on it.
+///
+/// Raises:
+///     ValueError: n is not from 1 to 1024.
+#[pyfunction]
+pub(crate) fn set_num_threads(n: &Bound<'_, PyAny>) -> PyResult<()> {
+    // Numbers that no usize holds are refused by the same words as 0.
+    let n: i128 = n.extract()?;
+    let threads = usize::try_from(n).map_err(|_| Error::Threads { got: n.to_string() });
+    threads.and_then(batchnorm::set_num_threads).map_err(value_error)
+}
+
+/// The number of threads that work on one call: what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the
+/// affinity mask and the cgroup quota leave to this process.
+///
+/// Raises:
+///     ValueError: ``BATCHNORM_NUM_THREADS`` is not a number from 1 to 1024.
+#[pyfunction]
+pub(crate) fn get_num_threads() -> PyResult<usize> {
+    batchnorm::get_num_threads().map_err(value_error)
+}
+
+/// The instruction-set level in use: what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
+///
+/// Raises:
+///     ValueError: ``BATCHNORM_SIMD`` names a level that this machine cannot run.
+#[pyfunction]
+pub(crate) fn simd_level() -> PyResult<&'static str> {
+    batchnorm::simd_level().map(batchnorm::Level::name).map_err(value_error)
+}
+
+/// Forces an instruction-set level by name; ``None`` goes back to the choice made at first use. Results do not depend on
+/// it.
+///
+/// Raises:
+///     ValueError: name is none of ``simd_levels()``.
+#[pyfunction]
+pub(crate) fn set_simd_level(name: Option<&str>) -> PyResult<()> {
+    batchnorm::set_simd_level(name).map(drop).map_err(value_error)
+}
+
+/// Names of the instruction-set levels that this machine can run, lowest first.
+#[pyfunction]
+pub(crate) fn simd_levels() -> Vec<&'static str> {
+    batchnorm::simd_levels().into_iter().map(batchnorm::Level::name).collect()
+}

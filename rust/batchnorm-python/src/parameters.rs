@@ -1,0 +1,93 @@
+//! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
+
+use crate::buffer::type_name;
+use crate::value_error;
+use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+
+/// γ and β as the core takes them: absent ones stay absent.
+pub(crate) struct Parameters {
+    gamma: Option<Vec<f64>>,
+    beta: Option<Vec<f64>>,
+}
+
+impl Parameters {
+    pub(crate) fn read(
+        gamma: Option<&Bound<'_, PyAny>>,
+        beta: Option<&Bound<'_, PyAny>>,
+        channels: usize,
+    ) -> PyResult<Self> {
+        let read = |name, value: Option<&Bound<'_, PyAny>>| value.map(|v| per_channel(name, v, channels)).transpose();
+        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)? })
+    }
+
+    pub(crate) fn gamma(&self) -> Option<&[f64]> {
+        self.gamma.as_deref()
+    }
+
+    pub(crate) fn beta(&self) -> Option<&[f64]> {
+        self.beta.as_deref()
+    }
+}
+
+/// Frozen statistics and parameters, as the affine form that they make.
+pub(crate) fn affine(
+    mean: &Bound<'_, PyAny>,
+    var: &Bound<'_, PyAny>,
+    gamma: Option<&Bound<'_, PyAny>>,
+    beta: Option<&Bound<'_, PyAny>>,
+    eps: f64,
+    channels: usize,
+) -> PyResult<batchnorm::Affine> {
+    let (mean, var) = (per_channel("mean", mean, channels)?, per_channel("var", var, channels)?);
+    let parameters = Parameters::read(gamma, beta, channels)?;
+    batchnorm::Affine::new(&mean, &var, parameters.gamma(), parameters.beta(), eps).map_err(value_error)
+}
+
+/// The argument as float64, one value a channel; a single value is repeated.
+pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: usize) -> PyResult<Vec<f64>> {
+    let values = vector(argument, value)?;
+    match values.len() {
+        n if n == channels => Ok(values),
+        1 => Ok(vec![values[0]; channels]),
+        n => {
+            Err(PyValueError::new_err(format!("{argument} has shape ({n},); wanted ({channels},) or a single number")))
+        }
+    }
+}
+
+/// The argument as a vector of float64: a number, or a real array of one axis.
+pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
+    if let Ok(array) = value.cast_exact::<PyArray1<f64>>() {
+        return Ok(array.readonly().as_array().to_vec());
+    }
+    if let Ok(array) = value.cast_exact::<PyArray1<f32>>() {
+        return Ok(array.readonly().as_array().iter().map(|&v| v.into()).collect());
+    }
+    let py = value.py();
+    let wanted = "wanted real numbers, an array of shape (channels,)";
+    let refusal = |found: String| PyTypeError::new_err(format!("{argument} {found}; {wanted}"));
+    let array = py
+        .import(intern!(py, "numpy"))?
+        .call_method1(intern!(py, "asarray"), (value,))
+        .map_err(|error| refusal(format!("is {} ({error})", type_name(value))))?
+        .cast_into::<PyUntypedArray>()?;
+    let dtype = array.dtype();
+    // Real numbers, and the extension types of ml_dtypes, which are real too.
+    if !matches!(dtype.kind(), b'f' | b'i' | b'u' | b'V') || dtype.has_fields() {
+        return Err(refusal(format!("has dtype {dtype}")));
+    }
+    let array = array
+        .call_method1(intern!(py, "astype"), (numpy::dtype::<f64>(py),))
+        .map_err(|_| refusal(format!("has dtype {dtype}")))?;
+    match array.cast::<PyUntypedArray>()?.shape() {
+        [] | [_] => {}
+        shape => {
+            return Err(PyValueError::new_err(format!("{argument} has shape {shape:?}; {wanted}, or a single number")));
+        }
+    }
+    let flat = array.call_method0(intern!(py, "ravel"))?.cast_into::<PyArray1<f64>>()?;
+    Ok(flat.readonly().as_array().to_vec())
+}

@@ -1,0 +1,296 @@
+//! The values that Python holds: statistics, gradient sums, the cache of a forward pass, coefficients of a frozen layer.
+
+use crate::buffer::Tensor;
+use crate::functions::{gradients, infer_backward_of, infer_into};
+use crate::parameters::{affine, vector};
+use crate::value_error;
+use numpy::{PyArray1, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+fn array<'py>(py: Python<'py>, values: &[f64]) -> Bound<'py, PyArray1<f64>> {
+    PyArray1::from_slice(py, values)
+}
+
+/// Count, mean and M2 of each channel, in float64; a value that merges.
+///
+/// ``m2`` is Σ(x − mean)². Moments of parts merge into those of the whole by the update of Chan, Golub and LeVeque
+/// (1979). The moments of no values (count 0) are the neutral element.
+///
+/// Args:
+///     count: Values per channel, shape (channels,); finite, 0 or more.
+///     mean: Mean per channel, shape (channels,).
+///     m2: Sum of squared deviations per channel, shape (channels,); 0 or more.
+///
+/// Raises:
+///     ValueError: Shapes differ, or a count or m2 is negative.
+///     TypeError: A part is not real.
+#[pyclass(frozen, eq, module = "batchnorm", name = "Moments")]
+#[derive(PartialEq)]
+pub(crate) struct Moments(pub(crate) batchnorm::Moments);
+
+#[pymethods]
+impl Moments {
+    #[new]
+    fn new(count: &Bound<'_, PyAny>, mean: &Bound<'_, PyAny>, m2: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (count, mean, m2) = (vector("count", count)?, vector("mean", mean)?, vector("m2", m2)?);
+        batchnorm::Moments::new(count, mean, m2).map(Self).map_err(value_error)
+    }
+
+    /// Number of channels.
+    #[getter]
+    fn channels(&self) -> usize {
+        self.0.channels()
+    }
+
+    /// Values per channel, shape (channels,), float64: the paper's m.
+    #[getter]
+    fn count<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.0.count())
+    }
+
+    /// Mean per channel, shape (channels,), float64: the paper's μ_B.
+    #[getter]
+    fn mean<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.0.mean())
+    }
+
+    /// Σ(x − mean)² per channel, shape (channels,), float64.
+    #[getter]
+    fn m2<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.0.m2())
+    }
+
+    /// Biased variance m2/count, shape (channels,), float64: the paper's σ²_B (Algorithm 1).
+    ///
+    /// Raises:
+    ///     ValueError: A channel has no value.
+    #[getter]
+    fn var<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        Ok(array(py, &self.0.var().map_err(value_error)?))
+    }
+
+    /// Unbiased variance m2/(count − 1), shape (channels,), float64 (section 3.1).
+    ///
+    /// Raises:
+    ///     ValueError: A channel has fewer than 2 values.
+    #[getter]
+    fn var_unbiased<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        Ok(array(py, &self.0.var_unbiased().map_err(value_error)?))
+    }
+
+    /// The moments of the values of both, as a new value.
+    ///
+    /// Raises:
+    ///     ValueError: The numbers of channels differ.
+    fn merge(&self, other: &Self) -> PyResult<Self> {
+        self.0.merge(&other.0).map(Self).map_err(value_error)
+    }
+
+    /// A portable form: header with version, number of channels, then count, mean and m2, little-endian.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.to_bytes())
+    }
+
+    /// Reads what ``to_bytes`` wrote.
+    ///
+    /// Raises:
+    ///     ValueError: The bytes are not those of Moments.
+    #[staticmethod]
+    fn from_bytes(data: &[u8]) -> PyResult<Self> {
+        batchnorm::Moments::from_bytes(data).map(Self).map_err(value_error)
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        Ok((slf.get_type().getattr("from_bytes")?, (slf.get().to_bytes(slf.py()),)))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Moments(channels={}, count={})", self.0.channels(), range(self.0.count()))
+    }
+}
+
+/// Σdy·x̂ and Σdy of each channel with the number of values summed, in float64; a value that merges.
+///
+/// Args:
+///     count: Values per channel, shape (channels,); finite, 0 or more.
+///     dgamma: Σdy·x̂ per channel, shape (channels,).
+///     dbeta: Σdy per channel, shape (channels,).
+///
+/// Raises:
+///     ValueError: Shapes differ, or a count is negative.
+///     TypeError: A part is not real.
+#[pyclass(frozen, eq, module = "batchnorm", name = "GradientSums")]
+#[derive(PartialEq)]
+pub(crate) struct GradientSums(pub(crate) batchnorm::GradientSums);
+
+#[pymethods]
+impl GradientSums {
+    #[new]
+    fn new(count: &Bound<'_, PyAny>, dgamma: &Bound<'_, PyAny>, dbeta: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (count, dgamma, dbeta) = (vector("count", count)?, vector("dgamma", dgamma)?, vector("dbeta", dbeta)?);
+        batchnorm::GradientSums::new(count, dgamma, dbeta).map(Self).map_err(value_error)
+    }
+
+    /// Number of channels.
+    #[getter]
+    fn channels(&self) -> usize {
+        self.0.channels()
+    }
+
+    /// Values per channel, shape (channels,), float64.
+    #[getter]
+    fn count<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.0.count())
+    }
+
+    /// ∂ℓ/∂γ = Σdy·x̂, shape (channels,), float64 (section 3).
+    #[getter]
+    fn dgamma<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.0.dgamma())
+    }
+
+    /// ∂ℓ/∂β = Σdy, shape (channels,), float64 (section 3).
+    #[getter]
+    fn dbeta<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.0.dbeta())
+    }
+
+    /// The sums over the values of both, as a new value.
+    ///
+    /// Raises:
+    ///     ValueError: The numbers of channels differ.
+    fn merge(&self, other: &Self) -> PyResult<Self> {
+        self.0.merge(&other.0).map(Self).map_err(value_error)
+    }
+
+    /// A portable form: header with version, number of channels, then count, dγ and dβ, little-endian.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.to_bytes())
+    }
+
+    /// Reads what ``to_bytes`` wrote.
+    ///
+    /// Raises:
+    ///     ValueError: The bytes are not those of GradientSums.
+    #[staticmethod]
+    fn from_bytes(data: &[u8]) -> PyResult<Self> {
+        batchnorm::GradientSums::from_bytes(data).map(Self).map_err(value_error)
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
+        Ok((slf.get_type().getattr("from_bytes")?, (slf.get().to_bytes(slf.py()),)))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("GradientSums(channels={}, count={})", self.0.channels(), range(self.0.count()))
+    }
+}
+
+/// Counts as a short text: one number where they agree.
+fn range(count: &[f64]) -> String {
+    let (least, most) = count.iter().fold((f64::INFINITY, 0.0), |(a, b), &n| (n.min(a), n.max(b)));
+    if least == most { least.to_string() } else { format!("{least}..{most}") }
+}
+
+/// What a backward pass needs of its forward pass. It holds x by reference: x must not be changed in between.
+#[pyclass(frozen, module = "batchnorm", name = "Cache")]
+pub(crate) struct Cache {
+    pub(crate) x: Py<PyUntypedArray>,
+    pub(crate) moments: batchnorm::Moments,
+    pub(crate) affine: batchnorm::Affine,
+    #[pyo3(get)]
+    pub(crate) channel_axis: isize,
+}
+
+#[pymethods]
+impl Cache {
+    /// The input of the forward pass.
+    #[getter]
+    fn x<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
+        self.x.bind(py).clone()
+    }
+
+    /// The moments by which x was normalized.
+    #[getter]
+    fn moments(&self) -> Moments {
+        Moments(self.moments.clone())
+    }
+
+    /// Mean per channel, shape (channels,), float64.
+    #[getter]
+    fn mean<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.affine.mean())
+    }
+
+    /// 1/√(σ² + ε) per channel, shape (channels,), float64.
+    #[getter]
+    fn invstd<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
+        array(py, self.affine.invstd())
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        format!("Cache(x of shape {:?}, channel_axis={})", self.x.bind(py).shape(), self.channel_axis)
+    }
+}
+
+/// The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
+///
+/// Args:
+///     mean: E[x], shape (channels,).
+///     var: Var[x], shape (channels,) or a number; 0 or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///
+/// Raises:
+///     ValueError: A shape or value is not as said.
+///     TypeError: A parameter is not real.
+#[pyclass(frozen, module = "batchnorm._core", name = "Affine")]
+pub(crate) struct Affine(batchnorm::Affine);
+
+#[pymethods]
+impl Affine {
+    #[new]
+    #[pyo3(signature = (mean, var, gamma=None, beta=None, *, eps=1e-5))]
+    fn new(
+        mean: &Bound<'_, PyAny>,
+        var: &Bound<'_, PyAny>,
+        gamma: Option<&Bound<'_, PyAny>>,
+        beta: Option<&Bound<'_, PyAny>>,
+        eps: f64,
+    ) -> PyResult<Self> {
+        let channels = vector("mean", mean)?.len();
+        affine(mean, var, gamma, beta, eps, channels).map(Self)
+    }
+
+    /// Number of channels.
+    #[getter]
+    fn channels(&self) -> usize {
+        self.0.channels()
+    }
+
+    /// As ``batchnorm.infer``.
+    #[pyo3(signature = (x, *, channel_axis=1, out=None))]
+    fn infer<'py>(
+        &self,
+        x: &Bound<'py, PyAny>,
+        channel_axis: isize,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyUntypedArray>> {
+        infer_into(&Tensor::read("x", x, channel_axis)?, &self.0, out)
+    }
+
+    /// As ``batchnorm.infer_backward``.
+    #[pyo3(signature = (dy, x, *, channel_axis=1, out=None))]
+    fn backward<'py>(
+        &self,
+        dy: &Bound<'py, PyAny>,
+        x: &Bound<'py, PyAny>,
+        channel_axis: isize,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (dx, sums) = infer_backward_of(dy, &Tensor::read("x", x, channel_axis)?, &self.0, out)?;
+        gradients(dx, &sums)
+    }
+}

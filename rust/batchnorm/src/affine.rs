@@ -1,0 +1,134 @@
+//! The affine form of a layer: y = (x − mean)·s + β with s = γ/√(var + ε), per channel, in float64.
+
+use crate::blocks::Interleaved;
+use crate::element::{Element, Wide};
+use crate::error::Error;
+use crate::moments::Moments;
+use crate::simd::FloatMode;
+
+/// Coefficients of a channel-wise affine map, from frozen statistics or from those of a batch.
+///
+/// γ = √(Var\[x\] + ε), β = E\[x\] restores the identity (section 3). Note the square root: γ = Var\[x\] does not.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Affine {
+    mean: Vec<f64>,
+    invstd: Vec<f64>,
+    scale: Vec<f64>,
+    beta: Vec<f64>,
+}
+
+impl Affine {
+    /// From frozen statistics; absent γ are ones, absent β zeros.
+    ///
+    /// # Errors
+    /// [`Error::NoChannels`], [`Error::Channels`], [`Error::NotFinite`], [`Error::Negative`], [`Error::Eps`], and
+    /// [`Error::EpsZeroForZeroVariance`].
+    pub fn new(
+        mean: &[f64],
+        var: &[f64],
+        gamma: Option<&[f64]>,
+        beta: Option<&[f64]>,
+        eps: f64,
+    ) -> Result<Self, Error> {
+        if mean.is_empty() {
+            return Err(Error::NoChannels);
+        }
+        Error::check_channels("var", var.len(), mean.len())?;
+        Error::check_finite("mean", mean)?;
+        Error::check_finite("var", var)?;
+        Error::check_not_negative("var", var)?;
+        check_eps(eps)?;
+        if let (true, Some(channel)) = (eps == 0.0, var.iter().position(|&v| v == 0.0)) {
+            return Err(Error::EpsZeroForZeroVariance { channel });
+        }
+        Self::of(mean.to_vec(), var, gamma, beta, eps)
+    }
+
+    /// From the statistics of a batch (Algorithm 1): the biased variance, since it is this batch that is to get
+    /// variance one. Statistics that are not finite propagate.
+    ///
+    /// # Errors
+    /// [`Error::TooFewValues`] where a channel has fewer than 2 values, [`Error::EpsZeroInTraining`],
+    /// [`Error::Channels`], [`Error::NotFinite`], [`Error::Eps`].
+    pub fn of_moments(moments: &Moments, gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
+        check_training_eps(eps)?;
+        moments.require(2)?;
+        Self::of(moments.mean().to_vec(), &moments.var()?, gamma, beta, eps)
+    }
+
+    fn of(mean: Vec<f64>, var: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
+        check_parameters(mean.len(), gamma, beta)?;
+        let _mode = FloatMode::standard();
+        let of_channel = |c: usize| gamma.map_or(1.0, |gamma| gamma[c]);
+        let scale = var.iter().enumerate().map(|(c, &v)| self::scale(of_channel(c), v, eps)).collect();
+        let invstd = var.iter().map(|&v| self::scale(1.0, v, eps)).collect();
+        let beta = beta.map_or_else(|| vec![0.0; mean.len()], <[f64]>::to_vec);
+        Ok(Self { mean, invstd, scale, beta })
+    }
+
+    /// Number of channels.
+    pub fn channels(&self) -> usize {
+        self.mean.len()
+    }
+
+    /// Mean per channel.
+    pub fn mean(&self) -> &[f64] {
+        &self.mean
+    }
+
+    /// 1/√(var + ε) per channel.
+    pub fn invstd(&self) -> &[f64] {
+        &self.invstd
+    }
+
+    /// s = γ/√(var + ε) per channel.
+    pub fn scale(&self) -> &[f64] {
+        &self.scale
+    }
+
+    /// The same map without its constant: x·s, which is what it does to a gradient.
+    pub(crate) fn linear_part(&self) -> Self {
+        let zeros = vec![0.0; self.channels()];
+        Self { mean: zeros.clone(), beta: zeros, ..self.clone() }
+    }
+
+    pub(crate) fn coefficients<T: Element>(&self, c: usize) -> [T::Wide; 4] {
+        coefficients::<T>(self.mean[c], self.scale[c], self.beta[c])
+    }
+
+    /// The four coefficients of every column.
+    pub(crate) fn columns<T: Element>(&self, rows: &Interleaved) -> [Vec<T::Wide>; 4] {
+        let channels: Vec<[T::Wide; 4]> = (0..self.channels()).map(|c| self.coefficients::<T>(c)).collect();
+        std::array::from_fn(|i| rows.spread(channels.iter().map(|channel| channel[i])))
+    }
+}
+
+/// s = γ/√(var + ε), as contract 1 writes it.
+pub(crate) fn scale(gamma: f64, var: f64, eps: f64) -> f64 {
+    gamma / (var + eps).sqrt()
+}
+
+/// Mean (high and low part), s and β in the precision of the affine form.
+pub(crate) fn coefficients<T: Element>(mean: f64, scale: f64, beta: f64) -> [T::Wide; 4] {
+    let high = T::Wide::from_f64(mean);
+    [high, T::Wide::from_f64(mean - high.to_f64()), T::Wide::from_f64(scale), T::Wide::from_f64(beta)]
+}
+
+fn check_eps(eps: f64) -> Result<(), Error> {
+    if eps.is_finite() && eps >= 0.0 { Ok(()) } else { Err(Error::Eps { value: eps }) }
+}
+
+pub(crate) fn check_training_eps(eps: f64) -> Result<(), Error> {
+    check_eps(eps)?;
+    if eps == 0.0 { Err(Error::EpsZeroInTraining) } else { Ok(()) }
+}
+
+pub(crate) fn check_parameters(channels: usize, gamma: Option<&[f64]>, beta: Option<&[f64]>) -> Result<(), Error> {
+    for (argument, values) in [("gamma", gamma), ("beta", beta)] {
+        if let Some(values) = values {
+            Error::check_channels(argument, values.len(), channels)?;
+            Error::check_finite(argument, values)?;
+        }
+    }
+    Ok(())
+}

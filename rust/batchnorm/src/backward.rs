@@ -1,0 +1,334 @@
+//! The backward pass, through the statistics.
+//!
+//! With x̂ᵢ = (xᵢ − μ)/√(σ²+ε), yᵢ = γx̂ᵢ + β, μ = Σxᵢ/m, σ² = Σ(xᵢ−μ)²/m, the six derivatives of section 3 are
+//!
+//! ```text
+//! ∂ℓ/∂x̂ᵢ = dyᵢ·γ
+//! ∂ℓ/∂σ² = Σ ∂ℓ/∂x̂ᵢ·(xᵢ−μ)·(−1/2)·(σ²+ε)^(−3/2)
+//! ∂ℓ/∂μ  = Σ ∂ℓ/∂x̂ᵢ·(−1/√(σ²+ε)) + ∂ℓ/∂σ²·Σ −2(xᵢ−μ)/m
+//! ∂ℓ/∂xᵢ = ∂ℓ/∂x̂ᵢ/√(σ²+ε) + ∂ℓ/∂σ²·2(xᵢ−μ)/m + ∂ℓ/∂μ/m
+//! ∂ℓ/∂γ  = Σ dyᵢ·x̂ᵢ            ∂ℓ/∂β = Σ dyᵢ
+//! ```
+//!
+//! Since Σ(xᵢ−μ) = 0 the second term of ∂ℓ/∂μ vanishes. With dβ = Σdy and dγ = Σdy·x̂:
+//! ∂ℓ/∂σ²·2(xᵢ−μ)/m = −γ·dγ·x̂ᵢ/(m·√(σ²+ε)), and ∂ℓ/∂μ/m = −γ·dβ/(m·√(σ²+ε)). So
+//!
+//! ```text
+//! dxᵢ = γ/√(σ²+ε) · ( dyᵢ − dβ/m − x̂ᵢ·dγ/m )
+//! ```
+//!
+//! With frozen statistics only the first term is left: dxᵢ = γ/√(σ²+ε)·dyᵢ. Sums and dx are computed in float64.
+
+use crate::affine::Affine;
+use crate::blocks::{Family, Interleaved, Merge, Planar, Tree};
+use crate::bytes;
+use crate::element::Element;
+use crate::error::Error;
+use crate::infer::infer;
+use crate::layout::Layout;
+use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, SumRows, SumRuns, dispatch};
+use crate::view::{Grid, Rect, Tile, View, ViewMut};
+use std::ops::Range;
+
+/// dγ = Σdy·x̂ and dβ = Σdy per channel with the number of values summed, in float64; a value that merges.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GradientSums {
+    count: Vec<f64>,
+    dgamma: Vec<f64>,
+    dbeta: Vec<f64>,
+}
+
+const FORMAT: bytes::Format = bytes::Format { what: "GradientSums", header: b"batchnorm-gradient-sums/1\n" };
+
+impl GradientSums {
+    /// Sums from their parts.
+    ///
+    /// # Errors
+    /// [`Error::NoChannels`], [`Error::Channels`] for parts of different lengths, [`Error::NotFinite`] and
+    /// [`Error::Negative`] for a count.
+    pub fn new(count: Vec<f64>, dgamma: Vec<f64>, dbeta: Vec<f64>) -> Result<Self, Error> {
+        if count.is_empty() {
+            return Err(Error::NoChannels);
+        }
+        Error::check_channels("dgamma", dgamma.len(), count.len())?;
+        Error::check_channels("dbeta", dbeta.len(), count.len())?;
+        Error::check_counts(&count)?;
+        Ok(Self { count, dgamma, dbeta })
+    }
+
+    /// Number of channels.
+    pub fn channels(&self) -> usize {
+        self.count.len()
+    }
+
+    /// Values per channel: m.
+    pub fn count(&self) -> &[f64] {
+        &self.count
+    }
+
+    /// ∂ℓ/∂γ per channel.
+    pub fn dgamma(&self) -> &[f64] {
+        &self.dgamma
+    }
+
+    /// ∂ℓ/∂β per channel.
+    pub fn dbeta(&self) -> &[f64] {
+        &self.dbeta
+    }
+
+    /// The sums over the values of both.
+    ///
+    /// # Errors
+    /// [`Error::Channels`].
+    pub fn merge(&self, other: &Self) -> Result<Self, Error> {
+        Error::check_channels("other", other.channels(), self.channels())?;
+        let _mode = FloatMode::standard();
+        let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a + b).collect();
+        Ok(Self {
+            count: sum(&self.count, &other.count),
+            dgamma: sum(&self.dgamma, &other.dgamma),
+            dbeta: sum(&self.dbeta, &other.dbeta),
+        })
+    }
+
+    /// A portable form: a header with the version, the number of channels, then count, dγ and dβ, little-endian.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        FORMAT.write([&self.count, &self.dgamma, &self.dbeta])
+    }
+
+    /// Reads what [`GradientSums::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// [`Error::Bytes`], and those of [`GradientSums::new`].
+    pub fn from_bytes(data: &[u8]) -> Result<Self, Error> {
+        let [count, dgamma, dbeta] = FORMAT.read(data)?;
+        Self::new(count, dgamma, dbeta)
+    }
+
+    fn of(layout: Layout, affine: &Affine, sums: Vec<(f64, f64)>) -> Self {
+        let (dbeta, dgamma) =
+            sums.into_iter().zip(affine.invstd()).map(|((dbeta, products), invstd)| (dbeta, products * invstd)).unzip();
+        Self { count: vec![layout.count() as f64; layout.channels()], dgamma, dbeta }
+    }
+}
+
+/// Σdy and Σdy·(x − mean) of some blocks of one channel.
+struct Scalar(f64, f64);
+
+impl Merge for Scalar {
+    fn merge(&mut self, right: &Self) {
+        self.0 += right.0;
+        self.1 += right.1;
+    }
+}
+
+/// The same of some blocks of columns.
+struct Partial {
+    dbeta: Vec<f64>,
+    products: Vec<f64>,
+}
+
+impl Merge for Partial {
+    fn merge(&mut self, right: &Self) {
+        self.dbeta.iter_mut().zip(&right.dbeta).for_each(|(a, b)| *a += b);
+        self.products.iter_mut().zip(&right.products).for_each(|(a, b)| *a += b);
+    }
+}
+
+/// dγ and dβ of a training pass: `x` and `affine` are those of its forward pass.
+///
+/// # Errors
+/// [`Error::Channels`], [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment
+/// names wrongly.
+pub fn gradient_sums<T: Element>(dy: View<'_, T>, x: View<'_, T>, affine: &Affine) -> Result<GradientSums, Error> {
+    let _mode = crate::begin()?;
+    let layout = x.layout();
+    check(layout, &[("dy", dy.layout())], affine)?;
+    let sums = if layout.is_empty() {
+        vec![(0.0, 0.0); layout.channels()]
+    } else {
+        match Family::of(layout) {
+            Family::Planar(planar) => sums_planar(dy, x, planar, affine),
+            Family::Interleaved(rows) => sums_interleaved(dy, x, rows, affine),
+        }
+    };
+    Ok(GradientSums::of(layout, affine, sums))
+}
+
+fn check(layout: Layout, others: &[(&'static str, Layout)], affine: &Affine) -> Result<(), Error> {
+    for &(argument, other) in others {
+        if other != layout {
+            return Err(Error::LayoutMismatch { argument });
+        }
+    }
+    Error::check_channels("x", layout.channels(), affine.channels())
+}
+
+fn sums_planar<T: Element>(dy: View<'_, T>, x: View<'_, T>, planar: Planar, affine: &Affine) -> Vec<(f64, f64)> {
+    let sums = planar.map_channels(2 * x.bytes(), |channel, blocks| {
+        let mean = affine.mean()[channel.cols.start / planar.inner];
+        let width = planar.width();
+        sums_of_blocks(&planar, dy.tile(width, &channel), x.tile(width, &channel), mean, blocks)
+    });
+    sums.into_iter().map(|Scalar(dbeta, products)| (dbeta, products)).collect()
+}
+
+fn sums_of_blocks<T: Element>(
+    planar: &Planar,
+    dy: Tile<'_, T>,
+    x: Tile<'_, T>,
+    mean: f64,
+    blocks: Range<usize>,
+) -> Option<Scalar> {
+    Tree::of(blocks.map(|b| {
+        let (runs, part) = planar.block(b);
+        let (dy, x) = (dy.part(runs.clone(), part.clone()), x.part(runs, part));
+        let (dbeta, products) = dispatch(SumRuns { dy, x, mean });
+        Scalar(dbeta, products)
+    }))
+}
+
+fn sums_interleaved<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    rows: Interleaved,
+    affine: &Affine,
+) -> Vec<(f64, f64)> {
+    let mean = rows.spread(affine.mean().iter().copied());
+    let strips = rows.map_strips(2 * x.bytes(), |columns, blocks| {
+        Tree::of(blocks.map(|b| {
+            let (mut dbeta, mut products) = (vec![0.0; columns.len()], vec![0.0; columns.len()]);
+            let rect = Rect { rows: rows.block(b), cols: columns.clone() };
+            let (dy, x) = (dy.tile(rows.width, &rect), x.tile(rows.width, &rect));
+            let mean = &mean[columns.clone()];
+            dispatch(SumRows { dy, x, mean, dbeta: &mut dbeta, products: &mut products });
+            Partial { dbeta, products }
+        }))
+    });
+    let columns: Vec<(f64, f64)> =
+        strips.into_iter().flat_map(|strip| strip.dbeta.into_iter().zip(strip.products)).collect();
+    let channel = |columns: &[(f64, f64)]| {
+        let leaves = columns.iter().map(|&(dbeta, products)| Scalar(dbeta, products));
+        Tree::of(leaves).map_or((0.0, 0.0), |Scalar(dbeta, products)| (dbeta, products))
+    };
+    columns.chunks(rows.inner).map(channel).collect()
+}
+
+/// dx of a training pass from dy and the sums, which may be those of more than this dy: of all micro-batches or
+/// processes whose moments were merged.
+///
+/// # Errors
+/// As [`gradient_sums`].
+pub fn gradient_apply<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    affine: &Affine,
+    sums: &GradientSums,
+    dx: &mut ViewMut<'_, T>,
+) -> Result<(), Error> {
+    let _mode = crate::begin()?;
+    let layout = x.layout();
+    check(layout, &[("dy", dy.layout()), ("out", dx.layout())], affine)?;
+    Error::check_channels("sums", sums.channels(), layout.channels())?;
+    let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
+    match Family::of(layout) {
+        Family::Planar(planar) => {
+            let Planar { outer, channels, inner, .. } = planar;
+            let grid = Grid::new(outer * channels, inner, (1 << 15) / inner, 1 << 15);
+            dx.map_tiles(&grid, |rect, dx| {
+                let (dy, x) = (dy.tile(inner, rect), x.tile(inner, rect));
+                for (i, plane) in rect.rows.clone().enumerate() {
+                    let (row, cols) = (i..i + 1, 0..rect.cols.len());
+                    let (dy, x) = (dy.part(row.clone(), cols.clone()), x.part(row.clone(), cols.clone()));
+                    dispatch(ApplyRuns { dy, x, dx: &dx.part(row, cols), coefficients: of(plane % channels) });
+                }
+            });
+        }
+        Family::Interleaved(rows) => {
+            let channels: Vec<Apply> = (0..layout.channels()).map(of).collect();
+            let column = |field: fn(&Apply) -> f64| rows.spread(channels.iter().map(field));
+            let columns = [column(|a| a.mean), column(|a| a.offset), column(|a| a.slope), column(|a| a.scale)];
+            let grid = Grid::new(rows.rows, rows.width, (1 << 15) / rows.width.max(1), 1 << 15);
+            dx.map_tiles(&grid, |rect, dx| {
+                let (dy, x) = (dy.tile(rows.width, rect), x.tile(rows.width, rect));
+                let coefficients = columns.each_ref().map(|column| &column[rect.cols.clone()]);
+                dispatch(ApplyRows { dy, x, dx: &dx, coefficients });
+            });
+        }
+    }
+    Ok(())
+}
+
+fn apply(affine: &Affine, c: usize, dgamma: f64, dbeta: f64, count: f64) -> Apply {
+    Apply {
+        mean: affine.mean()[c],
+        offset: dbeta / count,
+        slope: dgamma * affine.invstd()[c] / count,
+        scale: affine.scale()[c],
+    }
+}
+
+/// `gradient_apply ∘ gradient_sums`, to the bit; where channels lie in runs, channel by channel, so that the second pass
+/// reads from cache.
+///
+/// # Errors
+/// As [`gradient_sums`].
+pub fn backward<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    affine: &Affine,
+    dx: &mut ViewMut<'_, T>,
+) -> Result<GradientSums, Error> {
+    let _mode = crate::begin()?;
+    let layout = x.layout();
+    check(layout, &[("dy", dy.layout()), ("out", dx.layout())], affine)?;
+    match Family::of(layout) {
+        Family::Planar(planar) if planar.fuses() && !layout.is_empty() => Ok(fused(dy, x, planar, affine, dx)),
+        _ => {
+            let sums = gradient_sums(dy, x, affine)?;
+            gradient_apply(dy, x, affine, &sums, dx)?;
+            Ok(sums)
+        }
+    }
+}
+
+fn fused<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    planar: Planar,
+    affine: &Affine,
+    dx: &mut ViewMut<'_, T>,
+) -> GradientSums {
+    let count = (planar.outer * planar.inner) as f64;
+    let groups = dx.map_tiles(&planar.groups(), |rect, dx| {
+        let (dy, x) = (dy.tile(planar.width(), rect), x.tile(planar.width(), rect));
+        let channel = |(c, cols): (usize, Range<usize>)| {
+            let (dy, x) = (dy.part(0..planar.outer, cols.clone()), x.part(0..planar.outer, cols.clone()));
+            let Scalar(dbeta, products) =
+                sums_of_blocks(&planar, dy, x, affine.mean()[c], 0..planar.blocks()).unwrap_or(Scalar(0.0, 0.0));
+            let coefficients = apply(affine, c, products * affine.invstd()[c], dbeta, count);
+            dispatch(ApplyRuns { dy, x, dx: &dx.part(0..planar.outer, cols), coefficients });
+            (dbeta, products)
+        };
+        planar.channels_of(rect).map(channel).collect::<Vec<_>>()
+    });
+    GradientSums::of(x.layout(), affine, groups.into_iter().flatten().collect())
+}
+
+/// dx, dγ and dβ with frozen statistics: dx = γ/√(var+ε)·dy.
+///
+/// # Errors
+/// As [`gradient_sums`].
+pub fn infer_backward<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    affine: &Affine,
+    dx: &mut ViewMut<'_, T>,
+) -> Result<GradientSums, Error> {
+    if dx.layout() != x.layout() {
+        return Err(Error::LayoutMismatch { argument: "out" });
+    }
+    let sums = gradient_sums(dy, x, affine)?;
+    infer(dy, &affine.linear_part(), dx)?;
+    Ok(sums)
+}

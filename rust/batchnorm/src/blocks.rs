@@ -1,0 +1,279 @@
+//! The fixed partition of a channel's values into blocks, and the fixed tree in which blocks are combined.
+//!
+//! Both depend on the layout alone: never on the number of threads, which only decides who computes which blocks
+//! (contract 3). Sums of one block stay in registers while the block lies in the first-level cache.
+
+use crate::layout::Layout;
+use crate::parallel;
+use crate::view::{Grid, Rect};
+use std::ops::Range;
+
+/// From this many adjacent values of a channel on, a channel is walked by itself.
+const PLANAR_INNER: usize = 32;
+/// Values in a planar block: 16 KiB of float32.
+const PLANAR_BLOCK: usize = 4096;
+/// Rows in an interleaved block.
+const INTERLEAVED_BLOCK: usize = 256;
+/// Most columns that are walked together: their sums stay in the first-level cache. (This and the number of tasks
+/// change no bits.)
+const STRIP: usize = 1024;
+/// Tasks that statistics are cut into where the layout allows: enough for any machine's threads.
+const TASKS: usize = 64;
+/// With fewer channels than this, tasks of whole channels would leave threads idle.
+const FUSED_CHANNELS: usize = 16;
+
+/// Which of the two kernel families serves a layout, and its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    /// Channels lie in runs of `inner` values.
+    Planar(Planar),
+    /// Rows of `width` columns, each column a channel. A small `inner` is served here too: with `inner` columns a
+    /// channel, combined at the end.
+    Interleaved(Interleaved),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Planar {
+    pub(crate) outer: usize,
+    pub(crate) channels: usize,
+    pub(crate) inner: usize,
+    /// Runs in a block (more than 1 only where a block holds whole runs).
+    runs: usize,
+    /// Values of each run in a block.
+    part: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Interleaved {
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
+    /// Columns that belong to one channel.
+    pub(crate) inner: usize,
+}
+
+impl Family {
+    pub(crate) fn of(layout: Layout) -> Self {
+        let (outer, channels, inner) = (layout.outer(), layout.channels(), layout.inner());
+        if inner < PLANAR_INNER {
+            return Self::Interleaved(Interleaved { rows: outer, width: channels * inner, inner });
+        }
+        // Parts of nearly equal length, whole cache lines each.
+        let part = inner.div_ceil(inner.div_ceil(PLANAR_BLOCK)).next_multiple_of(64).min(inner);
+        Self::Planar(Planar { outer, channels, inner, runs: (PLANAR_BLOCK / inner).max(1), part })
+    }
+}
+
+impl Planar {
+    fn parts(&self) -> usize {
+        self.inner.div_ceil(self.part)
+    }
+
+    /// Number of blocks in a channel.
+    pub(crate) fn blocks(&self) -> usize {
+        self.outer.div_ceil(self.runs) * self.parts()
+    }
+
+    /// The runs, and the part of each, that make up a block.
+    pub(crate) fn block(&self, b: usize) -> (Range<usize>, Range<usize>) {
+        let (run, start) = (b / self.parts() * self.runs, b % self.parts() * self.part);
+        (run..self.outer.min(run + self.runs), start..self.inner.min(start + self.part))
+    }
+
+    /// Elements in a row of the matrix that this layout is.
+    pub(crate) fn width(&self) -> usize {
+        self.channels * self.inner
+    }
+
+    /// Where a channel lies in that matrix.
+    pub(crate) fn channel(&self, c: usize) -> Rect {
+        Rect { rows: 0..self.outer, cols: c * self.inner..(c + 1) * self.inner }
+    }
+
+    /// Whether there are channels enough to give each task whole ones, and so to make both passes over a channel while it
+    /// is in cache.
+    pub(crate) fn fuses(&self) -> bool {
+        self.channels >= FUSED_CHANNELS
+    }
+
+    /// The matrix cut into groups of whole channels.
+    pub(crate) fn groups(&self) -> Grid {
+        Grid::new(self.outer, self.width(), self.outer, self.group() * self.inner)
+    }
+
+    /// The channels of a rectangle of [`Planar::groups`], each with its columns there.
+    pub(crate) fn channels_of(&self, rect: &Rect) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let (first, inner) = (rect.cols.start / self.inner, self.inner);
+        (0..rect.cols.len() / inner).map(move |i| (first + i, i * inner..(i + 1) * inner))
+    }
+
+    /// Adjacent channels that one task takes, so that there are not many more tasks than serve.
+    fn group(&self) -> usize {
+        self.channels.div_ceil(TASKS)
+    }
+
+    /// A partial result of every channel: the tree over `f(place of the channel, some of its blocks)`. With few channels
+    /// each is cut into spans of blocks.
+    pub(crate) fn map_channels<P: Merge + Send + Sync>(
+        &self,
+        bytes: usize,
+        f: impl Fn(Rect, Range<usize>) -> Option<P> + Sync,
+    ) -> Vec<P> {
+        let (blocks, group) = (self.blocks(), self.group());
+        let span = span_of(blocks, TASKS / self.channels);
+        let spans = blocks.div_ceil(span);
+        // Task by task the spans of one group of channels, then the next group.
+        let parts = parallel::map(self.channels.div_ceil(group) * spans, bytes, |task| {
+            let (g, s) = (task / spans, task % spans);
+            let channels = g * group..self.channels.min((g + 1) * group);
+            let blocks = s * span..blocks.min((s + 1) * span);
+            channels.map(|c| f(self.channel(c), blocks.clone())).collect::<Vec<_>>().into_iter()
+        });
+        transposed(parts, spans, group).filter_map(|spans| Tree::of(spans.into_iter().flatten())).collect()
+    }
+}
+
+/// From task after task (spans of a group, each with a value a channel), the spans of channel after channel.
+fn transposed<P>(mut parts: Vec<std::vec::IntoIter<P>>, spans: usize, group: usize) -> impl Iterator<Item = Vec<P>> {
+    let groups = parts.len() / spans;
+    (0..groups * group).map(move |c| {
+        let first = c / group * spans;
+        parts[first..first + spans].iter_mut().filter_map(Iterator::next).collect()
+    })
+}
+
+impl Interleaved {
+    /// Number of blocks in a column.
+    pub(crate) fn blocks(&self) -> usize {
+        self.rows.div_ceil(INTERLEAVED_BLOCK)
+    }
+
+    /// The rows of a block.
+    pub(crate) fn block(&self, b: usize) -> Range<usize> {
+        let row = b * INTERLEAVED_BLOCK;
+        row..self.rows.min(row + INTERLEAVED_BLOCK)
+    }
+
+    /// A partial result of every strip of columns, from left to right: the tree over `f(columns, some blocks)`.
+    pub(crate) fn map_strips<P: Merge + Send + Sync>(
+        &self,
+        bytes: usize,
+        f: impl Fn(Range<usize>, Range<usize>) -> Option<P> + Sync,
+    ) -> Vec<P> {
+        let blocks = self.blocks();
+        let span = span_of(blocks, TASKS);
+        let spans = blocks.div_ceil(span);
+        // Few rows make few spans; then columns are shared out instead, in whole cache lines.
+        let strip = self.width.div_ceil(TASKS / 8 / spans.min(TASKS / 8)).next_multiple_of(64).min(STRIP);
+        let strips = self.width.div_ceil(strip);
+        let parts = parallel::map(strips * spans, bytes, |task| {
+            let (t, s) = (task / spans, task % spans);
+            f(t * strip..self.width.min((t + 1) * strip), s * span..blocks.min((s + 1) * span)).into_iter()
+        });
+        let mut parts = parts.into_iter();
+        (0..strips).filter_map(|_| Tree::of(parts.by_ref().take(spans).flatten())).collect()
+    }
+
+    /// What is given once a channel, once a column.
+    pub(crate) fn spread<V: Copy>(&self, values: impl Iterator<Item = V>) -> Vec<V> {
+        values.flat_map(|value| std::iter::repeat_n(value, self.inner)).collect()
+    }
+}
+
+/// A partial result of some blocks that takes in that of the blocks after it.
+pub(crate) trait Merge {
+    fn merge(&mut self, right: &Self);
+}
+
+/// Combines partial results in the order of a binary counter: the shape of the tree follows from how many there are.
+///
+/// A tree over leaves that are themselves finished trees of 2^k leaves each (the last may have fewer) gives the same
+/// result as one tree over all: spans of 2^k blocks can be computed apart.
+pub(crate) struct Tree<P> {
+    nodes: Vec<(u32, P)>,
+}
+
+impl<P: Merge> Tree<P> {
+    pub(crate) fn new() -> Self {
+        Self { nodes: Vec::new() }
+    }
+
+    pub(crate) fn push(&mut self, mut leaf: P) {
+        let mut level = 0;
+        while let Some((_, mut left)) = self.nodes.pop_if(|(l, _)| *l == level) {
+            left.merge(&leaf);
+            (leaf, level) = (left, level + 1);
+        }
+        self.nodes.push((level, leaf));
+    }
+
+    /// `None` where nothing was pushed.
+    pub(crate) fn finish(mut self) -> Option<P> {
+        let (_, mut right) = self.nodes.pop()?;
+        while let Some((_, mut left)) = self.nodes.pop() {
+            left.merge(&right);
+            right = left;
+        }
+        Some(right)
+    }
+
+    /// The tree over `leaves`, in their order.
+    pub(crate) fn of(leaves: impl IntoIterator<Item = P>) -> Option<P> {
+        let mut tree = Self::new();
+        leaves.into_iter().for_each(|leaf| tree.push(leaf));
+        tree.finish()
+    }
+}
+
+/// Blocks in a span: a power of two, so that at least `spans` spans come out where there are that many blocks.
+pub(crate) fn span_of(blocks: usize, spans: usize) -> usize {
+    let most = (blocks / spans.max(1)).max(1);
+    1 << most.ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+    use super::*;
+
+    /// Writes down how it was merged.
+    impl Merge for String {
+        fn merge(&mut self, right: &Self) {
+            *self = format!("({self}{right})");
+        }
+    }
+
+    fn leaves(range: Range<usize>) -> impl Iterator<Item = String> {
+        range.map(|i| format!("{i},"))
+    }
+
+    #[test]
+    fn the_tree_is_the_same_however_it_is_split() {
+        assert_eq!(Tree::of(leaves(0..5)).unwrap(), "(((0,1,)(2,3,))4,)");
+        for n in 1..70 {
+            let whole = Tree::of(leaves(0..n)).unwrap();
+            for span in [1, 2, 4, 8, 16, 32, 64] {
+                let spans = (0..n).step_by(span).map(|s| Tree::of(leaves(s..n.min(s + span))).unwrap());
+                assert_eq!(Tree::of(spans).unwrap(), whole, "{n} leaves in spans of {span}");
+            }
+        }
+        assert!(Tree::<String>::of([]).is_none());
+    }
+
+    #[test]
+    fn blocks_cover_every_value_once() {
+        for (outer, inner) in [(1, 32), (5, 49), (200, 49), (3, 4096), (2, 4097), (2, 12544), (1, 1_000_003)] {
+            let Family::Planar(planar) = Family::of(Layout::new(outer, 2, inner).unwrap()) else {
+                unreachable!("inner = {inner} is planar");
+            };
+            let mut seen = vec![0u8; outer * inner];
+            for b in 0..planar.blocks() {
+                let (runs, part) = planar.block(b);
+                assert!(!runs.is_empty() && !part.is_empty() && runs.len() * part.len() <= PLANAR_BLOCK);
+                for run in runs {
+                    part.clone().for_each(|i| seen[run * inner + i] += 1);
+                }
+            }
+            assert!(seen.iter().all(|&n| n == 1), "{outer} x {inner}");
+        }
+    }
+}

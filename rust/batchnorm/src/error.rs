@@ -1,0 +1,182 @@
+//! Everything this crate refuses: one variant a refusal, one `Display`.
+
+use std::fmt;
+
+/// Why a call was refused. Nothing that was valid before the call has been changed by it.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Error {
+    /// The tensor has fewer than two axes.
+    Rank {
+        /// Number of axes that the tensor has.
+        rank: usize,
+    },
+    /// The channel axis does not exist in a tensor of this rank.
+    ChannelAxis {
+        /// The axis asked for (negative counts from the end).
+        axis: isize,
+        /// Number of axes that the tensor has.
+        rank: usize,
+    },
+    /// The tensor has no channel.
+    NoChannels,
+    /// The tensor's size in bytes does not fit in 64 bits.
+    Overflow,
+    /// A buffer does not hold as many elements as its layout says.
+    Elements {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Elements found.
+        got: usize,
+        /// Elements wanted.
+        wanted: usize,
+    },
+    /// Two tensors of one call have different layouts.
+    LayoutMismatch {
+        /// Name of the argument.
+        argument: &'static str,
+    },
+    /// A per-channel argument has another number of channels than the tensor.
+    Channels {
+        /// Name of the argument.
+        argument: &'static str,
+        /// Channels found.
+        got: usize,
+        /// Channels wanted.
+        wanted: usize,
+    },
+    /// A parameter is NaN or infinite.
+    NotFinite {
+        /// Name of the argument.
+        argument: &'static str,
+        /// First channel where it is so.
+        channel: usize,
+        /// The value found there.
+        value: f64,
+    },
+    /// A variance, sum of squares or count is negative.
+    Negative {
+        /// Name of the argument.
+        argument: &'static str,
+        /// First channel where it is so.
+        channel: usize,
+        /// The value found there.
+        value: f64,
+    },
+    /// ε is negative, NaN or infinite.
+    Eps {
+        /// The value given.
+        value: f64,
+    },
+    /// ε is zero in training, where a constant channel would be divided by zero.
+    EpsZeroInTraining,
+    /// ε is zero although the variance of a channel is zero.
+    EpsZeroForZeroVariance {
+        /// First channel where it is so.
+        channel: usize,
+    },
+    /// A channel has too few values for the statistic asked of it.
+    TooFewValues {
+        /// First channel where it is so.
+        channel: usize,
+        /// How many values it has.
+        count: f64,
+        /// How many it needs.
+        wanted: u32,
+    },
+    /// Bytes that `from_bytes` cannot read.
+    Bytes {
+        /// What was to be read.
+        what: &'static str,
+        /// What is wrong with the bytes.
+        reason: &'static str,
+    },
+    /// A number of threads that cannot be had.
+    Threads {
+        /// What was asked for.
+        got: String,
+    },
+    /// An instruction-set level that is unknown or that this machine cannot run.
+    Level {
+        /// The name given.
+        got: String,
+        /// The names that this machine can run.
+        wanted: String,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rank { rank } => write!(f, "x has rank {rank}; wanted rank 2 or more: (batch, channels, ...)"),
+            Self::ChannelAxis { axis, rank } => write!(
+                f,
+                "channel_axis is {axis}; wanted an axis of a tensor of rank {rank}: 0 to {}, or -{rank} to -1",
+                rank.saturating_sub(1)
+            ),
+            Self::NoChannels => write!(f, "x has 0 channels; wanted 1 or more"),
+            Self::Overflow => write!(f, "x has more bytes than a 64-bit size can hold"),
+            Self::Elements { argument, got, wanted } => {
+                write!(f, "{argument} holds {got} elements; wanted {wanted}, as its layout says")
+            }
+            Self::LayoutMismatch { argument } => {
+                write!(f, "{argument} has another layout than x; wanted the same shape and memory order")
+            }
+            Self::Channels { argument, got, wanted } => {
+                write!(f, "{argument} has {got} channels; wanted {wanted}")
+            }
+            Self::NotFinite { argument, channel, value } => {
+                write!(f, "{argument} is {value} in channel {channel}; wanted a finite number")
+            }
+            Self::Negative { argument, channel, value } => {
+                write!(f, "{argument} is {value} in channel {channel}; wanted 0 or more")
+            }
+            Self::Eps { value } => write!(f, "eps is {value}; wanted a finite number, 0 or more"),
+            Self::EpsZeroInTraining => {
+                write!(f, "eps is 0 in training; wanted more than 0, since the variance of a batch may be 0")
+            }
+            Self::EpsZeroForZeroVariance { channel } => {
+                write!(f, "eps is 0 although var is 0 in channel {channel}; wanted eps > 0, or var > 0 everywhere")
+            }
+            Self::TooFewValues { channel, count, wanted } => {
+                write!(f, "channel {channel} has count {count}; wanted {wanted} values or more")
+            }
+            Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
+            Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
+            Self::Level { got, wanted } => {
+                write!(f, "the SIMD level is {got:?}; wanted one that this machine can run: {wanted}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Error {
+    /// Refuses the first value of a parameter that is NaN or infinite.
+    pub(crate) fn check_finite(argument: &'static str, values: &[f64]) -> Result<(), Self> {
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(channel) => Err(Self::NotFinite { argument, channel, value: values[channel] }),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses the first value that is below zero.
+    pub(crate) fn check_not_negative(argument: &'static str, values: &[f64]) -> Result<(), Self> {
+        match values.iter().position(|&v| v < 0.0) {
+            Some(channel) => Err(Self::Negative { argument, channel, value: values[channel] }),
+            None => Ok(()),
+        }
+    }
+
+    /// Counts are finite and not negative.
+    pub(crate) fn check_counts(count: &[f64]) -> Result<(), Self> {
+        Self::check_finite("count", count)?;
+        Self::check_not_negative("count", count)
+    }
+
+    /// A per-channel argument has as many channels as wanted.
+    pub(crate) fn check_channels(argument: &'static str, got: usize, wanted: usize) -> Result<(), Self> {
+        if got == wanted { Ok(()) } else { Err(Self::Channels { argument, got, wanted }) }
+    }
+}

@@ -1,0 +1,135 @@
+//! Threads. The only file that names rayon: a pool of our own, never the global one.
+//!
+//! The calling thread works too, so a pool of n threads has n − 1 workers. Which thread computes what is left to
+//! chance; what is computed is not (see [`crate::blocks`]).
+
+use crate::{error::Error, simd::FloatMode};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Below this many bytes the work is done before a sleeping thread has woken.
+const WORTH_A_THREAD: usize = 256 * 1024;
+const MOST_THREADS: usize = 1024;
+
+struct Pool {
+    /// The process that made the pool: its threads do not exist in a forked child.
+    process: u32,
+    threads: usize,
+    /// `None` where one thread is all there is.
+    workers: Option<Arc<rayon::ThreadPool>>,
+}
+
+static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+
+fn lock() -> MutexGuard<'static, Option<Pool>> {
+    // The guarded value is replaced whole, so a panic elsewhere cannot have left it half made.
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn build(threads: usize) -> Result<Pool, Error> {
+    let workers = match threads {
+        1 => None,
+        n => Some(Arc::new(
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(n - 1)
+                .thread_name(|i| format!("batchnorm-{i}"))
+                .build()
+                .map_err(|e| Error::Threads { got: format!("{n} ({e})") })?,
+        )),
+    };
+    Ok(Pool { process: std::process::id(), threads, workers })
+}
+
+/// `BATCHNORM_NUM_THREADS`, or the CPUs that the affinity mask and the cgroup quota leave to this process. Read once.
+fn default_threads() -> Result<usize, Error> {
+    static DEFAULT: OnceLock<Result<usize, Error>> = OnceLock::new();
+    DEFAULT.get_or_init(read_default_threads).clone()
+}
+
+fn read_default_threads() -> Result<usize, Error> {
+    match std::env::var("BATCHNORM_NUM_THREADS") {
+        Ok(text) => match text.trim().parse() {
+            Ok(n) if (1..=MOST_THREADS).contains(&n) => Ok(n),
+            _ => Err(Error::Threads { got: format!("{text:?} (environment variable BATCHNORM_NUM_THREADS)") }),
+        },
+        Err(std::env::VarError::NotPresent) => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+        Err(e) => Err(Error::Threads { got: format!("{e} (environment variable BATCHNORM_NUM_THREADS)") }),
+    }
+}
+
+/// The pool of this process, made at first use and again in a forked child.
+fn pool() -> Result<(usize, Option<Arc<rayon::ThreadPool>>), Error> {
+    let mut slot = lock();
+    let threads = match &*slot {
+        Some(pool) if pool.process == std::process::id() => return Ok((pool.threads, pool.workers.clone())),
+        Some(of_parent) => of_parent.threads,
+        None => default_threads()?,
+    };
+    let pool = build(threads)?;
+    let found = (pool.threads, pool.workers.clone());
+    // A parent's pool is leaked in the child: dropping it would signal threads that do not exist here.
+    std::mem::forget(slot.replace(pool));
+    Ok(found)
+}
+
+/// Sets the number of threads that work on one call, the caller's own included. Results do not depend on it.
+///
+/// # Errors
+/// [`Error::Threads`] unless 1 ≤ `n` ≤ 1024 and the system gives that many.
+pub fn set_num_threads(n: usize) -> Result<(), Error> {
+    if !(1..=MOST_THREADS).contains(&n) {
+        return Err(Error::Threads { got: n.to_string() });
+    }
+    let pool = build(n)?;
+    let old = lock().replace(pool);
+    if old.as_ref().is_some_and(|old| old.process != std::process::id()) {
+        std::mem::forget(old);
+    }
+    Ok(())
+}
+
+/// The number of threads that work on one call.
+///
+/// # Errors
+/// [`Error::Threads`] where `BATCHNORM_NUM_THREADS` is not a number from 1 to 1024.
+pub fn get_num_threads() -> Result<usize, Error> {
+    Ok(pool()?.0)
+}
+
+/// Refuses what `BATCHNORM_NUM_THREADS` may say wrongly, before a verb does anything.
+pub(crate) fn check() -> Result<(), Error> {
+    default_threads().map(drop)
+}
+
+/// Calls `f(0)`, …, `f(tasks − 1)`, on several threads where `bytes` of memory traffic make it worth while, and gives
+/// the results in order. Floating point is in the standard mode throughout.
+pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    let alone = || {
+        let _mode = FloatMode::standard();
+        (0..tasks).map(&f).collect()
+    };
+    if tasks < 2 || bytes < WORTH_A_THREAD {
+        return alone();
+    }
+    // A pool that the system refuses costs time, not correctness.
+    let Ok((threads, Some(workers))) = pool() else {
+        return alone();
+    };
+    let next = AtomicUsize::new(0);
+    let results: Vec<OnceLock<R>> = (0..tasks).map(|_| OnceLock::new()).collect();
+    let work = || {
+        let _mode = FloatMode::standard();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(slot) = results.get(i) else { break };
+            let _ = slot.set(f(i)); // `i` is handed out once, so the slot is empty
+        }
+    };
+    workers.in_place_scope(|scope| {
+        for _ in 1..threads.min(tasks) {
+            scope.spawn(|_| work());
+        }
+        work();
+    });
+    results.into_iter().filter_map(OnceLock::into_inner).collect()
+}

@@ -1,0 +1,91 @@
+//! The training forward pass (Algorithm 1): statistics of the batch, then the affine form they make.
+
+use crate::affine::{self, Affine, check_parameters, check_training_eps};
+use crate::blocks::{Family, Planar};
+use crate::element::Element;
+use crate::error::Error;
+use crate::infer::infer;
+use crate::moments::{Moments, moments, of_channel};
+use crate::simd::{AffineRuns, dispatch};
+use crate::view::{View, ViewMut};
+
+/// Normalizes x by given moments, which may be those of more than x: of all micro-batches or processes. Absent γ are
+/// ones, absent β zeros. What it returns, [`crate::backward`] needs.
+///
+/// # Errors
+/// Those of [`Affine::of_moments`] and [`infer`].
+pub fn normalize<T: Element>(
+    x: View<'_, T>,
+    moments: &Moments,
+    gamma: Option<&[f64]>,
+    beta: Option<&[f64]>,
+    eps: f64,
+    y: &mut ViewMut<'_, T>,
+) -> Result<Affine, Error> {
+    Error::check_channels("moments", moments.channels(), x.layout().channels())?;
+    let affine = Affine::of_moments(moments, gamma, beta, eps)?;
+    infer(x, &affine, y)?;
+    Ok(affine)
+}
+
+/// `normalize ∘ moments`, to the bit; where channels lie in runs, channel by channel, so that the second pass reads from
+/// cache.
+///
+/// # Errors
+/// Those of [`moments`] and [`normalize`]; nothing is written then.
+pub fn train_forward<T: Element>(
+    x: View<'_, T>,
+    gamma: Option<&[f64]>,
+    beta: Option<&[f64]>,
+    eps: f64,
+    y: &mut ViewMut<'_, T>,
+) -> Result<(Moments, Affine), Error> {
+    let _mode = crate::begin()?;
+    let layout = x.layout();
+    if layout != y.layout() {
+        return Err(Error::LayoutMismatch { argument: "out" });
+    }
+    check_training_eps(eps)?;
+    check_parameters(layout.channels(), gamma, beta)?;
+    if layout.count() < 2 {
+        return Err(Error::TooFewValues { channel: 0, count: layout.count() as f64, wanted: 2 });
+    }
+    match Family::of(layout) {
+        Family::Planar(planar) if planar.fuses() => {
+            let moments = fused(x, planar, gamma, beta, eps, y);
+            let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
+            Ok((moments, affine))
+        }
+        _ => {
+            let moments = moments(x)?;
+            let affine = normalize(x, &moments, gamma, beta, eps, y)?;
+            Ok((moments, affine))
+        }
+    }
+}
+
+fn fused<T: Element>(
+    x: View<'_, T>,
+    planar: Planar,
+    gamma: Option<&[f64]>,
+    beta: Option<&[f64]>,
+    eps: f64,
+    y: &mut ViewMut<'_, T>,
+) -> Moments {
+    let count = planar.outer * planar.inner;
+    let at = |values: Option<&[f64]>, c: usize, absent| values.map_or(absent, |values| values[c]);
+    let groups = y.map_tiles(&planar.groups(), |rect, y| {
+        let x = x.tile(planar.width(), rect);
+        let channel = |(c, cols): (usize, std::ops::Range<usize>)| {
+            let x = x.part(0..planar.outer, cols.clone());
+            let (mean, m2) = of_channel(&planar, x);
+            let scale = affine::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
+            let coefficients = affine::coefficients::<T>(mean, scale, at(beta, c, 0.0));
+            dispatch(AffineRuns { x, y: &y.part(0..planar.outer, cols), coefficients });
+            (mean, m2)
+        };
+        planar.channels_of(rect).map(channel).collect::<Vec<_>>()
+    });
+    let (mean, m2) = groups.into_iter().flatten().unzip();
+    Moments::of_equal_count(count, mean, m2)
+}

@@ -1,0 +1,323 @@
+//! Views of tensors: memory with a [`Layout`], and the one place where memory is cut into parts that are written at the
+//! same time.
+//!
+//! Elements may lie at any byte address. A view is cut into [`Tile`]s: rectangles of the matrix of `rows` × `width`
+//! elements that the memory is read as. Rectangles of a [`Grid`] are disjoint by construction, which is why
+//! [`ViewMut::map_tiles`] may hand them to several threads.
+
+#![allow(unsafe_code, reason = "raw tensor memory: unaligned, and written in parts by several threads")]
+
+use crate::{element::Element, error::Error, layout::Layout, parallel};
+use std::{marker::PhantomData, ops::Range};
+
+/// A tensor to be read.
+#[derive(Clone, Copy)]
+pub struct View<'a, T: Copy> {
+    data: *const T,
+    layout: Layout,
+    memory: PhantomData<&'a [T]>,
+}
+
+// SAFETY: a `View` only reads memory that nobody writes for `'a`, or (in place) that `map_tiles` hands to one thread at
+// a time; `T` is plain data.
+unsafe impl<T: Element> Send for View<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Element> Sync for View<'_, T> {}
+
+impl<'a, T: Element> View<'a, T> {
+    /// A tensor in a slice.
+    ///
+    /// # Errors
+    /// [`Error::Elements`] where the slice is not as long as the layout says.
+    pub fn new(data: &'a [T], layout: Layout) -> Result<Self, Error> {
+        check_length("x", data.len(), layout)?;
+        // SAFETY: the slice is readable for `'a` and holds `layout.len()` elements.
+        Ok(unsafe { Self::from_raw(data.as_ptr(), layout) })
+    }
+
+    /// A tensor at an address, which need not be aligned.
+    ///
+    /// # Safety
+    /// `layout.len()` elements at `data` are readable, and nobody writes them for `'a`.
+    pub unsafe fn from_raw(data: *const T, layout: Layout) -> Self {
+        Self { data, layout, memory: PhantomData }
+    }
+
+    /// The layout of the tensor.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Bytes of memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.len() * size_of::<T>()
+    }
+
+    /// The rectangle `rect` of this memory read as rows of `width` elements.
+    #[inline]
+    pub(crate) fn tile(&self, width: usize, rect: &Rect) -> Tile<'a, T> {
+        rect.check(self.layout.len(), width);
+        // SAFETY: the rectangle lies within `len` elements, as just checked.
+        let data = unsafe { self.data.add(rect.offset(width)) };
+        Tile { data, rows: rect.rows.len(), cols: rect.cols.len(), stride: width, memory: PhantomData }
+    }
+}
+
+/// A tensor to be written. What it holds before is never read, except in place.
+pub struct ViewMut<'a, T: Copy> {
+    data: *mut T,
+    layout: Layout,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a `ViewMut` is the only one that writes its memory for `'a`; `T` is plain data.
+unsafe impl<T: Element> Send for ViewMut<'_, T> {}
+// SAFETY: through a shared reference only `map_tiles` writes, and it takes `&mut self`.
+unsafe impl<T: Element> Sync for ViewMut<'_, T> {}
+
+impl<'a, T: Element> ViewMut<'a, T> {
+    /// A tensor in a slice.
+    ///
+    /// # Errors
+    /// [`Error::Elements`] where the slice is not as long as the layout says.
+    pub fn new(data: &'a mut [T], layout: Layout) -> Result<Self, Error> {
+        check_length("out", data.len(), layout)?;
+        // SAFETY: the slice is writable for `'a` and holds `layout.len()` elements.
+        Ok(unsafe { Self::from_raw(data.as_mut_ptr(), layout) })
+    }
+
+    /// A tensor at an address, which need not be aligned.
+    ///
+    /// # Safety
+    /// `layout.len()` elements at `data` are writable, and nobody else reads or writes them for `'a`.
+    pub unsafe fn from_raw(data: *mut T, layout: Layout) -> Self {
+        Self { data, layout, memory: PhantomData }
+    }
+
+    /// The layout of the tensor.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Calls `f` once with every rectangle of `grid`, on several threads where that pays, and gives what it returned
+    /// in the order of the grid.
+    pub(crate) fn map_tiles<R: Send + Sync>(
+        &mut self,
+        grid: &Grid,
+        f: impl Fn(&Rect, TileMut<'_, T>) -> R + Sync,
+    ) -> Vec<R> {
+        let (len, data) = (self.layout.len(), SendPtr(self.data));
+        parallel::map(grid.len(), len * size_of::<T>(), |i| {
+            let rect = grid.rect(i);
+            rect.check(len, grid.width);
+            // SAFETY: the rectangle lies within `len` elements, as just checked.
+            let data = unsafe { data.get().add(rect.offset(grid.width)) };
+            // Rectangles of a grid are disjoint and `parallel::map` calls with every `i` once, so no two tiles that
+            // live at the same time share an element.
+            let tile =
+                TileMut { data, rows: rect.rows.len(), cols: rect.cols.len(), stride: grid.width, memory: PhantomData };
+            f(&rect, tile)
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+struct SendPtr<T: Copy>(*mut T);
+// SAFETY: only `map_tiles` dereferences it, in disjoint rectangles.
+unsafe impl<T: Copy> Send for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T: Copy> Sync for SendPtr<T> {}
+
+impl<T: Copy> SendPtr<T> {
+    fn get(&self) -> *mut T {
+        self.0
+    }
+}
+
+fn check_length(argument: &'static str, got: usize, layout: Layout) -> Result<(), Error> {
+    let wanted = layout.len();
+    if got == wanted { Ok(()) } else { Err(Error::Elements { argument, got, wanted }) }
+}
+
+/// A rectangle of a matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rect {
+    pub(crate) rows: Range<usize>,
+    pub(crate) cols: Range<usize>,
+}
+
+impl Rect {
+    fn offset(&self, width: usize) -> usize {
+        self.rows.start * width + self.cols.start
+    }
+
+    /// Panics if the rectangle leaves a matrix of `len` elements in rows of `width`: a defect of this crate.
+    fn check(&self, len: usize, width: usize) {
+        let inside = self.rows.start < self.rows.end
+            && self.cols.start < self.cols.end
+            && self.cols.end <= width
+            && self.rows.end <= len / width;
+        assert!(inside, "{self:?} leaves a matrix of {len} elements in rows of {width}");
+    }
+}
+
+/// A matrix of `rows` × `width` cut into disjoint rectangles of `row_step` × `col_step`, row by row.
+#[derive(Debug, Clone)]
+pub(crate) struct Grid {
+    rows: usize,
+    width: usize,
+    row_step: usize,
+    col_step: usize,
+}
+
+impl Grid {
+    pub(crate) fn new(rows: usize, width: usize, row_step: usize, col_step: usize) -> Self {
+        Self { rows, width, row_step: row_step.max(1), col_step: col_step.max(1) }
+    }
+
+    fn across(&self) -> usize {
+        self.width.div_ceil(self.col_step)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.rows.div_ceil(self.row_step) * self.across()
+    }
+
+    pub(crate) fn rect(&self, i: usize) -> Rect {
+        let (r, c) = (i / self.across() * self.row_step, i % self.across() * self.col_step);
+        Rect { rows: r..self.rows.min(r + self.row_step), cols: c..self.width.min(c + self.col_step) }
+    }
+}
+
+/// A rectangle of a tensor to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<'a, T: Copy> {
+    data: *const T,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    memory: PhantomData<&'a [T]>,
+}
+
+impl<'a, T: Element> Tile<'a, T> {
+    #[inline(always)]
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> Row<'a, T> {
+        assert!(r < self.rows);
+        // SAFETY: row `r` lies within the rectangle.
+        let data = unsafe { self.data.add(r * self.stride) };
+        Row { data, len: self.cols, memory: PhantomData }
+    }
+
+    /// The part of this rectangle in the given rows and columns.
+    #[inline(always)]
+    pub(crate) fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(rows.start < rows.end && rows.end <= self.rows && cols.start < cols.end && cols.end <= self.cols);
+        // SAFETY: the part lies within this rectangle.
+        let data = unsafe { self.data.add(rows.start * self.stride + cols.start) };
+        Self { data, rows: rows.len(), cols: cols.len(), ..*self }
+    }
+}
+
+/// A rectangle of a tensor to be written. It belongs to one thread (raw pointers are not `Sync`), so reading it through
+/// [`TileMut::as_tile`] between writes is no race.
+pub(crate) struct TileMut<'a, T: Copy> {
+    data: *mut T,
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element> TileMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> RowMut<'_, T> {
+        assert!(r < self.rows);
+        // SAFETY: row `r` lies within the rectangle.
+        let data = unsafe { self.data.add(r * self.stride) };
+        RowMut { data, len: self.cols, memory: PhantomData }
+    }
+
+    /// The part of this rectangle in the given rows and columns.
+    #[inline(always)]
+    pub(crate) fn part(&self, rows: Range<usize>, cols: Range<usize>) -> TileMut<'_, T> {
+        assert!(rows.start < rows.end && rows.end <= self.rows && cols.start < cols.end && cols.end <= self.cols);
+        // SAFETY: the part lies within this rectangle.
+        let data = unsafe { self.data.add(rows.start * self.stride + cols.start) };
+        TileMut { data, rows: rows.len(), cols: cols.len(), stride: self.stride, memory: PhantomData }
+    }
+
+    /// The same memory to be read: the input of a kernel that works in place.
+    #[inline(always)]
+    pub(crate) fn as_tile(&self) -> Tile<'_, T> {
+        Tile { data: self.data, rows: self.rows, cols: self.cols, stride: self.stride, memory: PhantomData }
+    }
+}
+
+/// Adjacent elements to be read. It holds a pointer and no slice, since in place the same elements are being written.
+#[derive(Clone, Copy)]
+pub(crate) struct Row<'a, T: Copy> {
+    data: *const T,
+    len: usize,
+    memory: PhantomData<&'a [T]>,
+}
+
+impl<T: Element> Row<'_, T> {
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Elements `k·N .. (k+1)·N`.
+    #[inline(always)]
+    pub(crate) fn chunk<const N: usize>(&self, k: usize) -> [T; N] {
+        assert!(k < self.len / N);
+        // SAFETY: (k+1)·N <= len, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(k * N).cast::<[T; N]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    pub(crate) fn at(&self, i: usize) -> T {
+        assert!(i < self.len);
+        // SAFETY: i < len, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(i).read_unaligned() }
+    }
+}
+
+/// Adjacent elements to be written.
+pub(crate) struct RowMut<'a, T: Copy> {
+    data: *mut T,
+    len: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element> RowMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Writes elements `k·N .. (k+1)·N`.
+    #[inline(always)]
+    pub(crate) fn set_chunk<const N: usize>(&self, k: usize, values: [T; N]) {
+        assert!(k < self.len / N);
+        // SAFETY: (k+1)·N <= len, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(k * N).cast::<[T; N]>().write_unaligned(values) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn set(&self, i: usize, value: T) {
+        assert!(i < self.len);
+        // SAFETY: i < len, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(i).write_unaligned(value) }
+    }
+}
