@@ -240,6 +240,11 @@ pub(crate) struct TileMut<'a, T: Copy> {
 
 impl<T: Element> TileMut<'_, T> {
     #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    #[inline(always)]
     pub(crate) fn row(&self, r: usize) -> RowMut<'_, T> {
         assert!(r < self.rows);
         // SAFETY: row `r` lies within the rectangle.

@@ -13,6 +13,12 @@ const STEP: usize = 8;
 /// Rows in a step.
 const ROWS: usize = 4;
 
+/// The first `chunks` whole steps of a slice.
+#[inline(always)]
+fn steps<V>(values: &[V], chunks: usize) -> &[[V; STEP]] {
+    &values.as_chunks::<STEP>().0[..chunks]
+}
+
 /// Mean and M2 of each column of a block.
 pub(crate) struct MomentRows<'a, T: Element> {
     pub(crate) x: Tile<'a, T>,
@@ -123,20 +129,15 @@ impl<T: Element> Kernel for AffineRows<'_, '_, T> {
     #[inline(always)]
     fn run(self) {
         let [high, low, s, beta] = self.coefficients;
-        let chunks = self.x.cols() / STEP;
-        let steps = [
-            high.as_chunks::<STEP>().0,
-            low.as_chunks::<STEP>().0,
-            s.as_chunks::<STEP>().0,
-            beta.as_chunks::<STEP>().0,
-        ];
+        let chunks = self.y.cols() / STEP;
+        let (highs, lows) = (steps(high, chunks), steps(low, chunks));
+        let (scales, betas) = (steps(s, chunks), steps(beta, chunks));
         for r in (0..self.x.rows()).rev() {
             let (x, y) = (self.x.row(r), self.y.row(r));
-            for (k, (((high, low), s), beta)) in steps[0].iter().zip(steps[1]).zip(steps[2]).zip(steps[3]).enumerate() {
+            for k in 0..chunks {
                 let values: [T; STEP] = x.chunk(k);
-                let result =
-                    std::array::from_fn(|lane| affine(values[lane], [high[lane], low[lane], s[lane], beta[lane]]));
-                y.set_chunk::<STEP>(k, result);
+                let (high, low, s, beta) = (&highs[k], &lows[k], &scales[k], &betas[k]);
+                y.set_chunk::<STEP>(k, std::array::from_fn(|i| affine(values[i], [high[i], low[i], s[i], beta[i]])));
             }
             for j in chunks * STEP..y.len() {
                 y.set(j, affine(x.at(j), [high[j], low[j], s[j], beta[j]]));
@@ -214,16 +215,24 @@ impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
     #[inline(always)]
     fn run(self) {
         let [mean, offset, slope, scale] = self.coefficients;
-        let at = |j: usize| Apply { mean: mean[j], offset: offset[j], slope: slope[j], scale: scale[j] };
-        let chunks = self.dx.row(0).len() / STEP;
+        let chunks = self.dx.cols() / STEP;
+        let (means, offsets) = (steps(mean, chunks), steps(offset, chunks));
+        let (slopes, scales) = (steps(slope, chunks), steps(scale, chunks));
         for r in (0..self.dy.rows()).rev() {
             let (dy, x, dx) = (self.dy.row(r), self.x.row(r), self.dx.row(r));
             for k in 0..chunks {
                 let (dys, xs): ([T; STEP], [T; STEP]) = (dy.chunk(k), x.chunk(k));
-                dx.set_chunk::<STEP>(k, std::array::from_fn(|lane| at(k * STEP + lane).dx(dys[lane], xs[lane])));
+                let (mean, offset, slope, scale) = (&means[k], &offsets[k], &slopes[k], &scales[k]);
+                dx.set_chunk::<STEP>(
+                    k,
+                    std::array::from_fn(|i| {
+                        Apply { mean: mean[i], offset: offset[i], slope: slope[i], scale: scale[i] }.dx(dys[i], xs[i])
+                    }),
+                );
             }
             for j in chunks * STEP..dx.len() {
-                dx.set(j, at(j).dx(dy.at(j), x.at(j)));
+                let c = Apply { mean: mean[j], offset: offset[j], slope: slope[j], scale: scale[j] };
+                dx.set(j, c.dx(dy.at(j), x.at(j)));
             }
         }
     }
