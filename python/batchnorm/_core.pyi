@@ -1,12 +1,34 @@
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm._types import Gradients
 
+__all__ = [
+    "Affine",
+    "Cache",
+    "GradientSums",
+    "Moments",
+    "__version__",
+    "backward",
+    "get_num_threads",
+    "gradient_apply",
+    "gradient_sums",
+    "infer",
+    "infer_backward",
+    "moments",
+    "normalize",
+    "set_num_threads",
+    "set_simd_level",
+    "simd_level",
+    "simd_levels",
+    "train_forward",
+]
+
 __version__: Final[str]
 
+@final
 class Moments:
     def __new__(cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike) -> Moments: ...
     @property
@@ -25,9 +47,10 @@ class Moments:
     def to_bytes(self) -> bytes: ...
     @staticmethod
     def from_bytes(data: bytes) -> Moments: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
 
+@final
 class GradientSums:
     def __new__(cls, count: ArrayLike, dgamma: ArrayLike, dbeta: ArrayLike) -> GradientSums: ...
     @property
@@ -42,9 +65,10 @@ class GradientSums:
     def to_bytes(self) -> bytes: ...
     @staticmethod
     def from_bytes(data: bytes) -> GradientSums: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
 
+@final
 class Cache:
     @property
     def x(self) -> NDArray[Any]: ...
@@ -57,6 +81,7 @@ class Cache:
     @property
     def channel_axis(self) -> int: ...
 
+@final
 class Affine:
     def __new__(
         cls,

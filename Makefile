@@ -1,0 +1,80 @@
+# One list of tasks; CI runs the same ones. `make help` prints it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What a built module depends on.
+RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
+step = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: requirements
+requirements:
+	@command -v cargo >/dev/null || { echo "missing: a Rust toolchain (cargo), see https://rustup.rs" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON); name another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "missing: Python 3.11 or later ($(PYTHON) is $$($(PYTHON) -V 2>&1)); name another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "missing: Python's venv module (on Debian and Ubuntu: the package python3-venv)" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "missing: a C linker (cc), which Rust needs (on Debian and Ubuntu: the package gcc)" >&2; exit 1; }
+
+$(VENV)/.packages: tests/requirements.txt tests/constraints.txt | requirements
+	$(call step,Installing Python packages into $(VENV))
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt -c tests/constraints.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(RUST_SOURCES) pyproject.toml service/pyproject.toml
+	$(call step,Building the Rust core and installing both distributions)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c tests/constraints.txt -e . -e ./service
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.built ## Make .venv with both distributions and all that the tests need
+
+.PHONY: demo
+demo: setup ## Train, freeze, export and serve on real data (writes demo-output/)
+	$(call step,Running the demonstration)
+	@$(BIN)/batchnorm demo --output demo-output
+
+.PHONY: lint
+lint: setup ## Formatting, lints, types, and the stub against the compiled module
+	$(call step,Lint: cargo fmt and clippy)
+	@cargo fmt --all --check
+	@cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	$(call step,Lint: ruff)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	$(call step,Lint: mypy and stubtest)
+	@$(BIN)/mypy
+	@$(BIN)/python -m mypy.stubtest batchnorm._core --concise
+
+.PHONY: test-rust
+test-rust: requirements ## The core's own tests, without Python
+	$(call step,Testing the Rust core)
+	@cargo test -p batchnorm --locked --quiet
+
+.PHONY: test
+test: lint test-rust ## Everything but the long forms (no root; at most 8 minutes on two cores)
+	$(call step,Testing Python ONNX Runtime and the service)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5
+
+.PHONY: test-all
+test-all: test ## What needs system packages or time as well
+	$(call step,Testing the long forms)
+	@$(BIN)/python -m pytest -q -m long --durations=5
+
+.PHONY: bench
+bench: setup ## Time us and NumPy's two-pass expression side by side, with the floor of a copy
+	@$(BIN)/python tests/bench.py
+
+.PHONY: clean
+clean: ## Remove what was built
+	rm -rf $(VENV) target demo-output bench-output

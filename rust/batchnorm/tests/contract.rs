@@ -1,0 +1,253 @@
+//! The numerical contract from outside, without Python.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failing unwrap is a failing test")]
+
+use batchnorm::{
+    Affine, Element, Error, GradientSums, Layout, Moments, View, ViewMut, backward, bf16, f16, get_num_threads,
+    gradient_apply, gradient_sums, infer, infer_backward, infer_in_place, moments, normalize, set_num_threads,
+    set_simd_level, simd_level, simd_levels, train_forward,
+};
+
+const EPS: f64 = 1e-5;
+
+/// (outer, channels, inner) on either side of lane, line, block and family widths.
+const LAYOUTS: [(usize, usize, usize); 16] = [
+    (2, 1, 1),
+    (3, 5, 1),
+    (257, 17, 1),
+    (1500, 70, 1),
+    (9, 3, 2),
+    (300, 5, 31),
+    (7, 3, 32),
+    (5, 20, 33),
+    (90, 18, 49),
+    (4, 16, 784),
+    (3, 2, 4096),
+    (2, 3, 4097),
+    (2, 17, 9000),
+    (70_000, 3, 1),
+    (1, 1, 100_003),
+    (40, 2, 5000),
+];
+
+/// Reproducible noise in [-1, 1) (a linear congruential generator; Knuth's constants).
+fn noise(seed: u64) -> impl Iterator<Item = f64> {
+    std::iter::successors(Some(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1), |s| {
+        Some(s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407))
+    })
+    .map(|s| (s >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
+}
+
+fn tensor<T: Element>(layout: Layout, seed: u64, mean: f64) -> Vec<T> {
+    noise(seed).skip(8).take(layout.len()).map(|v| T::from_f64(v + mean)).collect()
+}
+
+fn parameters(channels: usize) -> (Vec<f64>, Vec<f64>) {
+    let mut values = noise(99).skip(8);
+    let gamma = values.by_ref().take(channels).map(|v| f64::from(v as f32)).collect();
+    (gamma, values.take(channels).map(|v| f64::from(v as f32)).collect())
+}
+
+fn bits<T: Element>(values: &[T]) -> Vec<u64> {
+    values.iter().map(|v| v.to_f64().to_bits()).collect()
+}
+
+/// The values of one channel.
+fn channel<T: Element>(x: &[T], layout: Layout, c: usize) -> Vec<f64> {
+    let (outer, channels, inner) = (layout.outer(), layout.channels(), layout.inner());
+    let at = |o: usize| &x[(o * channels + c) * inner..(o * channels + c + 1) * inner];
+    (0..outer).flat_map(|o| at(o).iter().map(|v| v.to_f64())).collect()
+}
+
+/// Sum by Neumaier's compensation: twice the precision of float64.
+fn sum(values: impl Iterator<Item = f64>) -> f64 {
+    let (mut total, mut lost) = (0.0f64, 0.0);
+    for v in values {
+        let t = total + v;
+        lost += if total.abs() >= v.abs() { (total - t) + v } else { (v - t) + total };
+        total = t;
+    }
+    total + lost
+}
+
+/// Everything that a layer computes, as bits.
+fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
+    let (x, dy) = (tensor::<T>(layout, 1, mean), tensor::<T>(layout, 2, 0.0));
+    let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
+    let (gamma, beta) = parameters(layout.channels());
+    let (gamma, beta) = (Some(&gamma[..]), Some(&beta[..]));
+    let zero = vec![T::from_f64(0.0); layout.len()];
+
+    let mut y = zero.clone();
+    let (m, affine) = train_forward(x, gamma, beta, EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+    let mut halves = zero.clone();
+    assert_eq!(moments(x).unwrap(), m, "train_forward and moments differ: {layout:?}");
+    let from_halves = normalize(x, &m, gamma, beta, EPS, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
+    assert_eq!(from_halves, affine);
+    assert_eq!(bits(&halves), bits(&y), "train_forward and normalize differ: {layout:?}");
+
+    let mut dx = zero.clone();
+    let sums = backward(dy, x, &affine, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
+    assert_eq!(gradient_sums(dy, x, &affine).unwrap(), sums);
+    gradient_apply(dy, x, &affine, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
+    assert_eq!(bits(&halves), bits(&dx), "backward and gradient_apply differ: {layout:?}");
+
+    let frozen = Affine::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
+    let mut z = zero.clone();
+    infer(x, &frozen, &mut ViewMut::new(&mut z, layout).unwrap()).unwrap();
+    let mut in_place = tensor::<T>(layout, 1, mean);
+    infer_in_place(&frozen, &mut ViewMut::new(&mut in_place, layout).unwrap()).unwrap();
+    assert_eq!(bits(&in_place), bits(&z), "in place and not differ: {layout:?}");
+    let mut frozen_dx = zero;
+    let frozen_sums = infer_backward(dy, x, &frozen, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
+
+    let sums = [sums.dgamma(), sums.dbeta(), frozen_sums.dgamma(), m.mean(), m.m2()].map(bits);
+    [bits(&y), bits(&dx), bits(&z), bits(&frozen_dx)].into_iter().chain(sums).collect()
+}
+
+fn same_bits<T: Element>() {
+    for (outer, channels, inner) in LAYOUTS {
+        let layout = Layout::new(outer, channels, inner).unwrap();
+        set_num_threads(1).unwrap();
+        set_simd_level(Some("baseline")).unwrap();
+        let wanted = everything::<T>(layout, 3.0);
+        let mut ran = Vec::new();
+        for threads in [1, 2, 3, 8] {
+            set_num_threads(threads).unwrap();
+            for level in simd_levels() {
+                set_simd_level(Some(level.name())).unwrap();
+                assert!(everything::<T>(layout, 3.0) == wanted, "{layout:?} on {threads} threads at {level:?}");
+                ran.push((get_num_threads().unwrap(), simd_level().unwrap()));
+            }
+        }
+        ran.sort_by_key(|&(threads, level)| (threads, level.name()));
+        ran.dedup();
+        assert_eq!(ran.len(), 4 * simd_levels().len());
+    }
+}
+
+/// One test for all types, since the number of threads and the level belong to the process.
+#[test]
+fn bits_do_not_depend_on_threads_or_levels() {
+    same_bits::<f32>();
+    same_bits::<f64>();
+    same_bits::<f16>();
+    same_bits::<bf16>();
+    set_simd_level(None).unwrap();
+}
+
+#[test]
+fn statistics_are_accurate_at_any_mean() {
+    for (outer, channels, inner) in LAYOUTS {
+        let layout = Layout::new(outer, channels, inner).unwrap();
+        for mean in [0.0, 1e2, 1e6] {
+            let x = tensor::<f64>(layout, 5, mean);
+            let m = moments(View::new(&x, layout).unwrap()).unwrap();
+            for c in 0..channels {
+                let values = channel(&x, layout, c);
+                let n = values.len() as f64;
+                let about = sum(values.iter().map(|v| v - mean)) / n; // exact mean, less `mean`
+                let m2 = sum(values.iter().map(|v| ((v - mean) - about).powi(2)));
+                let kappa = mean / (m2 / n).sqrt();
+                assert!((m.mean()[c] - mean - about).abs() <= 1e-15 * (1.0 + mean), "{layout:?} {mean}");
+                assert!((m.m2()[c] - m2).abs() <= 1e-15 * (10.0 + kappa) * m2, "{layout:?} {mean}: {} {m2}", m.m2()[c]);
+            }
+        }
+    }
+}
+
+/// The block's pivot is far from everything else: the second pass about the mean must save the variance.
+#[test]
+fn an_outlier_at_the_start_of_a_block_costs_no_accuracy() {
+    for (outer, channels, inner) in [(4000, 3, 1), (2, 3, 6000)] {
+        let layout = Layout::new(outer, channels, inner).unwrap();
+        let mut x = tensor::<f64>(layout, 7, 0.0);
+        let first = if inner == 1 { 8 * channels } else { 16 };
+        x[..first].fill(1e9);
+        let m = moments(View::new(&x, layout).unwrap()).unwrap();
+        for c in 0..channels {
+            let values = channel(&x, layout, c);
+            let mean = sum(values.iter().copied()) / values.len() as f64;
+            let m2 = sum(values.iter().map(|v| (v - mean).powi(2)));
+            assert!((m.m2()[c] - m2).abs() <= 2e-14 * m2, "{layout:?}: {} {m2}", m.m2()[c]);
+        }
+    }
+}
+
+#[test]
+fn a_constant_channel_gives_beta_and_no_variance() {
+    for (outer, channels, inner) in LAYOUTS {
+        let layout = Layout::new(outer, channels, inner).unwrap();
+        for value in [0.1, 1e300, 1e-300, -7.3e9] {
+            let x = vec![value; layout.len()];
+            let (_, beta) = parameters(channels);
+            let mut y = vec![0.0; layout.len()];
+            let view = View::new(&x, layout).unwrap();
+            let (m, _) =
+                train_forward(view, None, Some(&beta), EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+            assert!(m.mean().iter().all(|&mean| mean == value) && m.m2().iter().all(|&m2| m2 == 0.0), "{layout:?}");
+            for (c, b) in beta.iter().enumerate() {
+                assert!(channel(&y, layout, c).iter().all(|y| y == b), "{layout:?} {value}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_in_its_channel() {
+    for (outer, channels, inner) in [(600, 5, 1), (9, 5, 4), (6, 5, 50), (3, 20, 5000)] {
+        let layout = Layout::new(outer, channels, inner).unwrap();
+        for bad in [f64::NAN, f64::INFINITY] {
+            let clean = tensor::<f64>(layout, 3, 1.0);
+            let mut x = clean.clone();
+            x[2 * inner] = bad; // channel 2
+            let [(m, y), (wanted, wanted_y)] = [&x, &clean].map(|x| {
+                let mut y = vec![0.0; layout.len()];
+                let view = View::new(x, layout).unwrap();
+                let (m, _) = train_forward(view, None, None, EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+                (m, y)
+            });
+            for c in 0..channels {
+                if c == 2 {
+                    assert!(m.m2()[c].is_nan() && channel(&y, layout, c).iter().all(|y| y.is_nan()));
+                } else {
+                    assert_eq!((m.mean()[c], m.m2()[c]), (wanted.mean()[c], wanted.m2()[c]));
+                    assert_eq!(channel(&y, layout, c), channel(&wanted_y, layout, c));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn moments_and_sums_merge_and_travel() {
+    let one = Moments::new(vec![2.0, 0.0], vec![1.0, 0.0], vec![0.5, 0.0]).unwrap();
+    let other = Moments::new(vec![1.0, 3.0], vec![4.0, 5.0], vec![0.0, 6.0]).unwrap();
+    let merged = one.merge(&other).unwrap();
+    assert_eq!((merged.count(), merged.mean(), merged.m2()), (&[3.0, 3.0][..], &[2.0, 5.0][..], &[6.5, 6.0][..]));
+    assert_eq!(Moments::from_bytes(&merged.to_bytes()), Ok(merged.clone()));
+    assert!(matches!(Moments::from_bytes(&merged.to_bytes()[1..]), Err(Error::Bytes { .. })));
+    assert!(matches!(Moments::from_bytes(&[&merged.to_bytes()[..], &[0]].concat()), Err(Error::Bytes { .. })));
+    assert!(matches!(one.var(), Err(Error::TooFewValues { channel: 1, .. })));
+
+    let sums = GradientSums::new(vec![2.0], vec![3.0], vec![4.0]).unwrap();
+    let twice = sums.merge(&sums).unwrap();
+    assert_eq!((twice.count(), twice.dgamma(), twice.dbeta()), (&[4.0][..], &[6.0][..], &[8.0][..]));
+    assert_eq!(GradientSums::from_bytes(&twice.to_bytes()), Ok(twice));
+}
+
+/// The refusals that Python's callers cannot reach, since the binding makes buffers and layouts agree.
+#[test]
+fn mismatched_buffers_are_refused() {
+    let (layout, other) = (Layout::new(4, 2, 1).unwrap(), Layout::new(2, 4, 1).unwrap());
+    let x = [0.0f32; 8];
+    assert!(matches!(View::new(&x[1..], layout), Err(Error::Elements { argument: "x", got: 7, wanted: 8 })));
+    let mut y = [0.0f32; 8];
+    assert!(matches!(ViewMut::new(&mut y[1..], layout), Err(Error::Elements { argument: "out", .. })));
+    let view = View::new(&x, layout).unwrap();
+    let affine = Affine::new(&[0.0; 2], &[1.0; 2], None, None, EPS).unwrap();
+    let mut y = ViewMut::new(&mut y, other).unwrap();
+    assert_eq!(infer(view, &affine, &mut y), Err(Error::LayoutMismatch { argument: "out" }));
+    let sums = gradient_sums(View::new(&x, other).unwrap(), view, &affine);
+    assert_eq!(sums, Err(Error::LayoutMismatch { argument: "dy" }));
+}
