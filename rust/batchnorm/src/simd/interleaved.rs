@@ -6,17 +6,17 @@
 
 use super::{Apply, Kernel, affine};
 use crate::element::Element;
-use crate::view::{Tile, TileMut};
+use crate::view::{Row, RowMut, Tile, TileMut};
 
 /// Columns in a step.
 const STEP: usize = 8;
 /// Rows in a step.
 const ROWS: usize = 4;
 
-/// The first `chunks` whole steps of a slice.
+/// A slice in whole steps of `N`; the rest is left out.
 #[inline(always)]
-fn steps<V>(values: &[V], chunks: usize) -> &[[V; STEP]] {
-    &values.as_chunks::<STEP>().0[..chunks]
+fn steps<V, const N: usize>(values: &[V]) -> &[[V; N]] {
+    values.as_chunks().0
 }
 
 /// Mean and M2 of each column of a block.
@@ -70,10 +70,23 @@ fn pivots<T: Element>(x: Tile<'_, T>, pivot: &mut [f64]) {
     }
 }
 
-/// Adds up to four values in a fixed tree.
+/// Applies an operation lane by lane. Sums of rows are written so, and not as loops over lanes around sums of rows, since
+/// the compiler would else gather the four rows of one lane into a register.
 #[inline(always)]
-fn pairwise<const R: usize>(d: [f64; R]) -> f64 {
-    if R == ROWS { (d[0] + d[1]) + (d[2] + d[R - 1]) } else { d[0] }
+fn zip<const N: usize>(a: [f64; N], b: [f64; N], f: impl Fn(f64, f64) -> f64) -> [f64; N] {
+    std::array::from_fn(|lane| f(a[lane], b[lane]))
+}
+
+/// Adds up to four rows in a fixed tree.
+#[inline(always)]
+fn pairwise<const N: usize, const R: usize>(d: [[f64; N]; R]) -> [f64; N] {
+    let add = |a, b| zip(a, b, |a, b| a + b);
+    if R == ROWS { add(add(d[0], d[1]), add(d[2], d[R - 1])) } else { d[0] }
+}
+
+#[inline(always)]
+fn wide<T: Element, const N: usize>(values: [T; N]) -> [f64; N] {
+    values.map(T::to_f64)
 }
 
 #[inline(always)]
@@ -95,24 +108,30 @@ fn add_deviations_of<T: Element, const R: usize>(
     sum: &mut [f64],
     squares: &mut [f64],
 ) {
-    let rows: [_; R] = std::array::from_fn(|i| x.row(r + i));
-    let chunks = x.cols() / STEP;
-    let (pivots, _) = pivot.as_chunks::<STEP>();
-    let (sums, _) = sum.as_chunks_mut::<STEP>();
-    let (squared, _) = squares.as_chunks_mut::<STEP>();
-    for (k, ((pivot, sum), squares)) in pivots.iter().zip(sums).zip(squared).enumerate() {
-        let values: [[T; STEP]; R] = std::array::from_fn(|i| rows[i].chunk(k));
-        for lane in 0..STEP {
-            let d: [f64; R] = std::array::from_fn(|i| values[i][lane].to_f64() - pivot[lane]);
-            sum[lane] += pairwise(d);
-            squares[lane] += pairwise(d.map(|d| d * d));
-        }
+    let rows = std::array::from_fn(|i| x.row(r + i));
+    let whole = x.cols() - x.cols() % STEP;
+    for k in 0..whole / STEP {
+        add_step::<T, STEP, R>(rows, k, pivot, sum, squares);
     }
-    for j in chunks * STEP..x.cols() {
-        let d: [f64; R] = std::array::from_fn(|i| rows[i].at(j).to_f64() - pivot[j]);
-        sum[j] += pairwise(d);
-        squares[j] += pairwise(d.map(|d| d * d));
+    for j in whole..x.cols() {
+        add_step::<T, 1, R>(rows, j, pivot, sum, squares);
     }
+}
+
+/// Columns `k·N .. (k+1)·N` of `R` rows.
+#[inline(always)]
+fn add_step<T: Element, const N: usize, const R: usize>(
+    rows: [Row<'_, T>; R],
+    k: usize,
+    pivot: &[f64],
+    sum: &mut [f64],
+    squares: &mut [f64],
+) {
+    let pivot = steps::<_, N>(pivot)[k];
+    let (sum, squares) = (&mut sum.as_chunks_mut().0[k], &mut squares.as_chunks_mut().0[k]);
+    let d: [[f64; N]; R] = std::array::from_fn(|i| zip(wide(rows[i].chunk(k)), pivot, |v, p| v - p));
+    *sum = zip(*sum, pairwise(d), |a, b| a + b);
+    *squares = zip(*squares, pairwise(d.map(|d| zip(d, d, |a, b| a * b))), |a, b| a + b);
 }
 
 /// y = (x − mean)·s + β, with coefficients a column.
@@ -128,22 +147,24 @@ impl<T: Element> Kernel for AffineRows<'_, '_, T> {
 
     #[inline(always)]
     fn run(self) {
-        let [high, low, s, beta] = self.coefficients;
-        let chunks = self.y.cols() / STEP;
-        let (highs, lows) = (steps(high, chunks), steps(low, chunks));
-        let (scales, betas) = (steps(s, chunks), steps(beta, chunks));
+        let whole = self.y.cols() - self.y.cols() % STEP;
         for r in (0..self.x.rows()).rev() {
             let (x, y) = (self.x.row(r), self.y.row(r));
-            for k in 0..chunks {
-                let values: [T; STEP] = x.chunk(k);
-                let (high, low, s, beta) = (&highs[k], &lows[k], &scales[k], &betas[k]);
-                y.set_chunk::<STEP>(k, std::array::from_fn(|i| affine(values[i], [high[i], low[i], s[i], beta[i]])));
+            for k in 0..whole / STEP {
+                affine_step::<T, STEP>(x, &y, k, self.coefficients);
             }
-            for j in chunks * STEP..y.len() {
-                y.set(j, affine(x.at(j), [high[j], low[j], s[j], beta[j]]));
+            for j in whole..y.len() {
+                affine_step::<T, 1>(x, &y, j, self.coefficients);
             }
         }
     }
+}
+
+#[inline(always)]
+fn affine_step<T: Element, const N: usize>(x: Row<'_, T>, y: &RowMut<'_, T>, k: usize, columns: [&[T::Wide]; 4]) {
+    let values: [T; N] = x.chunk(k);
+    let [high, low, s, beta] = columns.map(|column| &steps::<_, N>(column)[k]);
+    y.set_chunk::<N>(k, std::array::from_fn(|i| affine(values[i], [high[i], low[i], s[i], beta[i]])));
 }
 
 /// Adds Σdy and Σdy·(x − mean) of each column of a block.
@@ -180,25 +201,36 @@ fn add_products_of<T: Element, const R: usize>(
     dbeta: &mut [f64],
     products: &mut [f64],
 ) {
-    let dys: [_; R] = std::array::from_fn(|i| dy.row(r + i));
-    let xs: [_; R] = std::array::from_fn(|i| x.row(r + i));
-    let chunks = x.cols() / STEP;
-    let (means, _) = mean.as_chunks::<STEP>();
-    let (dbetas, _) = dbeta.as_chunks_mut::<STEP>();
-    let (sums, _) = products.as_chunks_mut::<STEP>();
-    for (k, ((mean, dbeta), products)) in means.iter().zip(dbetas).zip(sums).enumerate() {
-        let d: [[T; STEP]; R] = std::array::from_fn(|i| dys[i].chunk(k));
-        let v: [[T; STEP]; R] = std::array::from_fn(|i| xs[i].chunk(k));
-        for lane in 0..STEP {
-            dbeta[lane] += pairwise::<R>(std::array::from_fn(|i| d[i][lane].to_f64()));
-            products[lane] +=
-                pairwise::<R>(std::array::from_fn(|i| d[i][lane].to_f64() * (v[i][lane].to_f64() - mean[lane])));
-        }
+    let dys = std::array::from_fn(|i| dy.row(r + i));
+    let xs = std::array::from_fn(|i| x.row(r + i));
+    let whole = x.cols() - x.cols() % STEP;
+    for k in 0..whole / STEP {
+        add_products_step::<T, STEP, R>(dys, xs, k, mean, dbeta, products);
     }
-    for j in chunks * STEP..x.cols() {
-        dbeta[j] += pairwise::<R>(std::array::from_fn(|i| dys[i].at(j).to_f64()));
-        products[j] += pairwise::<R>(std::array::from_fn(|i| dys[i].at(j).to_f64() * (xs[i].at(j).to_f64() - mean[j])));
+    for j in whole..x.cols() {
+        add_products_step::<T, 1, R>(dys, xs, j, mean, dbeta, products);
     }
+}
+
+/// Columns `k·N .. (k+1)·N` of `R` rows.
+#[inline(always)]
+fn add_products_step<T: Element, const N: usize, const R: usize>(
+    dys: [Row<'_, T>; R],
+    xs: [Row<'_, T>; R],
+    k: usize,
+    mean: &[f64],
+    dbeta: &mut [f64],
+    products: &mut [f64],
+) {
+    let mean = steps::<_, N>(mean)[k];
+    let (dbeta, products) = (&mut dbeta.as_chunks_mut().0[k], &mut products.as_chunks_mut().0[k]);
+    let dy: [[f64; N]; R] = std::array::from_fn(|i| wide(dys[i].chunk(k)));
+    let product = |i: usize| {
+        let deviation = zip(wide(xs[i].chunk(k)), mean, |v, mean| v - mean);
+        zip(dy[i], deviation, |a, b| a * b)
+    };
+    *dbeta = zip(*dbeta, pairwise(dy), |a, b| a + b);
+    *products = zip(*products, pairwise::<N, R>(std::array::from_fn(product)), |a, b| a + b);
 }
 
 /// dx from dy, x and the sums of each column.
@@ -214,26 +246,32 @@ impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
 
     #[inline(always)]
     fn run(self) {
-        let [mean, offset, slope, scale] = self.coefficients;
-        let chunks = self.dx.cols() / STEP;
-        let (means, offsets) = (steps(mean, chunks), steps(offset, chunks));
-        let (slopes, scales) = (steps(slope, chunks), steps(scale, chunks));
+        let whole = self.dx.cols() - self.dx.cols() % STEP;
         for r in (0..self.dy.rows()).rev() {
             let (dy, x, dx) = (self.dy.row(r), self.x.row(r), self.dx.row(r));
-            for k in 0..chunks {
-                let (dys, xs): ([T; STEP], [T; STEP]) = (dy.chunk(k), x.chunk(k));
-                let (mean, offset, slope, scale) = (&means[k], &offsets[k], &slopes[k], &scales[k]);
-                dx.set_chunk::<STEP>(
-                    k,
-                    std::array::from_fn(|i| {
-                        Apply { mean: mean[i], offset: offset[i], slope: slope[i], scale: scale[i] }.dx(dys[i], xs[i])
-                    }),
-                );
+            for k in 0..whole / STEP {
+                apply_step::<T, STEP>(dy, x, &dx, k, self.coefficients);
             }
-            for j in chunks * STEP..dx.len() {
-                let c = Apply { mean: mean[j], offset: offset[j], slope: slope[j], scale: scale[j] };
-                dx.set(j, c.dx(dy.at(j), x.at(j)));
+            for j in whole..dx.len() {
+                apply_step::<T, 1>(dy, x, &dx, j, self.coefficients);
             }
         }
     }
+}
+
+#[inline(always)]
+fn apply_step<T: Element, const N: usize>(
+    dy: Row<'_, T>,
+    x: Row<'_, T>,
+    dx: &RowMut<'_, T>,
+    k: usize,
+    columns: [&[f64]; 4],
+) {
+    let (dys, xs): ([T; N], [T; N]) = (dy.chunk(k), x.chunk(k));
+    let [mean, offset, slope, scale] = columns.map(|column| &steps::<_, N>(column)[k]);
+    let dx_of = |i: usize| {
+        let c = Apply { mean: mean[i], offset: offset[i], slope: slope[i], scale: scale[i] };
+        c.dx(dys[i], xs[i])
+    };
+    dx.set_chunk::<N>(k, std::array::from_fn(dx_of));
 }
