@@ -1,0 +1,46 @@
+"""The one place where state written under another framework's conventions becomes ours.
+
+Frameworks agree on the arithmetic of batch normalization and differ in what they store beside it:
+
+| | weight of the new value | stored variance | default ε |
+|---|---|---|---|
+| batchnorm | `update_weight` | unbiased | 1e-5 |
+| PyTorch | `momentum` | unbiased | 1e-5 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_TORCH_NAMES = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias"}
+_SHOWN_KEYS = 12
+
+
+def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The parameters of one PyTorch batch-normalization layer under our names.
+
+    PyTorch's `running_var` is the unbiased variance, as ours is, so no number changes. `num_batches_tracked`
+    is not needed and not read.
+
+    Args:
+        state_dict: names to arrays, or to whatever NumPy can read through `__array__`, such as CPU tensors.
+        prefix: what stands before `running_mean` in the keys, dot included: `"features.1."`.
+
+    Returns:
+        `mean` and `var`, and `gamma` and `beta`, which are None where the state has no weight and bias.
+
+    Raises:
+        ValueError: the state has no running statistics under this prefix.
+    """
+    needed = (prefix + "running_mean", prefix + "running_var")
+    missing = " and ".join(repr(key) for key in needed if key not in state_dict)
+    if missing:
+        keys = [repr(key) for key in state_dict]
+        there = ", ".join(keys[:_SHOWN_KEYS]) or "no keys at all"
+        rest = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+        raise ValueError(f"state_dict: {missing} wanted (prefix {prefix!r}), but it has {there}{rest}")
+    values = {ours: state_dict.get(prefix + theirs) for ours, theirs in _TORCH_NAMES.items()}
+    return {name: None if value is None else np.asarray(value) for name, value in values.items()}

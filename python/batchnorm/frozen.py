@@ -1,0 +1,365 @@
+"""FrozenBatchNorm: the immutable layer that is saved, exported and served."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from batchnorm._core import Affine, Moments
+from batchnorm._types import Gradients
+from batchnorm.conventions import torch_parameters
+
+if TYPE_CHECKING:
+    import onnx
+
+_COARSE_MEAN = 1e-4
+"""In units of σ: where rounding moves the mean by more than this, freezing warns."""
+
+_PACKAGE = str(Path(__file__).parent) + os.sep
+_SHOWN_CHANNELS = 8
+
+
+@final
+@dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
+class FrozenBatchNorm:
+    """Batch normalization with fixed statistics: y = (x − mean)·gamma/√(var + eps) + beta.
+
+    The inference form of Ioffe and Szegedy 2015 (arXiv 1502.03167), Algorithm 2, steps 8 to 12. The
+    parameters are rounded once, here: the four arrays to `dtype`, eps always to float32, which is all that
+    ONNX can carry, and held as the float64 of that value. These five are what the layer computes with,
+    saves, exports and serves, and `fingerprint` names them. Layers are equal if their fingerprints are.
+
+    Args:
+        mean: E[x], any real array that broadcasts to (channels,), as all parameters.
+        var: Var[x], not negative; unbiased by the convention of this package, but used as it is.
+        gamma: γ; ones if None.
+        beta: β; zeros if None.
+        eps: ε, finite and not negative; 0 only where every variance is positive.
+        channel_axis: the axis of x that holds the channels; -1 is channels-last.
+        dtype: of the parameters, float32 or float64.
+
+    Attributes:
+        mean: E[x], (channels,), `dtype`, read-only, as all four arrays.
+        var: Var[x].
+        gamma: γ.
+        beta: β.
+        eps: ε, a float that float32 holds exactly.
+        channel_axis: as given.
+        dtype: np.dtype of the parameters.
+        fingerprint: lower-case hex SHA-256 of the parameters; `docs/format.md` says over which bytes.
+
+    Raises:
+        TypeError: a parameter is not real, or `dtype` is neither float32 nor float64.
+        ValueError: a parameter is of the wrong shape or not finite, var or eps is negative, or eps and a
+            variance are both 0; or rounding makes a parameter infinite, or a positive variance or eps 0.
+
+    Warns:
+        UserWarning: rounding the mean moves it by more than 1e-4·√(var + eps); names the channels.
+
+    Example:
+        >>> frozen = FrozenBatchNorm(mean=[1.0, 2.0], var=[4.0, 9.0], gamma=[1.0, 3.0], eps=0)
+        >>> frozen(np.array([[5.0, 5.0], [1.0, 2.0]], dtype=np.float32))
+        array([[2., 3.],
+               [0., 0.]], dtype=float32)
+    """
+
+    mean: NDArray[Any]
+    var: NDArray[Any]
+    gamma: NDArray[Any]
+    beta: NDArray[Any]
+    eps: float
+    channel_axis: int
+    dtype: np.dtype[Any]
+    fingerprint: str
+    _affine: Affine
+
+    def __init__(
+        self,
+        mean: ArrayLike,
+        var: ArrayLike,
+        gamma: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+        *,
+        eps: float = 1e-5,
+        channel_axis: int = 1,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        dtype = _parameter_dtype(dtype)
+        channel_axis = _checked_axis(channel_axis)
+        given = {
+            "mean": np.asarray(mean),
+            "var": np.asarray(var),
+            "gamma": np.asarray(1.0 if gamma is None else gamma),
+            "beta": np.asarray(0.0 if beta is None else beta),
+        }
+        channels = Affine(**given, eps=eps).channels  # refuses, by name, whatever was wrong before rounding
+        exact = {name: np.broadcast_to(a.astype(np.float64), (channels,)) for name, a in given.items()}
+        rounded = {name: _rounded(name, values, dtype) for name, values in exact.items()}
+        eps = _rounded_eps(eps)
+
+        put: Callable[[str, Any], None] = partial(object.__setattr__, self)
+        for name, values in rounded.items():
+            put(name, values)
+        put("eps", eps)
+        put("channel_axis", channel_axis)
+        put("dtype", dtype)
+        put("_affine", Affine(**rounded, eps=eps))
+        put("fingerprint", _fingerprint(self))
+        _warn_of_coarse_means(exact["mean"], self)
+
+    @classmethod
+    def from_moments(
+        cls,
+        moments: Moments,
+        gamma: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+        *,
+        eps: float = 1e-5,
+        ddof: int = 1,
+        channel_axis: int = 1,
+        dtype: DTypeLike = "float32",
+    ) -> FrozenBatchNorm:
+        """The layer whose population is exactly these moments.
+
+        Args:
+            moments: of the whole data.
+            gamma: γ; ones if None.
+            beta: β; zeros if None.
+            eps: ε.
+            ddof: 1 for the unbiased variance M2/(count − 1), 0 for the biased M2/count.
+            channel_axis: the axis of x that holds the channels.
+            dtype: of the parameters, float32 or float64.
+
+        Raises:
+            ValueError: some channel has `ddof` values or fewer, or what the class raises.
+        """
+        if ddof not in (0, 1):
+            raise ValueError(f"ddof: {ddof!r}, but 1 (unbiased variance) or 0 (biased) is wanted")
+        too_few = moments.count <= ddof
+        if too_few.any():
+            there = f"{_channels(too_few)} with fewer"
+            raise ValueError(f"moments: {ddof + 1} values or more wanted in each channel, found {there}")
+        var = moments.var_unbiased if ddof else moments.var
+        return cls(moments.mean, var, gamma, beta, eps=eps, channel_axis=channel_axis, dtype=dtype)
+
+    @classmethod
+    def from_torch(
+        cls, state_dict: Mapping[str, Any], prefix: str = "", *, eps: float = 1e-5
+    ) -> FrozenBatchNorm:
+        """The layer that PyTorch's BatchNorm1d, 2d or 3d with this state is in eval mode.
+
+        PyTorch need not be installed: plain arrays will do, and so will CPU tensors. The state does not hold
+        ε, so give it where the layer did not have PyTorch's default. The parameters are float64 if a part of
+        the state is, else float32; ε is rounded to float32 in both, and in PyTorch it is not.
+
+        Args:
+            state_dict: has `running_mean` and `running_var`, and `weight` and `bias` if the layer was affine.
+            prefix: what stands before those names, dot included: `"features.1."`.
+            eps: ε of the PyTorch layer.
+
+        Raises:
+            ValueError: running statistics are missing, or what the class raises.
+        """
+        parameters = torch_parameters(state_dict, prefix)
+        wide = any(values is not None and values.dtype == np.float64 for values in parameters.values())
+        return cls(**parameters, eps=eps, dtype="float64" if wide else "float32")
+
+    @staticmethod
+    def load(path: str | PathLike[str]) -> FrozenBatchNorm:
+        """The layer saved at `path`, its fingerprint computed again and compared.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not a frozen layer, is of an unknown version, or is damaged.
+        """
+        from batchnorm._file import read
+
+        return read(path)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the layer to `path` (safetensors; `docs/format.md`), whole or not at all.
+
+        The same layer always makes the same bytes.
+
+        Raises:
+            OSError: the file cannot be written; what was at `path` is still there.
+        """
+        from batchnorm._file import write
+
+        write(self, path)
+
+    def to_onnx(
+        self, *, opset: int = 15, mode: Literal["inference", "exact"] = "inference", rank: int = 4
+    ) -> onnx.ModelProto:
+        """The layer as an ONNX model with input x and output y, both of the layer's dtype.
+
+        Needs the extra `batchnorm[onnx]`. `docs/onnx.md` tells what the modes promise.
+
+        Args:
+            opset: from 15 to the newest that the installed onnx knows.
+            mode: "inference" for one BatchNormalization node, "exact" for float64 arithmetic that gives, in
+                ONNX Runtime, the bits of this layer.
+            rank: of x, which a valid ONNX model must declare: 2 for (N, C), 4 for (N, C, H, W). Every axis
+                but the channels' is dynamic.
+
+        Raises:
+            ImportError: onnx is not installed.
+            ValueError: an argument is none of these.
+        """
+        from batchnorm.onnx.export import build_model
+
+        return build_model(self, opset=opset, mode=mode, rank=rank)
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return len(self.mean)
+
+    def __call__(self, x: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Normalizes x.
+
+        Args:
+            x: any dense tensor of rank 2 or more, `channels` long on the channel axis. A layer with float32
+                parameters takes float16, bfloat16 and float32, one with float64 parameters float64 too.
+            out: where to put y: shape, dtype and memory order of x; may be x itself.
+
+        Returns:
+            y, of shape, dtype and memory order of x.
+
+        Raises:
+            TypeError: x is not of such a dtype.
+            ValueError: x or out is of the wrong shape.
+        """
+        self._refuse_float64("out", out)
+        y = self._affine.infer(x, channel_axis=self.channel_axis, out=out)
+        self._refuse_float64("x", y)
+        return y
+
+    def backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None) -> Gradients:
+        """The gradients with the statistics held fixed: dx = γ/√(var + ε)·dy, dγ = Σ dy·x̂, dβ = Σ dy.
+
+        Args:
+            dy: ∂ℓ/∂y, of shape and dtype of x.
+            x: what the layer was called with.
+            out: where to put dx; may be dy itself.
+
+        Raises:
+            TypeError: as for a call.
+            ValueError: a tensor is of the wrong shape.
+        """
+        self._refuse_float64("out", out)
+        gradients = self._affine.backward(dy, x, channel_axis=self.channel_axis, out=out)
+        self._refuse_float64("dy", gradients.dx)
+        return gradients
+
+    def _refuse_float64(self, name: str, tensor: Any) -> None:
+        """The dtype rule, asked of outputs, which are NumPy's and have the dtype of x whatever x is."""
+        if self.dtype == np.float32 and getattr(tensor, "dtype", None) == np.float64:
+            raise TypeError(
+                f"{name}: float64 tensors want a layer with float64 parameters, and those of this one are "
+                f"float32; freeze it with dtype='float64' or convert {name}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrozenBatchNorm):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return (
+            f"FrozenBatchNorm(channels={self.channels}, channel_axis={self.channel_axis}, "
+            f"dtype={self.dtype.name}, eps={np.float32(self.eps)!s}, fingerprint={self.fingerprint[:12]}…)"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(FrozenBatchNorm, eps=self.eps, channel_axis=self.channel_axis, dtype=self.dtype.name)
+        return make, (self.mean, self.var, self.gamma, self.beta)
+
+
+def _parameter_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    for wanted in (np.dtype(np.float32), np.dtype(np.float64)):
+        # NumPy takes None for float64, which nobody means who writes it here.
+        if dtype is not None and wanted == dtype:
+            return wanted
+    raise TypeError(f"dtype: {dtype!r}, but float32 or float64 is wanted")
+
+
+def _checked_axis(channel_axis: int) -> int:
+    if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
+        raise TypeError(f"channel_axis: {channel_axis!r}, but an integer is wanted")
+    axis = operator.index(channel_axis)
+    if not -(2**63) <= axis < 2**63:  # the fingerprint holds an int64
+        raise ValueError(f"channel_axis: {axis}, but an integer of 64 bits is wanted")
+    return axis
+
+
+def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """`values` in `dtype`, in memory that nobody can write to."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = values.astype(dtype)
+    lost = ~np.isfinite(rounded)
+    if name == "var":
+        lost |= (values > 0) & (rounded == 0)
+    if lost.any():
+        where = f"in {_channels(lost)}; dtype='float64' would hold it"
+        raise ValueError(f"{name}: out of the range of {dtype.name} {where}")
+    return np.frombuffer(rounded.tobytes(), dtype)
+
+
+def _rounded_eps(eps: float) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(np.float32(eps)) + 0.0  # so that -0.0, which is no other ε, is 0.0
+    if not np.isfinite(rounded) or (eps > 0 and rounded == 0):
+        raise ValueError(f"eps: {eps!r} is {rounded} in float32, in which eps is held")
+    return rounded
+
+
+def _fingerprint(layer: FrozenBatchNorm) -> str:
+    digest = hashlib.sha256(f"batchnorm-frozen/1\n{layer.dtype.name}\n".encode("ascii"))
+    digest.update(struct.pack("<qQd", layer.channel_axis, layer.channels, layer.eps))
+    for values in (layer.gamma, layer.beta, layer.mean, layer.var):
+        digest.update(values.astype(layer.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest()
+
+
+def _warn_of_coarse_means(mean: NDArray[np.float64], layer: FrozenBatchNorm) -> None:
+    sigma = np.sqrt(layer.var.astype(np.float64) + layer.eps)
+    coarse = np.abs(mean - layer.mean) > _COARSE_MEAN * sigma
+    if coarse.any():
+        warnings.warn(
+            f"mean: rounding to {layer.dtype.name} moves it by more than {_COARSE_MEAN:g} standard "
+            f"deviations in {_channels(coarse)}; dtype='float64' keeps it",
+            stacklevel=_stacklevel_outside(),
+        )
+
+
+def _stacklevel_outside() -> int:
+    """What makes a warning of our caller name the line outside this package that led here."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _channels(mask: NDArray[np.bool_]) -> str:
+    """The channels where `mask` holds, in words."""
+    found = np.flatnonzero(mask)
+    shown = ", ".join(map(str, found[:_SHOWN_CHANNELS]))
+    more = f" and {len(found) - _SHOWN_CHANNELS} more" if len(found) > _SHOWN_CHANNELS else ""
+    return f"channel{'s' if len(found) > 1 else ''} {shown}{more}"

@@ -1,0 +1,42 @@
+"""Shared fixtures; hypothesis runs the same bounded examples every time."""
+
+from __future__ import annotations
+
+import batchnorm as bn
+import cases
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "same-every-time",
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("same-every-time")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(1502_03167)
+
+
+@pytest.fixture(params=cases.DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=cases.LAYOUTS, ids=str)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture
+def restore_execution():
+    """Puts threads and level back after a test that changes them."""
+    threads, level = bn.get_num_threads(), bn.simd_level()
+    yield
+    bn.set_num_threads(threads)
+    bn.set_simd_level(level)

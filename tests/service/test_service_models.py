@@ -1,0 +1,181 @@
+"""The model layer: which files become which models, without HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
+from batchnorm_service.models import Model, Repository
+from serving import CHANNELS, make_layer
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "models").mkdir()
+    return tmp_path / "models"
+
+
+def put(root, path, layer=None):
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (layer or make_layer(7)).save(file)
+    return file
+
+
+def test_no_web_framework_is_loaded():
+    code = "import sys, batchnorm_service.protocol; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(output.split())
+    assert "batchnorm_service.models" in loaded
+    assert not {"fastapi", "starlette", "uvicorn", "pydantic"} & loaded
+
+
+def test_both_layouts_and_default_version(root):
+    nine, ten, flat = make_layer(1), make_layer(2), make_layer(3)
+    put(root, "a/9/bn.safetensors", nine)
+    put(root, "a/10/bn.safetensors", ten)
+    put(root, "b.v2.safetensors", flat)
+    repository = Repository(root)
+    assert repository.ready
+    assert repository.names() == ["a", "b.v2"]
+    assert repository.versions("a") == ["9", "10"]
+    assert repository.get("a").version == "10"
+    assert repository.get("a").layer == ten
+    assert repository.get("a", "9").layer == nine
+    assert repository.get("b.v2", "1").layer == flat
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("stats.safetensors", "reserved"),
+        (".hidden.safetensors", "name must match"),
+        ("a b.safetensors", "name must match"),
+        ("%2e%2e.safetensors", "name must match"),
+        ("é.safetensors", "name must match"),
+        ("n" * 129 + ".safetensors", "name must match"),
+        ("a/01/bn.safetensors", "version must match"),
+        ("a/0/bn.safetensors", "version must match"),
+        ("a/-1/bn.safetensors", "version must match"),
+        ("a/latest/bn.safetensors", "version must match"),
+        ("a/1" + "0" * 18 + "/bn.safetensors", "version must match"),
+    ],
+)
+def test_refused_names(root, caplog, path, reason):
+    put(root, path)
+    good = "n" * 128
+    put(root, f"{good}.safetensors")
+    with caplog.at_level(logging.ERROR):
+        repository = Repository(root)
+    assert repository.names() == [good]
+    assert reason in caplog.text
+
+
+def test_nothing_outside_the_root_is_opened(root, caplog):
+    outside = put(root.parent, "outside/1/bn.safetensors")
+    (root / "file.safetensors").symlink_to(outside)
+    (root / "folder").symlink_to(outside.parent.parent)
+    inside = put(root, "real/1/bn.safetensors")
+    (root / "alias.safetensors").symlink_to(inside)
+    repository = Repository(root)
+    assert repository.names() == ["alias", "real"]
+    assert caplog.text.count("a symbolic link leaves the directory") == 2
+    for name in ("file", "folder"):
+        with pytest.raises(NotReadyError):
+            repository.get(name)
+
+
+def test_a_bad_file_does_not_stop_the_others(root, caplog):
+    put(root, "good.safetensors")
+    put(root, "axis.safetensors", make_layer(1, channel_axis=10**12))
+    put(root, "cut/3/bn.safetensors").write_bytes(b"cut")
+    put(root, "cut/2/bn.safetensors")
+    (root / "loop.safetensors").symlink_to("loop.safetensors")
+    (root / "folder.safetensors").mkdir()
+    os.mkfifo(root / "pipe.safetensors")
+    repository = Repository(root)
+    assert repository.names() == ["cut", "good"]
+    assert repository.get("cut").version == "2"
+    for name, version in (("cut", "3"), ("axis", None), ("loop", None), ("folder", "1"), ("pipe", None)):
+        with pytest.raises(NotReadyError, match=name):
+            repository.get(name, version)
+        assert f"model '{name}'" in caplog.text
+    assert caplog.text.count("not a regular file") == 2
+
+
+def test_a_version_in_both_layouts_is_served_once(root, caplog):
+    folder = make_layer(1)
+    put(root, "a/1/bn.safetensors", folder)
+    put(root, "a.safetensors", make_layer(2))
+    repository = Repository(root)
+    assert repository.get("a", "1").layer == folder
+    assert "seen already" in caplog.text
+
+
+def test_lookups(root, caplog):
+    put(root, "a.safetensors")
+    repository = Repository(root)
+    for name in ("b", "", "..", "a/1", "A", "n" * 200, str(root / "a")):
+        with pytest.raises(ModelNotFoundError):
+            repository.get(name)
+    for version in ("2", "0", "", "01", "1 ", "x", "1" * 30):
+        with pytest.raises(ModelNotFoundError):
+            repository.get("a", version)
+    assert not caplog.records
+
+
+def test_no_model(root, caplog):
+    repository = Repository(root)
+    assert not repository.ready
+    assert repository.names() == []
+    assert "not be ready" in caplog.text
+    with pytest.raises(FileNotFoundError):
+        Repository(root / "missing")
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"),
+    [
+        (1, (-1, CHANNELS)),
+        (-1, (-1, CHANNELS)),
+        (0, (CHANNELS, -1)),
+        (-2, (CHANNELS, -1)),
+        (2, (-1, -1, CHANNELS)),
+        (-3, (CHANNELS, -1, -1)),
+    ],
+)
+def test_shape_is_the_lowest_rank_that_the_layer_takes(axis, shape):
+    model = Model("a", "1", make_layer(1, channel_axis=axis))
+    assert model.shape == shape
+    x = np.ones([3 if size == -1 else size for size in shape], np.float32)
+    assert model.infer(x).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dtypes_are_those_that_the_layer_takes(dtype):
+    model = Model("a", "1", make_layer(1, dtype=dtype))
+    assert model.dtypes[0] == dtype
+    for given in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, np.int32):
+        x = np.ones((2, CHANNELS), given)
+        if x.dtype.name in model.dtypes:
+            assert model.infer(x).dtype == x.dtype
+        else:
+            with pytest.raises(InvalidInputError):
+                model.infer(x)
+
+
+def test_infer_writes_where_it_is_told():
+    model = Model("a", "1", make_layer(1))
+    x = np.arange(3 * CHANNELS, dtype=np.float32).reshape(3, CHANNELS)
+    memory = bytearray(x.nbytes + 3)
+    out = np.ndarray(x.shape, x.dtype, buffer=memory, offset=3)
+    model.infer(x, out=out)
+    assert bytes(memory[3:]) == model.layer(x).tobytes()
+    with pytest.raises(InvalidInputError, match="x"):
+        model.infer(x[:, :-1])

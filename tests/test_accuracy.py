@@ -1,0 +1,78 @@
+"""Contract 2: accuracy of y, as the contract counts it, over means from 0 to 1e6 deviations."""
+
+from __future__ import annotations
+
+import batchnorm as bn
+import numpy as np
+import oracle
+import pytest
+
+SHAPES = ((8192, 5), (5000, 5), (60, 70), (16, 5, 256), (7, 5, 12, 59), (2, 9, 1))
+
+
+def sample(rng, shape, dtype, mu):
+    """N(mu, 1), or wider where the dtype is so coarse at mu that no deviation would be left."""
+    std = max(1.0, mu * float(np.ldexp(1.0, -{"float16": 8, "bfloat16": 5}.get(dtype.name, 60))))
+    return (rng.standard_normal(shape) * std + mu).astype(dtype)
+
+
+@pytest.fixture(params=[0, 1e2, 1e4, 1e6], ids="mu={:g}".format)
+def mu(request, dtype):
+    """float16 ends at 65504: its largest mean is 3e4."""
+    return min(request.param, 3e4) if dtype.name == "float16" else request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training(rng, shape, dtype, mu):
+    x = sample(rng, shape, dtype, mu)
+    gamma, beta = rng.normal(1, 1, shape[1]), rng.normal(0, 3, shape[1])
+    y, _ = bn.train_forward(x, gamma, beta)
+    share = oracle.share_of_bound(y, oracle.forward(x, gamma, beta, 1e-5), trained=True)
+    assert share <= 1, f"{dtype}, mean {mu:g}, {shape}: error is {share:.3g} of the bound"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_inference(rng, shape, dtype, mu):
+    x = sample(rng, shape, dtype, mu)
+    gamma, beta = rng.normal(1, 1, shape[1]), rng.normal(0, 3, shape[1])
+    m = bn.moments(x)
+    y = bn.infer(x, m.mean, m.var, gamma, beta)
+    exact = oracle.forward(x, gamma, beta, 1e-5, population=(m.mean, m.var))
+    share = oracle.share_of_bound(y, exact, trained=False)
+    assert share <= 1, f"{dtype}, mean {mu:g}, {shape}: error is {share:.3g} of the bound"
+
+
+def test_small_gamma_and_large_beta(rng, dtype):
+    """The ulp is that of S: of the larger of γx̂ and β where they differ by far."""
+    x = rng.standard_normal((4096, 4)).astype(dtype)
+    gamma, beta = np.array([1e-4, 1e3, 0.0, -1.0]), np.array([1e3, 1e-4, 7.3, 0.0])
+    y, _ = bn.train_forward(x, gamma, beta)
+    share = oracle.share_of_bound(y, oracle.forward(x, gamma, beta, 1e-5), trained=True)
+    assert share <= 1, f"error is {share:.3g} of the bound"
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32)], ids=str)
+def test_the_folded_form_would_fail_here(rng, dtype):
+    """x·s + t in float32, as many libraries fold it, does not pass the check above, so the check can fail."""
+    x = sample(rng, (8192, 5), dtype, 1e4)
+    f = oracle.forward(x, 1.0, 0.0, 1e-5)
+    s = (1 / np.sqrt(f.sigma2 + f.eps)).astype(dtype)
+    folded = x * s + (-f.mu * s).astype(dtype)
+    assert oracle.share_of_bound(folded, f, trained=True) > 100
+
+
+def test_no_bias(rng):
+    """The mean of y is β and its variance γ²·σ²/(σ²+ε), far below one last place: rounding is to nearest."""
+    x = (rng.standard_normal((65536, 3)) + 100).astype(np.float32)
+    y, cache = bn.train_forward(x, 2.0, 0.5)
+    var = cache.moments.var
+    np.testing.assert_allclose(y.mean(0, dtype=np.float64), 0.5, atol=1e-9)
+    np.testing.assert_allclose(y.var(0, dtype=np.float64), 4 * var / (var + 1e-5), rtol=1e-8)
+
+
+def test_subnormal_results_are_not_flushed():
+    x = np.array([[1.0], [3.0]], np.float32)
+    y, _ = bn.train_forward(x, 1e-40, 0.0, eps=1e-12)
+    assert y.ravel().tolist() == pytest.approx([-1e-40, 1e-40], rel=1e-4)
+    wide, _ = bn.train_forward(x.astype(np.float64), 1e-310, 0.0, eps=1e-12)
+    assert wide.ravel().tolist() == pytest.approx([-1e-310, 1e-310], rel=1e-9)

@@ -1,0 +1,208 @@
+"""Contract 3: the same bits for any number of threads, any level, aligned or not, in place or not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+
+import batchnorm as bn
+import cases
+import numpy as np
+import pytest
+from cases import Layout, bits, moments_bits
+
+THREADS = (1, 2, 3, 8)
+LARGE = (  # about a million values: several MB, split among threads
+    Layout((8, 40, 56, 56)),
+    Layout((40, 512, 7, 7)),
+    Layout((1, 3, 577, 601)),
+    Layout((8, 56, 56, 40), channel_axis=-1),
+    Layout((15625, 64)),
+    Layout((130, 8000)),
+    Layout((300_007, 3)),
+    Layout((8, 40, 56, 56), memory=cases.NHWC_AS_NCHW),
+)
+
+
+def everything(x, dy, axis, parameters):
+    """The bits of all that the core computes from x and dy."""
+    mean, var, gamma, beta = parameters
+    y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis)
+    frozen = bn.infer(x, mean, var, gamma, beta, channel_axis=axis)
+    results = {
+        "moments": moments_bits(bn.moments(x, channel_axis=axis)),
+        "moments of training": moments_bits(cache.moments),
+        "y": bits(y),
+        "invstd": bits(cache.invstd),
+        "inference": bits(frozen),
+    }
+    for name, gradients in (
+        ("training", bn.backward(dy, cache)),
+        ("inference", bn.infer_backward(dy, x, mean, var, gamma, channel_axis=axis)),
+    ):
+        results |= {f"{field}, {name}": bits(g) for field, g in gradients._asdict().items()}
+    return results
+
+
+def assert_same(got, wanted, how):
+    differing = [name for name in wanted if got[name] != wanted[name]]
+    assert not differing, f"other bits with {how}: {differing}"
+
+
+def setting(rng, layout, dtype):
+    parameters = cases.parameters(rng, layout.channels)
+    x = layout.normal(rng, dtype, 30 * parameters[0], np.sqrt(parameters[1]))
+    return x, layout.normal(rng, dtype), layout.channel_axis, parameters
+
+
+@pytest.mark.usefixtures("restore_execution")
+@pytest.mark.parametrize("layout", LARGE, ids=str)
+def test_threads_and_levels(rng, layout, dtype):
+    x, dy, axis, parameters = setting(rng, layout, dtype)
+    ran = set()
+    wanted = None
+    for level in bn.simd_levels():
+        bn.set_simd_level(level)
+        for threads in THREADS:
+            bn.set_num_threads(threads)
+            got = everything(x, dy, axis, parameters)
+            wanted = wanted or got
+            assert_same(got, wanted, f"{threads} threads at level {level}")
+            ran.add((bn.get_num_threads(), bn.simd_level()))
+    assert ran == {(t, v) for t in THREADS for v in bn.simd_levels()}
+    assert len(ran) >= len(THREADS)
+
+
+@pytest.mark.usefixtures("restore_execution")
+def test_threads_exist_when_asked_for(rng):
+    """The numbers above are not only a setting: the operating system sees the threads of the pool."""
+    if sys.platform != "linux":
+        pytest.skip("counts threads in /proc, which is Linux")
+    x = rng.standard_normal((2_000_000, 2))
+    seen = []
+    for threads in (1, 8):
+        bn.set_num_threads(threads)
+        bn.moments(x)
+        seen.append(len(os.listdir("/proc/self/task")))  # noqa: PTH208
+    assert seen[1] >= seen[0] + 6
+
+
+def test_this_machine_has_more_than_one_level():
+    if len(bn.simd_levels()) == 1:
+        pytest.skip(f"only one level can run here: {bn.simd_levels()}")
+    assert len(set(bn.simd_levels())) > 1
+    assert bn.simd_level() in bn.simd_levels()
+
+
+def misaligned(a, offset):
+    """A copy of `a` in the same memory order that starts `offset` bytes past a boundary."""
+    memory = np.empty(a.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    order = np.argsort([-s for s in a.strides], kind="stable")
+    flat = memory[start : start + a.nbytes].view(a.dtype).reshape([a.shape[k] for k in order])
+    result = flat.transpose(np.argsort(order))
+    result[...] = a
+    assert result.ctypes.data % 64 == offset
+    return result
+
+
+ANY_LAYOUT = (*cases.LAYOUTS[::3], LARGE[0], LARGE[4])
+
+
+@pytest.mark.parametrize("layout", [f for f in ANY_LAYOUT if np.prod(f.shape) >= 2 * f.channels], ids=str)
+def test_any_alignment(rng, layout, dtype):
+    x, dy, axis, parameters = setting(rng, layout, dtype)
+    wanted = everything(x, dy, axis, parameters)
+    for offset in (1, dtype.itemsize, 33):
+        got = everything(misaligned(x, offset), misaligned(dy, 3 * offset % 64), axis, parameters)
+        assert_same(got, wanted, f"x {offset} bytes past a boundary")
+
+
+@pytest.mark.parametrize("layout", ANY_LAYOUT, ids=str)
+def test_in_place_and_into_given_memory(rng, layout, dtype):
+    x, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
+
+    def infer(x, out=None):
+        return bn.infer(x, mean, var, gamma, beta, channel_axis=axis, out=out)
+
+    wanted = bits(infer(x))
+    for out in (x.copy(order="K"), misaligned(x, 1)):
+        in_place = infer(out, out=out)
+        assert in_place is out
+        assert bits(out) == wanted
+        out[...] = 0
+        assert infer(x, out=out) is out
+        assert bits(out) == wanted
+    dx = bn.infer_backward(dy, x, mean, var, gamma, channel_axis=axis).dx
+    assert bn.infer_backward(dy, x, mean, var, gamma, channel_axis=axis, out=out).dx is out
+    assert bits(out) == bits(dx)
+
+
+@pytest.mark.parametrize("layout", [f for f in ANY_LAYOUT if np.prod(f.shape) >= 2 * f.channels], ids=str)
+def test_training_into_given_memory(rng, layout, dtype):
+    x, dy, axis, (_, _, gamma, beta) = setting(rng, layout, dtype)
+    y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis)
+    dx = bn.backward(dy, cache).dx
+    out = misaligned(x, 1)
+    again, _ = bn.train_forward(x, gamma, beta, channel_axis=axis, out=out)
+    assert again is out
+    assert bits(out) == bits(y)
+    assert bn.backward(dy, cache, out=out).dx is out
+    assert bits(out) == bits(dx)
+
+
+@pytest.mark.usefixtures("restore_execution")
+def test_inference_of_a_part_with_other_threads(rng, dtype):
+    """Any split of a large batch, whatever the number of threads: rows do not know their neighbours."""
+    layout = Layout((61, 40, 33, 31))
+    x, _, _, (mean, var, gamma, beta) = setting(rng, layout, dtype)
+    whole = bn.infer(x, mean, var, gamma, beta)
+    for threads, cuts in zip(THREADS, ([1], [7, 8, 60], [30], range(1, 61)), strict=True):
+        bn.set_num_threads(threads)
+        parts = [bn.infer(p, mean, var, gamma, beta) for p in np.split(x, cuts)]
+        assert bits(np.concatenate(parts)) == bits(whole)
+
+
+class FloatMode:
+    """The calling thread's MXCSR, through the C library's floating-point environment (x86-64 Linux)."""
+
+    def __init__(self):
+        self.libm = ctypes.CDLL("libm.so.6")
+        self.environment = (ctypes.c_uint32 * 8)()  # the last word is MXCSR
+
+    @property
+    def mxcsr(self):
+        self.libm.fegetenv(self.environment)
+        return self.environment[7]
+
+    @mxcsr.setter
+    def mxcsr(self, value):
+        self.libm.fegetenv(self.environment)
+        self.environment[7] = value
+        self.libm.fesetenv(self.environment)
+
+
+@pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="sets MXCSR, which is x86-64; by glibc"
+)
+@pytest.mark.parametrize("layout", [Layout((5, 33)), Layout((3, 5, 65)), LARGE[1], LARGE[4]], ids=str)
+def test_the_callers_rounding_and_flush_to_zero_do_not_matter(rng, layout, dtype):
+    """Libraries built for fast mathematics leave such a mode behind. It stays; ours is the default one."""
+    upward_flushing = 0x4000 | 0x8040
+    x, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
+    parameters = mean, var, gamma * 1e-38, beta * 1e-38
+    wanted = everything(x, dy, axis, parameters)
+    mode = FloatMode()
+    ours = mode.mxcsr
+    mode.mxcsr = ours | upward_flushing
+    try:
+        got = everything(x, dy, axis, parameters)
+        left = mode.mxcsr
+        flushed = np.array([1e-38], np.float32) * np.float32(1e-3)
+    finally:
+        mode.mxcsr = ours
+    assert flushed == 0, "the mode is in force"
+    assert left & 0xE040 == upward_flushing
+    assert_same(got, wanted, "rounding upward, subnormal numbers flushed to zero")

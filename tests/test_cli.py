@@ -1,0 +1,511 @@
+"""The command line: what it writes, how it refuses, and every example of `--help` and docs/cli.md."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import batchnorm as bn
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from batchnorm.cli import main
+from batchnorm.onnx import load_frozen
+from batchnorm.streaming import merge_in_order
+from cases import bits, moments_bits
+from click.testing import CliRunner
+
+DOCS = Path(__file__).parent.parent / "docs/cli.md"
+CSV = "height,width\n1.5,20\n2.5,40\n3.5,30\n"
+EXAMPLES = {name: command.epilog.removeprefix("Example: ") for name, command in main.commands.items()}
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An own working directory with a table and the layer fitted to it."""
+    monkeypatch.chdir(tmp_path)
+    Path("my.csv").write_text(CSV)
+    bn.FrozenBatchNorm.from_moments(bn.moments(read_csv("my.csv"))).save("bn.safetensors")
+    return tmp_path
+
+
+def read_csv(path, dtype=np.float64):
+    return np.loadtxt(path, dtype, delimiter=",", skiprows=1, ndmin=2)
+
+
+def run(*arguments):
+    """Run in this process; it must succeed in silence on standard error."""
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return result.stdout
+
+
+def fit(source, *options):
+    run("fit", source, "-o", "fitted.safetensors", *options)
+    return bn.FrozenBatchNorm.load("fitted.safetensors")
+
+
+def refusal(*arguments):
+    """The one line that a refused command prints; the folder must be left as it was."""
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert re.fullmatch(r"batchnorm: [^\n]+\n", result.stderr)
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+    return result.stderr.removeprefix("batchnorm: ").strip()
+
+
+# The examples
+
+
+def test_every_command_has_an_example():
+    assert set(EXAMPLES) == {"fit", "apply", "inspect", "export", "serve", "demo"}
+    for name, example in EXAMPLES.items():
+        assert shlex.split(example)[:2] == ["batchnorm", name]
+        assert example in " ".join(run(name, "--help").split())
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"serve", "demo"}))
+def test_example(name):
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(EXAMPLES[name])],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    if "-o" in EXAMPLES[name]:
+        assert Path(re.search(r"-o (\S+)", EXAMPLES[name])[1]).stat().st_size > 0
+
+
+def test_serve_example():
+    """With another port: 8080 may be taken. The request is that of docs/cli.md."""
+    assert "--port 8080" in EXAMPLES["serve"]
+    command = [sys.executable, "-m", *shlex.split(EXAMPLES["serve"].replace("8080", "0"))]
+    with Path("log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            address, deadline = None, time.monotonic() + 60
+            while not address:
+                assert process.poll() is None, Path("log").read_text()
+                assert time.monotonic() < deadline, Path("log").read_text()
+                time.sleep(0.05)
+                address = re.search(r"http://127\.0\.0\.1:\d+", Path("log").read_text())
+            path, body = re.search(
+                r"curl -s http://\S+?(/\S+).*?-d '(.+?)'", DOCS.read_text(), re.DOTALL
+            ).groups()
+            with urllib.request.urlopen(address[0] + path, body.encode(), timeout=30) as response:
+                answer = json.load(response)
+        finally:
+            process.terminate()
+    assert process.returncode is not None
+    x = np.array([[1.5, 20]], np.float32)
+    expected = bn.FrozenBatchNorm.load("bn.safetensors")(x)
+    assert answer["outputs"][0]["shape"] == [1, 2]
+    assert np.array(answer["outputs"][0]["data"], np.float32).tobytes() == expected.tobytes()
+
+
+def test_docs_print_what_is_printed(folder):
+    """Every line of a ```console block that starts with $ is run, in order, and prints what follows it."""
+    steps = 0
+    for block in re.findall(r"```console\n(.*?)```", DOCS.read_text(), re.DOTALL):
+        for command, printed in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            done = subprocess.run(
+                ["bash", "-c", command],
+                env=ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert done.stdout == printed, command
+            steps += 1
+    assert steps >= 10
+
+
+def test_the_installed_script_is_the_module():
+    by_script = subprocess.run(
+        ["batchnorm", "--version"], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert by_script.stdout == run("--version") == f"{bn.__version__}\n"
+
+
+# fit
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CSV,
+        CSV.partition("\n")[2],
+        CSV.replace("\n", "\r\n"),
+        "\ufeff" + CSV,
+        CSV + "\n\n",
+        CSV.rstrip(),
+        '"height","width ""b"""\n"1.5","20"\n 2.5 , 40 \n3.5,3e1\n',
+        '"two\nlines",width\n1.5,20\n2.5,40\n3.5,30\n',
+    ],
+)
+def test_fit_csv(text):
+    Path("t.csv").write_text(text, encoding="utf-8", newline="")
+    assert fit("t.csv") == bn.FrozenBatchNorm.load("bn.safetensors")
+
+
+def test_fit_reports(folder):
+    layer = bn.FrozenBatchNorm.load("bn.safetensors")
+    told = json.loads(run("fit", "my.csv", "-o", "bn.safetensors", "--json"))
+    assert told == {"path": "bn.safetensors", "fingerprint": layer.fingerprint, "count": 3, "channels": 2}
+    plain = run("fit", "my.csv", "-o", "bn.safetensors")
+    assert plain == f"bn.safetensors: 2 channels of 3 values, fingerprint {layer.fingerprint}\n"
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("channel_axis", [1, -1, 0, 2])
+def test_fit_npy(rng, dtype, order, channel_axis):
+    x = np.array(rng.normal(3, 2, (7, 5, 4, 3)), dtype, order=order)
+    np.save("x.npy", x)
+    wide = "float64" if x.dtype.itemsize == 8 else "float32"
+    moments = bn.moments(x, channel_axis=channel_axis)
+    layer = fit("x.npy", "--channel-axis", channel_axis)
+    assert layer == bn.FrozenBatchNorm.from_moments(moments, channel_axis=channel_axis, dtype=wide)
+
+
+def test_fit_options(rng):
+    x = rng.normal(3, 2, (50, 3))
+    np.save("x.npy", x)
+    layer = fit("x.npy", "--eps", "1e-3", "--dtype", "float32", "--ddof", "0")
+    assert layer == bn.FrozenBatchNorm.from_moments(bn.moments(x), eps=1e-3, ddof=0, dtype="float32")
+    assert fit("my.csv", "--dtype", "float64").dtype == np.float64
+
+
+def test_fit_merges_chunks_of_2_to_the_20_values(rng):
+    """So says the documentation: the bits are those of this tree, whatever the format."""
+    x = rng.integers(-9, 9, (2_700_000, 1)).astype(np.float64)
+    m = [bn.moments(x[start : start + 2**20]) for start in (0, 2**20, 2**21)]
+    expected = bn.FrozenBatchNorm.from_moments(m[0].merge(m[1]).merge(m[2]), dtype="float64")
+    np.save("x.npy", x)
+    assert fit("x.npy") == expected
+    np.save("x.npy", x.reshape(-1, 10, 1, 10))  # rows of 100 values, which do not divide a chunk
+    rows = 2**20 // 100
+    m = [bn.moments(part, channel_axis=2) for part in np.split(np.load("x.npy"), [rows, 2 * rows])]
+    tree = m[0].merge(m[1]).merge(m[2])
+    assert fit("x.npy", "--channel-axis", 2) == bn.FrozenBatchNorm.from_moments(
+        tree, channel_axis=2, dtype="float64"
+    )
+    Path("x.csv").write_text("\n".join(f"{int(v)}" for v in x[:, 0]))
+    assert fit("x.csv", "--dtype", "float64") == expected
+
+
+def test_merge_tree(rng):
+    parts = [bn.moments(rng.normal(size=(size, 3))) for size in (5, 2, 7, 1, 9, 4, 3)]
+    a, b, c, d, e, f, g = parts
+    trees = {
+        1: a,
+        2: a.merge(b),
+        3: a.merge(b).merge(c),
+        5: a.merge(b).merge(c.merge(d)).merge(e),
+        7: a.merge(b).merge(c.merge(d)).merge(e.merge(f).merge(g)),
+    }
+    for count, tree in trees.items():
+        assert moments_bits(merge_in_order(parts[:count])) == moments_bits(tree)
+    assert merge_in_order([]) is None
+
+
+def test_fit_warns_in_one_line(rng):
+    Path("x.csv").write_text("\n".join(f"{1e8 + v}" for v in rng.normal(size=20)))
+    result = CliRunner().invoke(main, ["fit", "x.csv", "-o", "x.safetensors"])
+    assert result.exit_code == 0
+    assert re.fullmatch(r"batchnorm: warning: mean: [^\n]+ channel 0[^\n]*\n", result.stderr)
+
+
+# apply
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("channel_axis", [1, -1, 0])
+def test_apply_npy(rng, dtype, order, channel_axis):
+    x = np.array(rng.normal(3, 2, (5, 5, 4, 5)), dtype, order=order)
+    x[1, 1] = (np.nan, np.inf, 0, 1, 2)
+    np.save("x.npy", x)
+    mean, var = rng.normal(size=5), rng.uniform(1, 2, 5)
+    wide = "float64" if x.dtype.itemsize == 8 else "float32"
+    layer = bn.FrozenBatchNorm(mean, var, channel_axis=channel_axis, dtype=wide)
+    layer.save("layer.safetensors")
+    assert run("apply", "layer.safetensors", "x.npy", "-o", "y.npy") == ""
+    y = np.load("y.npy")
+    assert (y.dtype, y.shape) == (x.dtype.newbyteorder("="), x.shape)
+    assert bits(y) == bits(layer(x))
+
+
+def test_apply_streams(rng):
+    """More than one chunk; and the file may be the source itself, which stays whole until the output is."""
+    x = rng.integers(-99, 99, (700_000, 2)).astype(np.float64)
+    layer = bn.FrozenBatchNorm([30, 30], [4, 5], dtype="float64")
+    layer.save("wide.safetensors")
+    np.save("x.npy", x)
+    run("apply", "wide.safetensors", "x.npy", "-o", "x.npy")
+    assert bits(np.load("x.npy")) == bits(layer(x))
+    Path("x.csv").write_text("a,b\n" + "\n".join(f"{a},{b}" for a, b in x.tolist()))
+    run("apply", "wide.safetensors", "x.csv", "-o", "x.csv")
+    assert bits(read_csv("x.csv")) == bits(layer(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_apply_csv(rng, dtype):
+    """Numbers come back from the text with every bit, computed in the dtype of the layer."""
+    x = rng.normal(30, 2, (5000, 2)).astype(dtype)
+    rows = "".join(f"{a!s},{b!s}\n" for a, b in x)
+    Path("x.csv").write_text('"a, b",c\n' + rows)
+    layer = bn.FrozenBatchNorm([30, 30], [4, 5], [1e-9, 1], dtype=dtype)
+    layer.save("layer.safetensors")
+    run("apply", "layer.safetensors", "x.csv", "-o", "y.csv")
+    assert Path("y.csv").read_text().startswith('"a, b",c\n')
+    assert bits(read_csv("y.csv", dtype)) == bits(layer(x))
+
+
+def test_apply_to_nothing():
+    np.save("x.npy", np.empty((0, 2, 3), np.float32))
+    run("apply", "bn.safetensors", "x.npy", "-o", "y.npy")
+    assert np.load("y.npy").shape == (0, 2, 3)
+    Path("x.csv").write_text("a,b\n")
+    run("apply", "bn.safetensors", "x.csv", "-o", "y.csv")
+    assert Path("y.csv").read_text() == "a,b\n"
+
+
+def test_a_source_that_goes_bad_midway_leaves_the_old_output():
+    """Beyond the first chunk, when some of the output has already been written."""
+    Path("x.csv").write_text("1,2\n" * 530_000 + "3,x\n")
+    Path("y.csv").write_text("old")
+    told = refusal("apply", "bn.safetensors", "x.csv", "-o", "y.csv")
+    assert told == "x.csv: line 530001, column 2: 'x' is not a number"
+
+
+# inspect and export
+
+
+def test_inspect_json_holds_the_layer(rng):
+    layer = bn.FrozenBatchNorm(*rng.uniform(0.1, 3, (4, 5)), eps=1e-3, channel_axis=-1, dtype="float64")
+    layer.save("layer.safetensors")
+    told = json.loads(run("inspect", "layer.safetensors", "--json"))
+    assert told.pop("path") == "layer.safetensors"
+    assert told.pop("fingerprint") == layer.fingerprint
+    assert told.pop("channels") == 5
+    assert bn.FrozenBatchNorm(**told) == layer
+
+
+def test_inspect_table_has_every_digit(rng):
+    layer = bn.FrozenBatchNorm(*rng.uniform(-1e-9, 1e-9, (4, 40)) ** 2, eps=1e-3, dtype="float64")
+    layer.save("layer.safetensors")
+    table = run("inspect", "layer.safetensors")
+    for text in (layer.fingerprint, "float64", "0.001"):
+        assert text in table
+    rows = [re.findall(r"[-+.\de]+", line) for line in table.splitlines() if line.startswith("│")]
+    columns = np.array(rows, np.float64).T
+    for column, values in zip(
+        columns, (range(40), layer.gamma, layer.beta, layer.mean, layer.var), strict=True
+    ):
+        np.testing.assert_array_equal(column, values)
+
+
+@pytest.mark.parametrize("mode", ["inference", "exact"])
+def test_export(mode):
+    layer = bn.FrozenBatchNorm.load("bn.safetensors")
+    told = json.loads(
+        run("export", "bn.safetensors", "-o", "x.onnx", "--mode", mode, "--opset", 17, "--json")
+    )
+    assert told == {"path": "x.onnx", "fingerprint": layer.fingerprint, "mode": mode, "opset": 17, "rank": 4}
+    model = onnx.load("x.onnx")
+    assert load_frozen(model) == layer
+    assert model.opset_import[0].version == 17
+    assert model == layer.to_onnx(mode=mode, opset=17)
+    assert layer.fingerprint in run("export", "bn.safetensors", "-o", "x.onnx", "--rank", 2)
+
+
+# What is refused
+
+
+def write_npy(name, array):
+    np.save(name, array)
+
+
+def good(shape=(4, 2), dtype=np.float32):
+    return np.arange(np.prod(shape), dtype=np.float64).reshape(shape).astype(dtype)
+
+
+REFUSED_SOURCES = {
+    "no_number.csv": ("a,b\n1,2\n3,x\n", "line 3, column 2 (b): 'x' is not a number"),
+    "no_header.csv": ("1,2\n3,4\n5,1_0\n", "line 3, column 2: '1_0' is not a number"),
+    "empty_field.csv": ("a,b\n,2\n3,4\n", "line 2, column 1 (a): '' is not a number"),
+    "nan.csv": ("a,b\n1,2\n3,nan\n", "line 3, column 2 (b): not finite as float64"),
+    "huge.csv": ("a,b\n1,2\n-1e999,4\n", "line 3, column 1 (a): not finite as float64"),
+    "short.csv": ("a,b\n1,2\n3\n", "line 3: 1 fields, wanted 2"),
+    "long.csv": ("a,b\n1,2\n3,4,\n", "line 3: 3 fields, wanted 2"),
+    "header_alone_differs.csv": ("a,b,c\n1,2\n3,4\n", "line 2: 2 fields, wanted 3"),
+    "blank.csv": ("a,b\n1,2\n\n\n3,4\n", "line 3: blank, wanted 2 numbers"),
+    "half_header.csv": ("a,2\n1,2\n3,4\n", "line 1, column 1: 'a' is not a number"),
+    "open_quote.csv": ('a,b\n1,"2\n3,4\n', "lines 2 to 3: wanted comma-separated numbers"),
+    "semicolon.csv": ("a;b\n1;2\n3;4\n", "line 2, column 1 (a;b): '1;2' is not a number"),
+    "empty.csv": ("", "line 1: blank, wanted numbers or the names of the columns"),
+    "header_only.csv": ("a,b\n", "fewer than 2 values in a channel"),
+    "one_line.csv": ("1,2\n", "fewer than 2 values in a channel"),
+    "latin1.csv": ("a,b\n1,é\n".encode("latin-1"), "no comma-separated text: 'utf-8' codec can't decode"),
+    "big_field.csv": ("a" * 200_000, "no comma-separated text: field larger than field limit"),
+    "junk.npy": (b"junk", "no array can be read"),
+    "int.npy": (good(dtype=np.int64), "dtype was int64, wanted float16, float32 or float64"),
+    "longdouble.npy": (good(dtype=np.longdouble), f"dtype was {np.dtype(np.longdouble)}, wanted float16"),
+    "bfloat16.npy": (good(dtype=ml_dtypes.bfloat16), "raw values of 2 bytes, as NumPy stores bfloat16"),
+    "object.npy": (good(dtype=object), "no array can be read: Array can't be memory-mapped: Python objects"),
+    "vector.npy": (good((4,)), "shape was (4,), wanted rank 2 or more and channels on axis 1"),
+    "one_row.npy": (good((1, 2)), "fewer than 2 values in a channel"),
+    "no_rows.npy": (good((0, 2)), "fewer than 2 values in a channel"),
+    "no_channels.npy": (good((4, 0)), ""),
+    "nan.npy": (
+        np.array([[0, 1, np.nan], [0, 1, 2]]),
+        "values or their variance are not finite in channel 2",
+    ),
+    "inf.npy": (np.array([[0, np.inf, -np.inf], [0, 1, 2]]), "are not finite in channels 1, 2"),
+    "overflow.npy": (np.array([[1e300, 1], [-1e300, 2]]), "are not finite in channel 0"),
+    "data.txt": ("1,2\n3,4\n", "wanted a name that ends in .npy or .csv"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SOURCES)
+def test_fit_refuses(name):
+    content, message = REFUSED_SOURCES[name]
+    path = Path(name)
+    if isinstance(content, np.ndarray):
+        np.save(path, content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    told = refusal("fit", name, "-o", "x.safetensors")
+    assert message in told
+    assert name in told or name == "no_channels.npy"
+
+
+def test_a_npy_cut_short_is_refused():
+    np.save("x.npy", good((100, 2)))
+    Path("x.npy").write_bytes(Path("x.npy").read_bytes()[:-1])
+    assert refusal("fit", "x.npy", "-o", "x.safetensors").startswith("x.npy: no array can be read")
+
+
+MISUSE = {
+    "frobnicate": "No such command 'frobnicate'",
+    "--frobnicate": "No such option",
+    "fit": "Missing argument 'SRC'",
+    "fit my.csv": "Missing option '-o'",
+    "fit nosuch.csv -o x.safetensors": "File 'nosuch.csv' does not exist",
+    "fit . -o x.safetensors": "File '.' is a directory",
+    "fit my.csv -o nosuch/x.safetensors": "there is no folder 'nosuch' that can be written to",
+    "fit my.csv -o x.safetensors --eps -1": "eps",
+    "fit my.csv -o x.safetensors --eps nan": "eps",
+    "fit my.csv -o x.safetensors --eps small": "'small' is not a valid float",
+    "fit my.csv -o x.safetensors --dtype float16": "'float16' is not one of 'float32', 'float64'",
+    "fit my.csv -o x.safetensors --ddof 2": "'2' is not one of '0', '1'",
+    "fit my.csv -o x.safetensors --channel-axis 0": "--channel-axis: was 0, but the channels of a .csv",
+    "fit good.npy -o x.safetensors --channel-axis 2": "wanted rank 2 or more and channels on axis 2",
+    "apply my.csv my.csv -o x.csv": "my.csv",
+    "apply bn.safetensors my.csv -o x.npy": "x.npy: wanted a name that ends in .csv",
+    "apply bn.safetensors nosuch.csv -o x.csv": "File 'nosuch.csv' does not exist",
+    "apply bn.safetensors three.csv -o x.csv": "three.csv: 3 channels, but bn.safetensors wants 2 on axis 1",
+    "apply last.safetensors my.csv -o x.csv": "my.csv: 2 channels, but last.safetensors wants 2 on axis 2",
+    "apply bn.safetensors wide.npy -o x.npy": "wide.npy: float64, but bn.safetensors is float32; fit it with",
+    "apply bn.safetensors my.txt -o x.txt": "my.txt: wanted a name that ends in .npy or .csv",
+    "inspect my.csv": "my.csv",
+    "inspect flipped.safetensors": "flipped.safetensors: damaged",
+    "export bn.safetensors -o x.onnx --mode fast": "'fast' is not one of 'inference', 'exact'",
+    "export bn.safetensors -o x.onnx --opset 99": "opset: 99",
+    "export bn.safetensors -o x.onnx --rank 1": "rank: 1",
+    "serve nosuch": "Directory 'nosuch' does not exist",
+    "serve my.csv": "Directory 'my.csv' is a file",
+    "serve . --port 99999": "port: ",
+    "serve . --workers none": "workers: ",
+    "demo --output my.csv": "Directory 'my.csv' is a file",
+}
+
+
+@pytest.mark.parametrize("line", MISUSE)
+def test_misuse(line):
+    np.save("good.npy", good())
+    np.save("wide.npy", good(dtype=np.float64))
+    Path("three.csv").write_text("1,2,3\n4,5,6\n")
+    Path("my.txt").write_text(CSV)
+    bn.FrozenBatchNorm([0, 0], [1, 1], channel_axis=2).save("last.safetensors")
+    flipped = bytearray(Path("bn.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    Path("flipped.safetensors").write_bytes(flipped)
+    assert MISUSE[line] in refusal(*line.split())
+
+
+@pytest.mark.parametrize(
+    ("missing", "line", "extra"),
+    [
+        ("onnx", "export bn.safetensors -o x.onnx", "onnx"),
+        ("batchnorm_service", "serve .", "serve"),
+        ("sklearn", "demo", "demo"),
+    ],
+)
+def test_a_missing_extra_is_named(missing, line, extra):
+    """In an interpreter that cannot import it, which is what None in sys.modules means."""
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from batchnorm.cli import main; main({line.split()})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(rf"batchnorm: [^\n]*{missing}[^\n]*pip install 'batchnorm\[{extra}\]'\n", done.stderr)
+
+
+def test_without_arguments_comes_help():
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2
+    assert "Usage: batchnorm" in result.stderr.replace("main", "batchnorm")
+    assert all(name in result.stderr for name in EXAMPLES)
+
+
+# People and pipes
+
+
+def test_a_bar_for_a_terminal_only(rng):
+    np.save("x.npy", rng.normal(size=(600_000, 4)).astype(np.float32))
+    command = [sys.executable, "-m", "batchnorm", "fit", "x.npy", "-o", "x.safetensors"]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert piped.stderr == ""
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end of a terminal is closed
+            while data := os.read(ours, 4096):
+                shown += data
+        os.close(ours)
+        assert process.stdout.read() == piped.stdout
+    assert process.returncode == 0
+    assert b"fit" in shown
+    assert b"100%" in shown
+
+
+def test_a_reader_that_leaves_early(rng):
+    """`batchnorm inspect … | head -1`: no traceback, no complaint."""
+    bn.FrozenBatchNorm(*rng.uniform(1, 2, (2, 20_000))).save("large.safetensors")
+    command = [sys.executable, "-m", "batchnorm", "inspect", "large.safetensors", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(8) == b'{"path":'
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -1,0 +1,61 @@
+"""The Python code of README, docs and docstrings is run; the files that they name exist."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import batchnorm
+import batchnorm_service
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_of_a_page_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "page", "exec"), {"__name__": "page"})
+
+
+def test_pages_have_code_and_name_only_files_that_exist():
+    assert len(BLOCKS) >= 3
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"`((?:tests|rust|python|service|docs)/[\w/.-]*)`", text))
+    links = {f"docs/{link}" for link in re.findall(r"\]\((?:docs/)?([\w-]+\.md)\)", text)}
+    assert len(named) >= 8
+    assert len(links) >= 4
+    assert [name for name in sorted(named | links) if not (ROOT / name).exists()] == []
+
+
+def modules():
+    for package in (batchnorm, batchnorm_service):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not info.name.endswith("__main__"):
+                yield info.name
+
+
+def test_docstring_examples_run():
+    results = [doctest.testmod(importlib.import_module(name)) for name in modules()]
+    assert sum(result.attempted for result in results) > 0
+    assert sum(result.failed for result in results) == 0
+
+
+PUBLIC = [name for name in batchnorm.__all__ if not name.startswith("__")]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_everything_public_is_documented(name):
+    thing = getattr(batchnorm, name)
+    members = [m for m in vars(thing) if not m.startswith("_")] if isinstance(thing, type) else []
+    undocumented = [m for m in members if not (getattr(thing, m).__doc__ or "").strip()]
+    assert (thing.__doc__ or "").strip()
+    assert undocumented == []

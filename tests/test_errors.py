@@ -1,0 +1,289 @@
+"""Everything that is refused: cases for each variant of the core's error, and what the binding refuses.
+
+Each case makes the real call and holds the exception's type and the words that name the argument, what it was
+and what was wanted. The variants are read from the core's source: none can be added without a case here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import batchnorm as bn
+import ml_dtypes
+import numpy as np
+import pytest
+from batchnorm._core import Affine
+from dlpack import Exporter
+
+SOURCE = Path(__file__).parents[1] / "rust/batchnorm/src/error.rs"
+NOT_FROM_PYTHON = {  # tested in the crate
+    "Elements": "an array carries its own size, so a buffer never has another",
+    "LayoutMismatch": "the binding compares dtype, shape and memory order itself, and says which differs",
+    "Overflow": "NumPy makes no array of more than 2**63 - 1 bytes",
+}
+
+
+def display_patterns():
+    """Each variant's text as a pattern, from the core's source: what a message is of can thus be told."""
+    texts = re.findall(r'Self::(\w+)[^=]*=>\s*\{?\s*write!\(\s*f,\s*"((?:[^"\\]|\\.)*)"', SOURCE.read_text())
+    return {name: re.sub(r"\\\{[^}]*\\\}", ".*", re.escape(text)) for name, text in texts}
+
+
+DISPLAY = display_patterns()
+
+X = np.ones((4, 3, 5), np.float32)
+ONES = np.ones(3)
+CACHE = bn.train_forward(X)[1]
+SUMS = bn.gradient_sums(X, CACHE)
+MOMENTS = bn.moments(X)
+FORWARDS = {
+    "moments": lambda x, **kw: bn.moments(x, **kw),
+    "train_forward": lambda x, **kw: bn.train_forward(x, **kw),
+    "normalize": lambda x, **kw: bn.normalize(x, MOMENTS, **kw),
+    "infer": lambda x, **kw: bn.infer(x, ONES, ONES, **kw),
+    "infer_backward": lambda x, **kw: bn.infer_backward(x, x, ONES, ONES, **kw),
+    "Affine.infer": lambda x, **kw: Affine(ONES, ONES).infer(x, **kw),
+    "Affine.backward": lambda x, **kw: Affine(ONES, ONES).backward(x, x, **kw),
+}
+nan, inf = float("nan"), float("inf")
+
+
+def each(variant, words, call, functions=tuple(FORWARDS), error=ValueError):
+    """The same case for every function that takes x."""
+    return [(variant, error, words, f"{name}: ", lambda f=FORWARDS[name]: call(f)) for name in functions]
+
+
+def with_parameter(variant, words, name, value):
+    """The same case for every function that takes this parameter."""
+    named = {"mean": ONES, "var": ONES, "gamma": ONES, "beta": ONES} | {name: value}
+    calls = {
+        "infer": lambda: bn.infer(X, **named),
+        "Affine": lambda: Affine(**named),
+        "train_forward": lambda: bn.train_forward(X, named["gamma"], named["beta"]),
+        "normalize": lambda: bn.normalize(X, MOMENTS, named["gamma"], named["beta"]),
+        "infer_backward": lambda: bn.infer_backward(X, X, named["mean"], named["var"], named["gamma"]),
+    }
+    if name in ("mean", "var"):
+        del calls["train_forward"], calls["normalize"]
+    if name == "beta":
+        del calls["infer_backward"]
+    return [(variant, ValueError, words, f"{f}, {name}={value}: ", call) for f, call in calls.items()]
+
+
+def with_eps(variant, words, functions, eps, var=ONES):
+    calls = {
+        "infer": lambda: bn.infer(X, ONES, var, eps=eps),
+        "infer_backward": lambda: bn.infer_backward(X, X, ONES, var, eps=eps),
+        "Affine": lambda: Affine(ONES, var, eps=eps),
+        "train_forward": lambda: bn.train_forward(X, eps=eps),
+        "normalize": lambda: bn.normalize(X, MOMENTS, eps=eps),
+    }
+    return [(variant, ValueError, words, f"{f}, eps={eps}: ", calls[f]) for f in functions]
+
+
+FROZEN, TRAINING = ("infer", "infer_backward", "Affine"), ("train_forward", "normalize")
+CASES = [
+    *each("Rank", "x has rank 1; wanted rank 2 or more", lambda f: f(np.ones(3, np.float32))),
+    *each("Rank", "x has rank 0; wanted rank 2 or more", lambda f: f(np.float32(1) * np.ones(()))),
+    *each("ChannelAxis", "channel_axis is 3; .*rank 3", lambda f: f(X, channel_axis=3)),
+    *each("ChannelAxis", "channel_axis is -4; .*rank 3", lambda f: f(X, channel_axis=-4)),
+    *each(
+        "NoChannels",
+        "x has 0 channels; wanted 1 or more",
+        lambda f: f(np.ones((4, 0, 2), np.float32)),
+        ("moments", "train_forward"),
+    ),
+    *each(
+        "Channels",
+        "wanted",
+        lambda f: f(np.ones((4, 2), np.float32)),
+        ("normalize", "Affine.infer", "Affine.backward"),
+    ),
+    ("Channels", ValueError, "channels", "", lambda: MOMENTS.merge(bn.Moments(1, 0, 0))),
+    ("Channels", ValueError, "channels", "", lambda: SUMS.merge(bn.GradientSums(1, 0, 0))),
+    ("Channels", ValueError, "channels", "", lambda: bn.gradient_apply(X, CACHE, bn.GradientSums(1, 0, 0))),
+    ("Channels", ValueError, "mean|m2", "", lambda: bn.Moments([1, 2], [0, 0], [0, 0, 0])),
+    *(
+        case
+        for name in ("mean", "var", "gamma", "beta")
+        for value in (nan, inf, -inf)
+        for case in with_parameter(
+            "NotFinite",
+            f"{name} is {'NaN' if value != value else value} in channel 1; wanted a finite",
+            name,
+            [1, value, 1],
+        )
+    ),
+    *with_parameter("Negative", "var is -0.5 in channel 2; wanted 0 or more", "var", [1, 1, -0.5]),
+    ("Negative", ValueError, "count is -1 in channel 0; wanted 0 or more", "", lambda: bn.Moments(-1, 0, 0)),
+    ("Negative", ValueError, "m2 is -3 in channel 0; wanted 0 or more", "", lambda: bn.Moments(1, 0, -3)),
+    *(
+        case
+        for eps in (-1e-9, nan, inf, -inf)
+        for case in with_eps("Eps", "eps is .*; wanted", FROZEN + TRAINING, eps)
+    ),
+    *with_eps("EpsZeroInTraining", "eps is 0 in training", TRAINING, 0.0),
+    *with_eps("EpsZeroForZeroVariance", "eps is 0 although var is 0 in channel 1", FROZEN, 0.0, [1, 0, 1]),
+    (
+        "TooFewValues",
+        ValueError,
+        "channel 0 has count 1; wanted 2",
+        "",
+        lambda: bn.train_forward(X[:1, :, 0]),
+    ),
+    ("TooFewValues", ValueError, "channel 0 has count 0; wanted 2", "", lambda: bn.train_forward(X[:0])),
+    (
+        "TooFewValues",
+        ValueError,
+        "channel 1 has count 1; wanted 2",
+        "",
+        lambda: bn.Moments([2, 1], [0, 0], [0, 0]).var_unbiased,
+    ),
+    ("Bytes", ValueError, "data are not the bytes of .*Moments", "", lambda: bn.Moments.from_bytes(b"")),
+    (
+        "Bytes",
+        ValueError,
+        "data are not the bytes of .*GradientSums",
+        "",
+        lambda: bn.GradientSums.from_bytes(b"x" * 99),
+    ),
+    *(
+        (
+            "Threads",
+            ValueError,
+            rf"number of threads is {n}; wanted a whole number from 1 to 1024",
+            "",
+            lambda n=n: bn.set_num_threads(n),
+        )
+        for n in (0, -1, 1025)
+    ),
+    (
+        "Level",
+        ValueError,
+        "level is .*nonsense.*" + bn.simd_levels()[0],
+        "",
+        lambda: bn.set_simd_level("nonsense"),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("variant", "error", "words", "where", "call"), CASES, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_refused(variant, error, words, where, call):
+    before = X.tobytes(), MOMENTS.to_bytes(), SUMS.to_bytes(), bn.get_num_threads(), bn.simd_level()
+    with pytest.raises(error, match=words) as refusal:
+        call()
+    assert re.fullmatch(DISPLAY[variant], str(refusal.value))
+    assert (X.tobytes(), MOMENTS.to_bytes(), SUMS.to_bytes(), bn.get_num_threads(), bn.simd_level()) == before
+
+
+def test_every_variant_is_tested():
+    body = re.search(r"pub enum Error \{\n(.*?)\n\}\n", SOURCE.read_text(), re.DOTALL)
+    variants = set(re.findall(r"^    ([A-Z]\w*)(?: \{|\(|,)", body[1], re.MULTILINE))
+    assert len(variants) > 10
+    assert set(DISPLAY) == variants
+    tested = {case[0] for case in CASES}
+    assert tested | set(NOT_FROM_PYTHON) == variants
+    assert not tested & set(NOT_FROM_PYTHON)
+
+
+@pytest.mark.parametrize("function", FORWARDS)
+@pytest.mark.parametrize(
+    "dtype",
+    [bool, np.int32, np.uint8, np.complex64, object, "U3", np.longdouble, "V4", ml_dtypes.float8_e4m3fn],
+    ids=str,
+)
+def test_tensors_of_another_dtype(function, dtype):
+    if np.dtype(dtype) == np.float64:
+        pytest.skip("long double is float64 here")
+    x = np.zeros((4, 3), dtype)
+    with pytest.raises(TypeError, match=r"\b(x|dy)\b.*(float32|dtype)"):
+        FORWARDS[function](x)
+
+
+@pytest.mark.parametrize("function", FORWARDS)
+@pytest.mark.parametrize("x", [None, 1.0, "x", [[1.0, 2.0, 3.0]], object()], ids=lambda v: type(v).__name__)
+def test_what_is_no_tensor(function, x):
+    with pytest.raises(TypeError, match=r"\b(x|dy)\b"):
+        FORWARDS[function](x)
+
+
+def test_a_masked_array_is_refused_not_taken_without_its_mask():
+    x = np.ma.masked_array(X, mask=X > 0)
+    for call in (FORWARDS["moments"], FORWARDS["infer"]):
+        with pytest.raises(TypeError, match=r"^x is .*mask"):
+            call(x)
+
+
+@pytest.mark.parametrize("value", ["a", object(), [1j, 1, 1], None], ids=str)
+@pytest.mark.parametrize("name", ["mean", "var", "gamma", "beta"])
+def test_parameters_that_are_no_real_numbers(name, value):
+    named = {"mean": ONES, "var": ONES, "gamma": ONES, "beta": ONES} | {name: value}
+    if value is None and name in ("gamma", "beta"):
+        assert bn.infer(X, **named).shape == X.shape
+        return
+    with pytest.raises(TypeError, match=name):
+        bn.infer(X, **named)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), (1, 3, 1), (0,)], ids=str)
+def test_parameters_that_do_not_broadcast_to_the_channels(shape):
+    for name in ("mean", "var", "gamma", "beta"):
+        named = {"mean": ONES, "var": ONES, "gamma": ONES, "beta": ONES} | {name: np.ones(shape)}
+        with pytest.raises(ValueError, match=name):
+            bn.infer(X, **named)
+
+
+@pytest.mark.parametrize(
+    "exporter",
+    [
+        lambda: Exporter(X, (4, 3), "int", 32),
+        lambda: Exporter(X, (4, 3), "complex", 64),
+        lambda: Exporter(X, (4, 3), "bfloat", 16),
+        lambda: Exporter(X, (4, 3), "float", 32, lanes=2),
+        lambda: Exporter(X, (4, 3), "float", 32, device=(2, 0)),
+    ],
+    ids=["int32", "complex64", "bfloat16", "vectors", "another device"],
+)
+def test_dlpack_tensors_of_another_kind(exporter):
+    e = exporter()
+    with pytest.raises(TypeError, match=r"\bx\b"):
+        bn.infer(e, ONES, ONES)
+
+
+def test_a_dlpack_tensor_that_cannot_be_is_refused():
+    for shape in ((-1, 3), (2**40, 3, 2**40), (2**31, 3, 2**31)):
+        with pytest.raises((TypeError, ValueError), match=r"^x "):
+            bn.infer(Exporter(X, shape, "float", 32), ONES, ONES)
+
+
+def test_dy_must_be_like_x():
+    for dy, error in (
+        (X[:3], ValueError),
+        (X[0], ValueError),
+        (X.astype(np.float64), TypeError),
+        (X.astype(np.float16), TypeError),
+        (None, TypeError),
+    ):
+        for call in (
+            lambda dy=dy: bn.backward(dy, CACHE),
+            lambda dy=dy: bn.gradient_sums(dy, CACHE),
+            lambda dy=dy: bn.gradient_apply(dy, CACHE, SUMS),
+            lambda dy=dy: bn.infer_backward(dy, X, ONES, ONES),
+        ):
+            with pytest.raises(error, match=r"\bdy\b"):
+                call()
+
+
+def test_a_copy_that_does_not_fit_in_memory():
+    x = np.broadcast_to(np.float32(0), (2**30, 2**30))
+    with pytest.raises((MemoryError, ValueError)):
+        bn.infer(x, 0.0, 1.0)
+
+
+def test_numbers_of_threads_that_are_no_numbers():
+    for n in (1.5, "2", None):
+        with pytest.raises(TypeError):
+            bn.set_num_threads(n)

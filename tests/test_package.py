@@ -1,0 +1,44 @@
+"""The distributions agree with each other, and importing is light."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import batchnorm
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_all_versions_are_one():
+    cargo = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]
+    service = tomllib.loads((ROOT / "service" / "pyproject.toml").read_text())["project"]
+    version = cargo["package"]["version"]
+    lock = tomllib.loads((ROOT / "Cargo.lock").read_text())["package"]
+    ours = {p["name"]: p["version"] for p in lock if p["name"].startswith("batchnorm")}
+    assert ours == {"batchnorm": version, "batchnorm-python": version}
+    assert cargo["dependencies"]["batchnorm"]["version"] == f"={version}"
+    assert service["version"] == version
+    assert f"batchnorm=={version}" in service["dependencies"]
+    assert batchnorm.__version__ == metadata.version("batchnorm") == metadata.version("batchnorm-service") == version
+
+
+def test_import_loads_numpy_alone():
+    code = "import sys, numpy, json; before = set(sys.modules); import batchnorm; print(json.dumps(sorted(set(sys.modules) - before)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    installed = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
+    assert installed == {"batchnorm"}
+
+
+def test_unsafe_has_three_addresses():
+    allowed = re.compile(r"rust/batchnorm/src/(simd/.*|view\.rs)|rust/batchnorm-python/src/buffer\.rs")
+    sources = sorted((ROOT / "rust").rglob("*.rs"))
+    with_unsafe = [
+        str(path.relative_to(ROOT)) for path in sources if re.search(r"\bunsafe\s*(\{|fn|impl)|allow\(unsafe", path.read_text())
+    ]
+    assert len(sources) > 15
+    assert len(with_unsafe) >= 3
+    assert [path for path in with_unsafe if not allowed.fullmatch(path)] == []
