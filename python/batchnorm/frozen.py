@@ -254,7 +254,7 @@ class FrozenBatchNorm:
         Args:
             dy: ∂ℓ/∂y, of shape and dtype of x.
             x: what the layer was called with.
-            out: where to put dx; may be dy itself.
+            out: where to put dx: shape, dtype and memory order of x, in memory of its own.
 
         Raises:
             TypeError: as for a call.

@@ -121,6 +121,7 @@ def serve(log: Path, *arguments: str, command=("-m", "batchnorm_service"), envir
             stdout=stream,
             stderr=stream,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,  # so that workers can be ended with it
         )
     try:
         server = Server(process, log)
@@ -130,5 +131,5 @@ def serve(log: Path, *arguments: str, command=("-m", "batchnorm_service"), envir
         process.wait(STOP_SECONDS)
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import batchnorm as bn
 import numpy as np
 import pytest
 import tritonclient.http as triton
@@ -130,6 +132,14 @@ def test_two_workers(tmp_path, models, layers):
         server.wait_for_log("Application startup complete", 2)
         for _ in range(50):
             assert server.request("POST", INFER, body, headers).body.endswith(expected)
+        if sys.platform == "linux":  # where one can look: the workers share the threads
+            pid = server.process.pid
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            threads = os.environ.get("BATCHNORM_NUM_THREADS", str(max(1, bn.get_num_threads() // 2)))
+            assert len(children) >= 2
+            for child in children:
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                assert f"BATCHNORM_NUM_THREADS={threads}".encode() in environment
     # The sockets of the workers are gone with them.
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((server.host, server.port), timeout=5)

@@ -199,6 +199,7 @@ pub(crate) struct Cache {
     pub(crate) x: Py<PyUntypedArray>,
     pub(crate) moments: batchnorm::Moments,
     pub(crate) affine: batchnorm::Affine,
+    /// The channel axis of the forward pass, as it was given.
     #[pyo3(get)]
     pub(crate) channel_axis: isize,
 }

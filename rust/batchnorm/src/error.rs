@@ -98,7 +98,7 @@ pub enum Error {
     },
     /// An instruction-set level that is unknown or that this machine cannot run.
     Level {
-        /// The name given.
+        /// The name given, and where it stood.
         got: String,
         /// The names that this machine can run.
         wanted: String,
@@ -144,7 +144,7 @@ impl fmt::Display for Error {
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
             Self::Level { got, wanted } => {
-                write!(f, "the SIMD level is {got:?}; wanted one that this machine can run: {wanted}")
+                write!(f, "the SIMD level is {got}; wanted one that this machine can run: {wanted}")
             }
         }
     }

@@ -46,9 +46,9 @@ fn highest() -> Level {
     if Level::Avx2.available() { Level::Avx2 } else { Level::Baseline }
 }
 
-fn by_name(name: &str) -> Result<Level, Error> {
+fn by_name(name: &str, source: &str) -> Result<Level, Error> {
     simd_levels().into_iter().find(|level| level.name() == name).ok_or_else(|| Error::Level {
-        got: name.to_owned(),
+        got: format!("{name:?}{source}"),
         wanted: simd_levels().iter().map(|level| level.name()).collect::<Vec<_>>().join(", "),
     })
 }
@@ -72,8 +72,8 @@ pub fn simd_level() -> Result<Level, Error> {
 /// [`Error::Level`] where the name is none of [`simd_levels`].
 pub fn set_simd_level(name: Option<&str>) -> Result<Level, Error> {
     let level = match (name, std::env::var("BATCHNORM_SIMD")) {
-        (Some(name), _) => by_name(name)?,
-        (None, Ok(name)) => by_name(name.trim())?,
+        (Some(name), _) => by_name(name, "")?,
+        (None, Ok(name)) => by_name(name.trim(), " (environment variable BATCHNORM_SIMD)")?,
         (None, Err(_)) => highest(),
     };
     CHOSEN.store(level as u8, Ordering::Relaxed);

@@ -1,0 +1,296 @@
+"""The command line; ``main`` is its entry point."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+
+from batchnorm import _core
+from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.population import channels_where
+from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer, replacing
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_PIPE_WIDTH = 160  # holds a row of float64 parameters
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
+    # Said before the work and not after it.
+    if not os.access(path.parent, os.W_OK):
+        raise click.BadParameter(f"there is no folder {str(path.parent)!r} that can be written to.")
+    return path
+
+
+def _output(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    kind = click.Path(dir_okay=False, path_type=Path)
+    return click.option("-o", "--output", type=kind, required=True, callback=_writable, help=text)
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"batchnorm: {' '.join(self.format_message().split())}", file=file, err=True)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what the library and the parser refuse into one line on standard error and exit status 2."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
+        raise _Refusal(error.format_message() + hint) from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise _Refusal(str(error)) from error
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of our output has seen enough: click ends in silence
+            raise
+        raise _Refusal(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+class _Commands(click.Group):
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_core.__version__, message="%(version)s")
+def main() -> None:
+    """Freeze batch normalization layers, apply, export and serve them."""
+
+
+@main.command(epilog="Example: batchnorm fit my.csv -o bn.safetensors")
+@click.argument("src", type=_FILE)
+@_output("The .safetensors file to write.")
+@click.option("--eps", type=float, default=1e-5, show_default=True, help="Added to the variance.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64"]),
+    help="Of the parameters.  [default: float64 for a float64 .npy, else float32]",
+)
+@click.option("--channel-axis", type=int, default=1, show_default=True, help="Axis of the channels.")
+@click.option(
+    "--ddof", type=click.Choice([0, 1]), default=1, show_default=True, help="1: unbiased variance; 0: biased."
+)
+@_JSON
+def fit(
+    src: Path, output: Path, eps: float, dtype: str | None, channel_axis: int, ddof: int, as_json: bool
+) -> None:
+    """Write the frozen layer that normalizes the data in SRC.
+
+    SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel, and a first line
+    without any number is a header. It is read chunk by chunk and need not fit into memory.
+    """
+    source = _open(src, channel_axis, np.dtype(np.float64))
+    if isinstance(source, CsvSource) and channel_axis not in (1, -1):
+        raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+
+    with _progress("fit") as advance:
+        moments = merge_in_order(_parts(source, channel_axis, advance))
+    if moments is None or moments.count.min(initial=np.inf) < 2:
+        raise ValueError(f"{src}: fewer than 2 values in a channel")
+    if dtype is None:
+        dtype = "float64" if isinstance(source, NpySource) and source.array.itemsize == 8 else "float32"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer = FrozenBatchNorm.from_moments(
+            moments, eps=eps, ddof=ddof, channel_axis=channel_axis, dtype=dtype
+        )
+    for warning in caught:
+        click.echo(f"batchnorm: warning: {warning.message}", err=True)
+    layer.save(output)
+    count = int(moments.count[0])
+    if as_json:
+        _print_json(path=str(output), fingerprint=layer.fingerprint, count=count, channels=layer.channels)
+    else:
+        click.echo(f"{output}: {layer.channels} channels of {count} values, fingerprint {layer.fingerprint}")
+
+
+@main.command(epilog="Example: batchnorm apply bn.safetensors my.csv -o normalized.csv")
+@click.argument("model", type=_FILE)
+@click.argument("src", type=_FILE)
+@_output("The file to write, of the format of SRC.")
+def apply(model: Path, src: Path, output: Path) -> None:
+    """Normalize the data in SRC by the frozen layer in MODEL.
+
+    SRC and the output are both .npy or both .csv. The output takes its place when it is whole. NaN and Inf
+    are errors in a .csv, and give NaN and Inf from a .npy.
+    """
+    layer = FrozenBatchNorm.load(model)
+    if output.suffix.lower() != src.suffix.lower():
+        raise ValueError(f"{output}: wanted a name that ends in {src.suffix}, as that of SRC does")
+    source = _open(src, layer.channel_axis, layer.dtype)
+    if source.channels != layer.channels or (
+        isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
+    ):
+        wanted = f"{layer.channels} on axis {layer.channel_axis}"
+        raise ValueError(f"{src}: {source.channels} channels, but {model} wants {wanted}")
+    if layer.dtype == np.float32 and isinstance(source, NpySource) and source.array.itemsize == 8:
+        raise TypeError(
+            f"{src}: float64, but {model} is float32; fit it with --dtype float64, or convert {src}"
+        )
+    with replacing(output) as file, _progress("apply") as advance:
+        write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
+        for done, chunk in source.chunks():
+            write(layer(chunk))
+            advance(done)
+
+
+@main.command(epilog="Example: batchnorm inspect bn.safetensors")
+@click.argument("file", type=_FILE)
+@_JSON
+def inspect(file: Path, as_json: bool) -> None:
+    """Show the frozen layer in FILE."""
+    layer = FrozenBatchNorm.load(file)
+    columns = {name: getattr(layer, name) for name in ("gamma", "beta", "mean", "var")}
+    header = {
+        "fingerprint": layer.fingerprint,
+        "channels": layer.channels,
+        "channel_axis": layer.channel_axis,
+        "dtype": layer.dtype.name,
+        "eps": layer.eps,
+    }
+    if as_json:
+        _print_json(path=str(file), **header, **{name: values.tolist() for name, values in columns.items()})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("channel", *columns)
+    for column in table.columns:
+        column.justify, column.overflow = "right", "fold"
+    for k, row in enumerate(zip(*columns.values(), strict=True)):
+        table.add_row(str(k), *map(str, row))
+    click.echo(str(file))
+    for name, value in (header | {"eps": np.float32(layer.eps)}).items():
+        click.echo(f"  {name:<13}{value!s}")
+    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+
+
+@main.command(epilog="Example: batchnorm export bn.safetensors -o bn.onnx --rank 2")
+@click.argument("file", type=_FILE)
+@_output("The .onnx file to write.")
+@click.option(
+    "--mode",
+    type=click.Choice(["inference", "exact"]),
+    default="inference",
+    show_default=True,
+    help="One BatchNormalization node, or arithmetic that gives our very bits.",
+)
+@click.option("--opset", type=int, default=15, show_default=True, help="ONNX operator set.")
+@click.option("--rank", type=int, default=4, show_default=True, help="Axes of x; 2 for the rows of a .csv.")
+@_JSON
+def export(
+    file: Path, output: Path, mode: Literal["inference", "exact"], opset: int, rank: int, as_json: bool
+) -> None:
+    """Write the frozen layer in FILE as an ONNX model."""
+    layer = FrozenBatchNorm.load(file)
+    model = layer.to_onnx(opset=opset, mode=mode, rank=rank)
+    with replacing(output) as target:
+        target.write(model.SerializeToString())
+    if as_json:
+        _print_json(path=str(output), fingerprint=layer.fingerprint, mode=mode, opset=opset, rank=rank)
+    else:
+        click.echo(f"{output}: mode {mode}, opset {opset}, rank {rank}, fingerprint {layer.fingerprint}")
+
+
+@main.command(epilog="Example: batchnorm serve . --port 8080")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
+@click.option("--host", help="Address to bind.  [default: 127.0.0.1]")
+@click.option("--port", help="Port to bind; 0 takes a free one.  [default: 8080]")
+@click.option("--workers", help="Number of processes.  [default: 1]")
+def serve(directory: str, **options: str | None) -> None:
+    """Serve the frozen layers in DIR over HTTP (Open Inference Protocol v2).
+
+    DIR holds NAME/VERSION/bn.safetensors, or NAME.safetensors (version 1). More settings come from the
+    environment, as BATCHNORM_SERVICE_MAX_BODY=64MiB.
+    """
+    with _extra("serve"):
+        from batchnorm_service.__main__ import main as run
+    # What is not given is not passed on: the service looks into the environment before it takes its default.
+    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    run.main([*given, "--", directory], prog_name="batchnorm serve", standalone_mode=False)
+
+
+@main.command(epilog="Example: batchnorm demo --output demo-output")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="demo-output",
+    show_default=True,
+    help="Folder for the plot, the models and the report.",
+)
+def demo(output: Path) -> None:
+    """Train, freeze, export and serve a small network on real data, and check every stop."""
+    try:
+        with _extra("demo"):
+            from batchnorm.demo import main as run
+
+            run(output)
+    except RuntimeError as error:  # a check that failed: no misuse, so status 1
+        raise click.ClickException(str(error)) from error
+
+
+def _parts(
+    source: NpySource | CsvSource, channel_axis: int, advance: Callable[[float], None]
+) -> Iterator[_core.Moments]:
+    for done, chunk in source.chunks():
+        part = _core.moments(chunk, channel_axis=channel_axis)
+        if bad := channels_where(~(np.isfinite(part.mean) & np.isfinite(part.m2))):
+            raise ValueError(f"{source.path}: values or their variance are not finite in {bad}")
+        yield part
+        advance(done)
+
+
+def _open(path: Path, channel_axis: int, dtype: np.dtype[Any]) -> NpySource | CsvSource:
+    if path.suffix.lower() == ".npy":
+        return NpySource(path, channel_axis)
+    if path.suffix.lower() == ".csv":
+        return CsvSource(path, dtype)
+    raise ValueError(f"{path}: wanted a name that ends in .npy or .csv")
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Say how to install what an import within the block misses."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"needs {error.name}, which is missing: pip install 'batchnorm[{name}]'") from error
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Callable[[float], None]]:
+    """Show a bar on standard error if a person looks on; yields what moves it to a part of 0 to 1."""
+    if not sys.stderr.isatty():
+        yield lambda part: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=1.0)
+        yield lambda part: bar.update(task, completed=part)
+
+
+def _print_json(**values: Any) -> None:
+    click.echo(json.dumps(values))

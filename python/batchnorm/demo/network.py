@@ -1,0 +1,178 @@
+"""The network of the paper's first experiment (section 4.1) on small images: NumPy, and our layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+import batchnorm as bn
+
+BATCH = 60
+PIXELS, HIDDEN, CLASSES = 64, (100, 100, 100), 10
+
+Array: TypeAlias = NDArray[np.float32]
+Classes: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images as rows of 64 grey values from 0 to 1, float32, and the digit that each shows."""
+
+    x: Array
+    digit: Classes
+    held_out_x: Array
+    held_out_digit: Classes
+
+    def batches(self, rng: np.random.Generator, count: int) -> Iterator[tuple[Array, Classes]]:
+        """Yield `count` random batches of 60 for training."""
+        for _ in range(count):
+            rows = rng.choice(len(self.x), BATCH, replace=False)
+            yield self.x[rows], self.digit[rows]
+
+
+def load_digits(seed: int = 0) -> Digits:
+    """The 1,797 handwritten 8×8 digits that ship inside scikit-learn, a fifth of each class held out."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    x, digit = load(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    x, held_out_x, digit, held_out_digit = train_test_split(
+        x, digit, test_size=0.2, stratify=digit, random_state=seed
+    )
+    return Digits(x, digit, held_out_x, held_out_digit)
+
+
+class Layer(Protocol):
+    """What a layer of the network does; `BatchNorm` is one as it is."""
+
+    def __call__(self, x: Any) -> NDArray[Any]:
+        """Return y, and keep what `backward` needs."""
+
+    def backward(self, dy: Any) -> NDArray[Any]:
+        """Return ∂ℓ/∂x, and keep the gradients of the parameters."""
+
+
+class Dense:
+    """y = x·W + b; without b where a BatchNorm follows, whose β takes its place (section 3.2)."""
+
+    def __init__(self, rng: np.random.Generator, inputs: int, outputs: int, *, bias: bool) -> None:
+        self.weight: Array = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
+        self.bias: Array | None = np.zeros(outputs, np.float32) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Return y."""
+        self._x = x
+        y: Array = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+    def backward(self, dy: Array) -> Array:
+        """Return ∂ℓ/∂x."""
+        self.grad_weight: Array = self._x.T @ dy
+        self.grad_bias: Array = dy.sum(0)
+        dx: Array = dy @ self.weight.T
+        return dx
+
+
+class Sigmoid:
+    """y = 1/(1 + e⁻ˣ), in a form that cannot overflow."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return y."""
+        y: Array = 0.5 * (1 + np.tanh(0.5 * x))
+        self._y = y
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return ∂ℓ/∂x."""
+        dx: Array = dy * self._y * (1 - self._y)
+        return dx
+
+
+class Network:
+    """64 inputs, three hidden layers of 100 sigmoid units, 10 logits.
+
+    Args:
+        normalized: Whether a BatchNorm stands before each sigmoid.
+        seed: Of the weights: normal, of variance 1/inputs, and the same for both networks.
+    """
+
+    def __init__(self, *, normalized: bool, seed: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+        self.layers: list[Layer] = []
+        inputs = PIXELS
+        for units in HIDDEN:
+            self.layers.append(Dense(rng, inputs, units, bias=not normalized))
+            if normalized:
+                self.layers.append(bn.BatchNorm(units))
+            self.layers.append(Sigmoid())
+            inputs = units
+        self.layers.append(Dense(rng, inputs, CLASSES, bias=True))
+        self.norms = [layer for layer in self.layers if isinstance(layer, bn.BatchNorm)]
+
+    def __call__(self, x: Array) -> Array:
+        """Return the logits, shape (rows, 10)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def step(self, x: Array, digit: Classes, rate: float) -> None:
+        """Take one step of gradient descent on the mean cross entropy of a batch."""
+        logits = self(x)
+        gradient = np.exp(logits - logits.max(1, keepdims=True))
+        gradient /= gradient.sum(1, keepdims=True)
+        gradient[np.arange(len(x)), digit] -= 1
+        gradient /= np.float32(len(x))
+        for layer in reversed(self.layers):
+            gradient = layer.backward(gradient)
+        for layer in self.layers:
+            if isinstance(layer, Dense):
+                layer.weight -= rate * layer.grad_weight
+                if layer.bias is not None:
+                    layer.bias -= rate * layer.grad_bias
+            elif isinstance(layer, bn.BatchNorm):
+                layer.gamma -= rate * layer.grad_gamma
+                layer.beta -= rate * layer.grad_beta
+
+    def accuracy(self, x: Array, digit: Classes) -> float:
+        """Return the part of the rows whose digit is recognized, in eval mode."""
+        for norm in self.norms:
+            norm.eval()
+        right = self(x).argmax(1) == digit
+        for norm in self.norms:
+            norm.train()
+        return float(right.mean())
+
+    def freeze(self, batches: Iterator[tuple[Array, Classes]]) -> FrozenNetwork:
+        """Estimate the population by Algorithm 2, forward passes without steps, and freeze every norm."""
+        for norm in self.norms:
+            norm.population = bn.Algorithm2()
+        for x, _ in batches:
+            self(x)
+        return FrozenNetwork(
+            [layer.freeze() if isinstance(layer, bn.BatchNorm) else layer for layer in self.layers]
+        )
+
+
+class FrozenNetwork:
+    """The trained network for inference: each row gets its answer whatever its neighbours are."""
+
+    def __init__(self, layers: Sequence[Layer | bn.FrozenBatchNorm]) -> None:
+        self.layers = layers
+
+    def __call__(self, x: Array) -> Array:
+        """Return the logits, shape (rows, 10)."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def norms(self, x: Array) -> Iterator[tuple[bn.FrozenBatchNorm, Array]]:
+        """Yield each frozen layer with the activations that reach it."""
+        for layer in self.layers:
+            if isinstance(layer, bn.FrozenBatchNorm):
+                yield layer, x
+            x = layer(x)

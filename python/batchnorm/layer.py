@@ -1,0 +1,283 @@
+"""The trainable layer: parameters, population and mode around the core's arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from batchnorm import _core
+from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.population import MovingAverage, Population, finite_vector
+
+_PREFIX = "population."
+
+
+class BatchNorm:
+    """Batch normalization with trainable γ, β and an estimate of the population (Ioffe and Szegedy 2015).
+
+    In train mode (the start) a call normalizes by the statistics of the batch (Algorithm 1) and lets them
+    into ``population``; in eval mode it normalizes by the population, with the parameters rounded as
+    ``freeze`` rounds them, so that its output has exactly the bits of the frozen layer's.
+
+    Args:
+        channels: Number of channels.
+        eps: ε, added to the variance; finite and positive. Training uses it as given, eval mode as rounded to
+            float32.
+        affine: Whether there are γ and β; without them ``gamma``, ``beta`` and their gradients are None.
+        dtype: dtype of γ, β and their gradients: float32 (for x of 16 or 32 bits) or float64 (for float64 x).
+        channel_axis: Axis of x that holds the channels; -1 is channels-last.
+        population: Estimator of E[x], Var[x]; a ``MovingAverage(update_weight=0.1)`` of the layer's own where
+            None.
+
+    Attributes:
+        channels: As given.
+        eps: As given.
+        channel_axis: As given.
+        dtype: The NumPy dtype of the parameters.
+        training: Whether the layer is in train mode; set by ``train()`` and ``eval()``.
+        grad_gamma: ∂ℓ/∂γ of the last ``backward``, shape (channels,), ``dtype``; None before it.
+        grad_beta: ∂ℓ/∂β of the last ``backward``, likewise.
+
+    Raises:
+        ValueError: A value out of its range.
+        TypeError: Another dtype, or a population that is no estimator.
+
+    Example:
+        >>> import numpy as np
+        >>> import batchnorm as bn
+        >>> layer = bn.BatchNorm(2)
+        >>> x = np.array([[1, 10], [3, 30]], dtype=np.float32)
+        >>> layer(x).round(3).tolist()
+        [[-1.0, -1.0], [1.0, 1.0]]
+        >>> dx = layer.backward(np.ones_like(x))
+        >>> layer.gamma -= 0.1 * layer.grad_gamma
+        >>> layer.eval()(x).shape
+        (2, 2)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        dtype: DTypeLike = "float32",
+        channel_axis: int = 1,
+        population: Population | None = None,
+    ) -> None:
+        self.channels = operator.index(channels)
+        if self.channels < 1:
+            raise ValueError(f"channels: was {channels}, wanted 1 or more")
+        self.eps = float(eps)
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps: was {eps!r}, wanted a finite number > 0")
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            raise TypeError(f"dtype: was {self.dtype}, wanted float32 or float64")
+        self.channel_axis = operator.index(channel_axis)
+        self.population = MovingAverage(update_weight=0.1) if population is None else population
+        self.training = True
+        self.grad_gamma: Any = None
+        self.grad_beta: Any = None
+        self._parameters: dict[str, NDArray[Any]] = {}
+        if affine:
+            self._parameters["gamma"] = np.ones(self.channels, self.dtype)
+            self._parameters["beta"] = np.zeros(self.channels, self.dtype)
+        self._last: _core.Cache | tuple[FrozenBatchNorm, Any] | None = None
+        self._kept: tuple[tuple[Any, ...], FrozenBatchNorm] | None = None
+
+    # γ and β are typed Any: a union with None would make every optimizer step of a typed program assert
+    # first.
+    @property
+    def gamma(self) -> Any:
+        """γ, shape (channels,), ``dtype``: one array for life, into which assignment copies; or None."""
+        return self._parameters.get("gamma")
+
+    @gamma.setter
+    def gamma(self, value: ArrayLike) -> None:
+        self._set("gamma", value)
+
+    @property
+    def beta(self) -> Any:
+        """β, shape (channels,), ``dtype``: one array for life, into which assignment copies; or None."""
+        return self._parameters.get("beta")
+
+    @beta.setter
+    def beta(self, value: ArrayLike) -> None:
+        self._set("beta", value)
+
+    @property
+    def affine(self) -> bool:
+        """Whether there are γ and β."""
+        return bool(self._parameters)
+
+    @property
+    def population(self) -> Population:
+        """The estimator that batches of train mode enter; set ``Algorithm2()`` after training (see there)."""
+        return self._population
+
+    @population.setter
+    def population(self, value: Population) -> None:
+        wanted = ("update", "mean", "var", "ready", "reset", "state_dict", "load_state_dict")
+        # Looked up on the class: `mean` of an estimator that is not ready raises. A class given for an object
+        # (`Algorithm2` for `Algorithm2()`) has the type `type`, and is caught likewise.
+        if missing := [name for name in wanted if not hasattr(type(value), name)]:
+            raise TypeError(f"population: was {value!r}, wanted an estimator with {', '.join(missing)}")
+        self._population = value
+
+    def train(self) -> Self:
+        """Go to train mode; returns the layer."""
+        self.training = True
+        return self
+
+    def eval(self) -> Self:
+        """Go to eval mode; returns the layer."""
+        self.training = False
+        return self
+
+    def __call__(self, x: Any) -> NDArray[Any]:
+        """Normalize a batch and keep what ``backward`` needs, x by reference.
+
+        Args:
+            x: Array of rank 2 or more with ``channels`` entries on ``channel_axis``; float16, bfloat16 or
+                float32 for a float32 layer, float64 for a float64 layer.
+
+        Returns:
+            y, of the shape, dtype and memory order of x.
+
+        Raises:
+            ValueError: Another number of channels; in train mode non-finite statistics or fewer than 2 values
+                in a channel (named); in eval mode a population that is not ready. Nothing is changed then.
+            TypeError: A dtype that does not go with the layer's.
+        """
+        if not self.training:
+            frozen = self._frozen()
+            y = frozen(x)
+            self._last = frozen, x
+            return y
+        if not hasattr(x, "shape") and hasattr(x, "__dlpack__"):
+            x = np.from_dlpack(x)
+        shape, axis = np.shape(x), self.channel_axis
+        if not -len(shape) <= axis < len(shape) or shape[axis] != self.channels:
+            raise ValueError(f"x: shape was {tuple(shape)}, wanted {self.channels} channels on axis {axis}")
+        y, cache = _core.train_forward(x, self.gamma, self.beta, eps=self.eps, channel_axis=axis)
+        if (y.dtype == np.float64) != (self.dtype == np.float64):
+            wanted = "float64" if self.dtype == np.float64 else "float16, bfloat16 or float32"
+            raise TypeError(f"x: dtype was {y.dtype}, wanted {wanted} for a {self.dtype} layer")
+        self.population.update(cache.moments)
+        self._last = cache
+        return y
+
+    def backward(self, dy: Any) -> NDArray[Any]:
+        """Go back through the last forward pass, in the mode that it ran in; may be called again.
+
+        In train mode the gradient runs through the statistics (section 3 of the paper); in eval mode they are
+        constants. Overwrites ``grad_gamma`` and ``grad_beta``.
+
+        Args:
+            dy: ∂ℓ/∂y, shape and dtype of y.
+
+        Returns:
+            ∂ℓ/∂x, of the shape, dtype and memory order of x.
+
+        Raises:
+            RuntimeError: There was no forward pass.
+            ValueError: Another shape than y's.
+            TypeError: Another dtype than y's.
+        """
+        if self._last is None:
+            raise RuntimeError("backward: there was no forward pass to go back through; call the layer first")
+        if isinstance(self._last, tuple):
+            frozen, x = self._last
+            dx, dgamma, dbeta = frozen.backward(dy, x)
+        else:
+            dx, dgamma, dbeta = _core.backward(dy, self._last)
+        if self.affine:
+            with np.errstate(over="ignore"):
+                self.grad_gamma = dgamma.astype(self.dtype)
+                self.grad_beta = dbeta.astype(self.dtype)
+        return dx
+
+    def freeze(self, dtype: DTypeLike | None = None) -> FrozenBatchNorm:
+        """Round γ, β, E[x], Var[x] and ε once and return them as an immutable layer.
+
+        Args:
+            dtype: float32 or float64; the layer's own where None.
+
+        Raises:
+            ValueError: The population is not ready or of another number of channels, or a parameter does not
+                survive rounding.
+        """
+        mean, var = self.population.mean, self.population.var
+        if mean.shape != (self.channels,):
+            raise ValueError(f"population: shape was {mean.shape}, wanted ({self.channels},)")
+        return FrozenBatchNorm(
+            mean,
+            var,
+            self.gamma,
+            self.beta,
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            dtype=self.dtype if dtype is None else dtype,
+        )
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Copy γ, β (if affine) and, under names that start with ``population.``, the population's state."""
+        state = {name: array.copy() for name, array in self._parameters.items()}
+        return state | {_PREFIX + name: array for name, array in self.population.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Take over a copy of ``state``.
+
+        Args:
+            state: What ``state_dict`` of a layer of the same kind returned.
+
+        Raises:
+            ValueError: Missing or unknown keys, wrong shapes, values that are not finite; nothing is changed
+                then.
+            TypeError: An array that is not of real numbers; likewise.
+        """
+        own = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
+        if own.keys() != self._parameters.keys():
+            wanted = sorted(self._parameters)
+            raise ValueError(f"state: keys were {sorted(own)}, wanted {wanted} beside {_PREFIX}*")
+        parameters = {name: self._checked(name, value) for name, value in own.items()}
+        inner = {name.removeprefix(_PREFIX): value for name, value in state.items() if name not in own}
+        trial = copy.deepcopy(self.population)
+        trial.load_state_dict(inner)
+        if trial.ready and trial.mean.shape != (self.channels,):
+            raise ValueError(f"state: population of shape {trial.mean.shape}, wanted ({self.channels},)")
+        self.population.load_state_dict(inner)
+        for name, array in parameters.items():
+            self._parameters[name][...] = array
+
+    def _frozen(self) -> FrozenBatchNorm:
+        """Freeze, or return what was frozen last: freezing takes ten times as long as a small batch."""
+        arrays = self.population.mean, self.population.var, *self._parameters.values()
+        key = self.eps, self.channel_axis, *(array.tobytes() for array in arrays)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.freeze()
+        return self._kept[1]
+
+    def _checked(self, name: str, value: ArrayLike) -> NDArray[Any]:
+        vector = finite_vector(name, value, self.dtype)
+        if vector.shape != (self.channels,):
+            raise ValueError(f"{name}: shape was {vector.shape}, wanted ({self.channels},)")
+        return vector
+
+    def _set(self, name: str, value: ArrayLike) -> None:
+        if not self.affine:
+            raise ValueError(f"{name}: the layer was made with affine=False")
+        self._parameters[name][...] = self._checked(name, value)
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.channels}, eps={self.eps!r}, affine={self.affine}, dtype={self.dtype.name!r}, "
+            f"channel_axis={self.channel_axis}, population={self.population!r})"
+        )

@@ -1,0 +1,278 @@
+"""Estimators of the population statistics E[x], Var[x] that a frozen layer normalizes by.
+
+They take the ``Moments`` of one training batch after the other and keep float64 averages, computed in plain
+NumPy in the order of the updates, so that equal batches in equal order give equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from batchnorm._core import Moments
+
+
+class Population(Protocol):
+    """What ``BatchNorm`` asks of an estimator; write a class with these members to bring your own."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``mean`` and ``var`` have a value."""
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Estimate of E[x], shape (channels,); ValueError while not ready."""
+
+    @property
+    def var(self) -> NDArray[np.float64]:
+        """Unbiased estimate of Var[x], shape (channels,); ValueError while not ready."""
+
+    def update(self, moments: Moments) -> None:
+        """Take in one batch, or raise ValueError naming the channels and change nothing."""
+
+    def reset(self) -> None:
+        """Forget every batch."""
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Copy the state; empty while not ready."""
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Replace the state by a copy of ``state``, or raise and change nothing."""
+
+
+class _Averages:
+    """Float64 averages of batch means and of unbiased batch variances; subclasses choose the weights."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, NDArray[np.float64]] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch has been taken in, or a state loaded."""
+        return bool(self._state)
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Estimate of E[x], float64, shape (channels,).
+
+        Raises:
+            ValueError: Not ready.
+        """
+        return self._get("mean")
+
+    @property
+    def var(self) -> NDArray[np.float64]:
+        """Unbiased estimate of Var[x], float64, shape (channels,).
+
+        Raises:
+            ValueError: Not ready.
+        """
+        return self._get("var")
+
+    def reset(self) -> None:
+        """Forget every batch: not ready until the next update."""
+        self._state = {}
+
+    def state_dict(self) -> dict[str, NDArray[np.float64]]:
+        """Copy the state: float64 arrays of shape (channels,); no arrays at all while not ready."""
+        return {name: array.copy() for name, array in self._state.items()}
+
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
+        """Replace the state by a copy of ``state``; an empty one is the state before the first update.
+
+        Args:
+            state: What ``state_dict`` of the same kind of estimator returned.
+
+        Raises:
+            ValueError: Missing or unknown keys, shapes that differ, values that are not finite, or negative
+                variances; nothing is changed then.
+            TypeError: An array that is not of real numbers.
+        """
+        names = self._names()
+        if state and set(state) != set(names):
+            raise ValueError(f"state: keys were {sorted(state)}, wanted {sorted(names)} or none")
+        loaded = {name: finite_vector(f"state[{name!r}]", state[name], np.float64) for name in names if state}
+        shapes = {name: array.shape for name, array in loaded.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"state: shapes were {shapes}, wanted one number of channels")
+        for name in loaded.keys() - {"mean"}:
+            if bad := channels_where(loaded[name] < 0):
+                raise ValueError(f"state[{name!r}]: negative in {bad}, wanted values >= 0")
+        self._state = loaded
+
+    def _names(self) -> tuple[str, ...]:
+        return ("mean", "var")
+
+    def _get(self, name: str) -> NDArray[np.float64]:
+        if not self.ready:
+            raise ValueError(
+                f"population: {type(self).__name__} has seen no batch; run forward passes in train mode "
+                "or load a state first"
+            )
+        return self._state[name].copy()
+
+    def _checked(self, moments: Moments) -> tuple[NDArray[np.float64], ...]:
+        """Return count, mean, unbiased variance of a batch that may enter the averages."""
+        count, mean, m2 = moments.count, moments.mean, moments.m2
+        if self.ready and mean.shape != self._state["mean"].shape:
+            raise ValueError(f"moments: {mean.size} channels, wanted {self._state['mean'].size}")
+        if bad := channels_where(~(np.isfinite(mean) & np.isfinite(m2))):
+            raise ValueError(f"moments: the batch has non-finite statistics in {bad}")
+        if bad := channels_where(~(count > 1)):
+            raise ValueError(f"moments: the batch has fewer than 2 values in {bad}")
+        return count, mean, moments.var_unbiased
+
+
+class MovingAverage(_Averages):
+    """Exponential moving average over training batches: new = (1 - w)·old + w·batch.
+
+    It starts at mean 0, variance 1 and takes in the unbiased variance m/(m-1)·σ_B² of each batch, as
+    PyTorch's running statistics do. Ioffe and Szegedy 2015, section 3.1, propose moving averages for
+    following the accuracy of a model while it trains.
+
+    Args:
+        update_weight: w, the weight of the new batch, 0 < w <= 1.
+
+    Raises:
+        ValueError: ``update_weight`` is out of its range.
+
+    Example:
+        >>> import numpy as np
+        >>> import batchnorm as bn
+        >>> population = bn.MovingAverage(update_weight=0.5)
+        >>> population.update(bn.moments(np.array([[1.0], [3.0]])))
+        >>> population.mean, population.var
+        (array([1.]), array([1.5]))
+    """
+
+    def __init__(self, update_weight: float) -> None:
+        if not 0 < update_weight <= 1:
+            raise ValueError(f"update_weight: was {update_weight!r}, wanted 0 < update_weight <= 1")
+        super().__init__()
+        self._weight = float(update_weight)
+
+    @property
+    def update_weight(self) -> float:
+        """The weight of the new batch."""
+        return self._weight
+
+    def update(self, moments: Moments) -> None:
+        """Take in one batch.
+
+        Args:
+            moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
+
+        Raises:
+            ValueError: Another number of channels than before, non-finite statistics, or fewer than 2 values
+                in a channel; nothing is changed then.
+        """
+        _, mean, var = self._checked(moments)
+        old = self._state or {"mean": np.zeros_like(mean), "var": np.ones_like(var)}
+        w = self._weight
+        self._state = {"mean": (1 - w) * old["mean"] + w * mean, "var": (1 - w) * old["var"] + w * var}
+
+    def __repr__(self) -> str:
+        return f"MovingAverage(update_weight={self._weight!r})"
+
+
+class Algorithm2(_Averages):
+    """Population statistics as Algorithm 2 of Ioffe and Szegedy 2015 has them (step 10).
+
+    Over batches b of m_b values with mean μ_b, sum of squared deviations M2_b and biased variance σ_b²:
+
+    - ``weighting="count"``: E[x] = Σ m_b·μ_b / Σ m_b, Var[x] = Σ M2_b / Σ (m_b - 1);
+    - ``weighting="equal"``, as the paper writes it: E[x] is the mean of μ_b, Var[x] that of
+      m_b/(m_b - 1)·σ_b².
+
+    The two agree where all batches are of one size. As in the paper, Var[x] averages the variances *within*
+    batches.
+
+    Collecting while the network trains averages stale weights: the activations of early batches come from
+    weights that are long gone. So train first, then set a fresh one and run forward passes in train mode
+    without optimizer steps:
+
+        layer.population = batchnorm.Algorithm2()
+        for x in batches:
+            network(x)                      # layer.training is True; no backward pass, no step
+        frozen = layer.freeze()
+
+    Args:
+        weighting: "count" or "equal".
+
+    Raises:
+        ValueError: ``weighting`` is something else.
+    """
+
+    def __init__(self, weighting: Literal["count", "equal"] = "count") -> None:
+        if weighting not in ("count", "equal"):
+            raise ValueError(f'weighting: was {weighting!r}, wanted "count" or "equal"')
+        super().__init__()
+        self._weighting = weighting
+
+    @property
+    def weighting(self) -> str:
+        """How batches are weighted."""
+        return self._weighting
+
+    def update(self, moments: Moments) -> None:
+        """Take in one batch.
+
+        Args:
+            moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
+
+        Raises:
+            ValueError: Another number of channels than before, non-finite statistics, or fewer than 2 values
+                in a channel; nothing is changed then.
+        """
+        count, mean, var = self._checked(moments)
+        old = self._state or {name: np.zeros_like(mean) for name in self._names()}
+        batches = old["batches"] + 1
+        if self._weighting == "equal":
+            of_mean = of_var = 1 / batches
+            sums = {"batches": batches}
+        else:
+            values = old["values"] + count
+            of_mean, of_var = count / values, (count - 1) / (values - batches)
+            sums = {"batches": batches, "values": values}
+        # Both weightings are weighted averages, of μ_b and of M2_b/(m_b - 1). Stepping toward each batch by
+        # its share keeps every intermediate as large as the data, where a sum of m_b·μ_b would grow with the
+        # run.
+        self._state = {
+            "mean": old["mean"] + (mean - old["mean"]) * of_mean,
+            "var": old["var"] + (var - old["var"]) * of_var,
+            **sums,
+        }
+
+    def _names(self) -> tuple[str, ...]:
+        # The keys tell the weightings apart, so that one's state is refused by the other.
+        names = ("mean", "var", "batches")
+        return (*names, "values") if self._weighting == "count" else names
+
+    def __repr__(self) -> str:
+        return f"Algorithm2(weighting={self._weighting!r})"
+
+
+def channels_where(bad: NDArray[np.bool_]) -> str:
+    """Name the channels where ``bad``, or return an empty string where there are none."""
+    found = np.flatnonzero(bad)
+    if not found.size:
+        return ""
+    more = f" and {found.size - 8} more" if found.size > 8 else ""
+    return f"channel{'s' if found.size > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
+
+
+def finite_vector(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
+    """Copy ``value`` to a vector of ``dtype``, or raise naming the argument and what was wrong with it."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name}: dtype was {array.dtype}, wanted real numbers")
+    if array.ndim != 1 or not array.size:
+        raise ValueError(f"{name}: shape was {array.shape}, wanted (channels,)")
+    with np.errstate(over="ignore"):
+        vector = array.astype(dtype)
+    if bad := channels_where(~np.isfinite(vector)):
+        raise ValueError(f"{name}: not finite as {np.dtype(dtype)} in {bad}")
+    return vector

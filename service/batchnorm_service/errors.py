@@ -1,0 +1,30 @@
+"""What the service refuses. `app.STATUS` maps each class to its HTTP status; nothing here knows HTTP.
+
+The text of an error is sent to the client: it names what was wrong and what was wanted, never a path.
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """Base of every refusal; only its subclasses are raised."""
+
+
+class InvalidInputError(ServiceError):
+    """The message, or the tensor in it, is not what the protocol or the model takes."""
+
+
+class ModelNotFoundError(ServiceError):
+    """No model of that name, or no such version of it."""
+
+
+class NotReadyError(ServiceError):
+    """The model is known and could not be loaded, or no model is loaded at all."""
+
+
+class BodyTooLargeError(ServiceError):
+    """The request body exceeds the limit of the settings."""
+
+
+class UnsupportedError(ServiceError):
+    """A part of the protocol that this service, or this installation of it, does not have."""
