@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Below this many bytes the work is done before a sleeping thread has woken.
-const WORTH_A_THREAD: usize = 256 * 1024;
+const WORTH_A_THREAD: usize = 512 * 1024;
 const MOST_THREADS: usize = 1024;
 
 struct Pool {

@@ -4,7 +4,7 @@
 //! Rows are taken four at a time, and the four added as ((r0 + r1) + (r2 + r3)): sums per column stay in cache, and are
 //! loaded and stored once for four rows.
 
-use super::{Apply, Kernel, affine};
+use super::{Apply, Kernel, affine, step_barrier};
 use crate::element::Element;
 use crate::view::{Row, RowMut, Tile, TileMut};
 
@@ -111,6 +111,7 @@ fn add_deviations_of<T: Element, const R: usize>(
     let rows = std::array::from_fn(|i| x.row(r + i));
     let whole = x.cols() - x.cols() % STEP;
     for k in 0..whole / STEP {
+        step_barrier();
         add_step::<T, STEP, R>(rows, k, pivot, sum, squares);
     }
     for j in whole..x.cols() {
@@ -148,9 +149,10 @@ impl<T: Element> Kernel for AffineRows<'_, '_, T> {
     #[inline(always)]
     fn run(self) {
         let whole = self.y.cols() - self.y.cols() % STEP;
-        for r in (0..self.x.rows()).rev() {
+        for r in 0..self.x.rows() {
             let (x, y) = (self.x.row(r), self.y.row(r));
             for k in 0..whole / STEP {
+                step_barrier();
                 affine_step::<T, STEP>(x, &y, k, self.coefficients);
             }
             for j in whole..y.len() {
@@ -205,6 +207,7 @@ fn add_products_of<T: Element, const R: usize>(
     let xs = std::array::from_fn(|i| x.row(r + i));
     let whole = x.cols() - x.cols() % STEP;
     for k in 0..whole / STEP {
+        step_barrier();
         add_products_step::<T, STEP, R>(dys, xs, k, mean, dbeta, products);
     }
     for j in whole..x.cols() {
@@ -247,9 +250,10 @@ impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
     #[inline(always)]
     fn run(self) {
         let whole = self.dx.cols() - self.dx.cols() % STEP;
-        for r in (0..self.dy.rows()).rev() {
+        for r in 0..self.dy.rows() {
             let (dy, x, dx) = (self.dy.row(r), self.x.row(r), self.dx.row(r));
             for k in 0..whole / STEP {
+                step_barrier();
                 apply_step::<T, STEP>(dy, x, &dx, k, self.coefficients);
             }
             for j in whole..dx.len() {

@@ -30,6 +30,14 @@ pub(crate) trait Kernel {
 /// is hidden.
 pub(crate) const LANES: usize = 16;
 
+/// An empty instruction that the compiler cannot see through. A loop that holds it is left as it is written, one step of
+/// lanes at a time: regrouped across steps, lanes would be gathered one by one (measured: five times slower).
+#[inline(always)]
+fn step_barrier() {
+    // SAFETY: no instruction is emitted, and nothing is touched.
+    unsafe { std::arch::asm!("", options(nomem, nostack, preserves_flags)) };
+}
+
 /// Adds up lanes in a fixed tree.
 #[inline(always)]
 fn total(mut lanes: [f64; LANES]) -> f64 {

@@ -1,6 +1,6 @@
 //! Kernels over runs of adjacent values of one channel.
 
-use super::{Kernel, LANES, total};
+use super::{Kernel, LANES, step_barrier, total};
 use crate::element::Element;
 use crate::view::{Row, Tile, TileMut};
 
@@ -9,6 +9,7 @@ use crate::view::{Row, Tile, TileMut};
 fn for_each_lane<T: Element>(row: Row<'_, T>, mut f: impl FnMut(usize, T)) {
     let chunks = row.len() / LANES;
     for k in 0..chunks {
+        step_barrier();
         let values: [T; LANES] = row.chunk(k);
         for (lane, value) in values.into_iter().enumerate() {
             f(lane, value);
@@ -81,11 +82,12 @@ impl<T: Element> Kernel for AffineRuns<'_, '_, T> {
     #[inline(always)]
     fn run(self) {
         let c = self.coefficients;
-        // Backwards: after the pass for the statistics the last rows are still in cache.
+        // Last row first: after the pass for the statistics it is still in cache.
         for r in (0..self.x.rows()).rev() {
             let (x, y) = (self.x.row(r), self.y.row(r));
             let chunks = y.len() / LANES;
-            for k in (0..chunks).rev() {
+            for k in 0..chunks {
+                step_barrier();
                 let values: [T; LANES] = x.chunk(k);
                 y.set_chunk(k, values.map(|v| super::affine(v, c)));
             }
@@ -113,6 +115,7 @@ impl<T: Element> Kernel for SumRuns<'_, T> {
             let (dy, x) = (self.dy.row(r), self.x.row(r));
             let chunks = dy.len() / LANES;
             for k in 0..chunks {
+                step_barrier();
                 let (dys, xs): ([T; LANES], [T; LANES]) = (dy.chunk(k), x.chunk(k));
                 for lane in 0..LANES {
                     let d = dys[lane].to_f64();
@@ -147,7 +150,8 @@ impl<T: Element> Kernel for ApplyRuns<'_, '_, T> {
         for r in (0..self.dy.rows()).rev() {
             let (dy, x, dx) = (self.dy.row(r), self.x.row(r), self.dx.row(r));
             let chunks = dx.len() / LANES;
-            for k in (0..chunks).rev() {
+            for k in 0..chunks {
+                step_barrier();
                 let (dys, xs): ([T; LANES], [T; LANES]) = (dy.chunk(k), x.chunk(k));
                 dx.set_chunk::<LANES>(k, std::array::from_fn(|lane| c.dx(dys[lane], xs[lane])));
             }
