@@ -1,7 +1,8 @@
 """Time us, NumPy's two-pass expression and the floor of a copy side by side; `make bench`.
 
-Every round times each of them once, in turn, so that a noisy machine slows them alike; medians are shown. The floor is
-`np.copyto` of the tensor: read x, write y, on one thread. Exits with 1 if a row of ours is slower than NumPy's.
+Every round times each of them once, in turn, so that a noisy machine slows them alike; medians are shown. The
+floor is `np.copyto` of the tensor: read x, write y, on one thread. Exits with 1 if a row of ours is slower
+than NumPy's.
 """
 
 from __future__ import annotations

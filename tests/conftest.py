@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import batchnorm as bn
-import cases
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+import batchnorm as bn
+import cases
 
 settings.register_profile(
     "same-every-time",

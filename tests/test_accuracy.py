@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import batchnorm as bn
 import numpy as np
-import oracle
 import pytest
+
+import batchnorm as bn
+import oracle
 
 SHAPES = ((8192, 5), (5000, 5), (60, 70), (16, 5, 256), (7, 5, 12, 59), (2, 9, 1))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import batchnorm as bn
-import cases
 import numpy as np
 import pytest
+
+import batchnorm as bn
+import cases
 from cases import bits, strides
 from dlpack import Exporter
 

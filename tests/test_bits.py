@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import batchnorm as bn
-import cases
 import numpy as np
 import pytest
+
+import batchnorm as bn
+import cases
 from cases import Layout, bits, moments_bits
 
 THREADS = (1, 2, 3, 8)

@@ -15,16 +15,17 @@ import time
 import urllib.request
 from pathlib import Path
 
-import batchnorm as bn
-import batchnorm.demo
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
+
+import batchnorm as bn
+import batchnorm.demo
 from batchnorm.cli import main
 from batchnorm.onnx import load_frozen
 from batchnorm.streaming import merge_in_order
 from cases import bits, moments_bits
-from click.testing import CliRunner
 
 DOCS = Path(__file__).parent.parent / "docs/cli.md"
 CSV = "height,width\n1.5,20\n2.5,40\n3.5,30\n"

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import batchnorm as bn
 import ml_dtypes
 import numpy as np
 import pytest
-from batchnorm.cli import main
 from click.testing import CliRunner
+
+import batchnorm as bn
+from batchnorm.cli import main
 from test_cli import CSV, EXAMPLES, folder, refusal  # noqa: F401  (the fixture)
 
 

@@ -13,13 +13,14 @@ from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 
-import batchnorm as bn
 import numpy as np
 import onnx
 import pytest
+from rich.text import Text
+
+import batchnorm as bn
 from batchnorm import demo
 from batchnorm.demo import client
-from rich.text import Text
 
 STEPS = 200
 

@@ -12,10 +12,11 @@ from math import inf, nan
 from pathlib import Path
 from typing import NamedTuple
 
-import batchnorm as bn
 import ml_dtypes
 import numpy as np
 import pytest
+
+import batchnorm as bn
 from batchnorm._core import Affine
 from dlpack import Exporter
 

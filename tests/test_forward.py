@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import batchnorm as bn
-import cases
 import numpy as np
-import oracle
 import pytest
-from cases import bits, moments_bits, strides
 from hypothesis import given
 from hypothesis import strategies as st
+
+import batchnorm as bn
+import cases
+import oracle
+from cases import bits, moments_bits, strides
 
 
 def at_least_two(layout):

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import batchnorm as bn
 import ml_dtypes
 import numpy as np
 import pytest
+
+import batchnorm as bn
 
 GOLDEN = dict(np.load(Path(__file__).parent / "data" / "torch_batch_norm.npz"))
 CASES = json.loads(GOLDEN["manifest"].tobytes().decode())["cases"]

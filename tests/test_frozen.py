@@ -8,12 +8,13 @@ import pickle
 import struct
 import warnings
 
-import batchnorm as bn
-import cases
 import ml_dtypes
 import numpy as np
-import oracle
 import pytest
+
+import batchnorm as bn
+import cases
+import oracle
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 PAIRS = [("float64", x_dtype) for x_dtype in cases.DTYPES]

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import batchnorm as bn
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+
+import batchnorm as bn
 
 HERE = Path(__file__).parent
 EPS = "0x1.4f8b580000000p-17"

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import batchnorm as bn
 import ml_dtypes
 import numpy as np
 import pytest
+
+import batchnorm as bn
 
 with np.load(Path(__file__).parent / "data/torch_batch_norm.npz") as stored:
     ARRAYS = dict(stored)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import batchnorm as bn
-import cases
 import numpy as np
-import oracle
 import pytest
-from batchnorm._core import Affine
-from cases import bits, strides
 from hypothesis import given
 from hypothesis import strategies as st
+
+import batchnorm as bn
+import cases
+import oracle
+from batchnorm._core import Affine
+from cases import bits, strides
 
 
 def test_layouts(rng, layout, dtype):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import batchnorm as bn
-import cases
 import numpy as np
 import pytest
+
+import batchnorm as bn
+import cases
 from test_golden_torch import TOLERANCE, case  # noqa: F401  (the fixture)
 
 LAYOUTS = [

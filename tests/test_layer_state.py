@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 
-import batchnorm as bn
 import numpy as np
 import pytest
+
+import batchnorm as bn
 from test_layer import LAYOUTS, layer_for, same, snapshot, x_with
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 
-import batchnorm as bn
-import cases
 import numpy as np
-import oracle
 import pytest
-from cases import moments_bits
 from hypothesis import given
 from hypothesis import strategies as st
+
+import batchnorm as bn
+import cases
+import oracle
+from cases import moments_bits
 
 
 def check_variance(x, m, axis=1):

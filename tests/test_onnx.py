@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import batchnorm as bn
-import cases
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from batchnorm.onnx import load_frozen
 from onnx import TensorProto, helper, numpy_helper
+
+import batchnorm as bn
+import cases
+from batchnorm.onnx import load_frozen
 
 HERE = Path(__file__).parent
 NEWEST = onnx.defs.onnx_opset_version()

@@ -32,7 +32,8 @@ def test_all_versions_are_one():
 
 
 def test_import_loads_numpy_alone():
-    code = "import sys, numpy, json; old = set(sys.modules); import batchnorm; print(json.dumps([*set(sys.modules) - old]))"
+    code = "import sys, numpy, json; old = set(sys.modules); import batchnorm; "
+    code += "print(json.dumps([*set(sys.modules) - old]))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
     installed = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert "batchnorm" in installed

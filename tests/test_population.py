@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import batchnorm as bn
 import numpy as np
 import pytest
+
+import batchnorm as bn
 
 CHANNELS = 3
 ESTIMATORS = {

@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 
-import batchnorm as bn
 import numpy as np
 import pytest
+
+import batchnorm as bn
 
 
 def run(script, timeout=60, **environment):

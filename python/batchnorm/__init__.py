@@ -1,7 +1,8 @@
 """Batch normalization for CPUs after Ioffe and Szegedy 2015 (arXiv 1502.03167).
 
 Functions: `train_forward` and `backward`, `infer` and `infer_backward`; their halves `moments`, `normalize`,
-`gradient_sums` and `gradient_apply`. Layers: `BatchNorm` trains, `FrozenBatchNorm` is what is saved, exported and served.
+`gradient_sums` and `gradient_apply`. Layers: `BatchNorm` trains; `FrozenBatchNorm` is saved, exported
+and served.
 """
 
 from __future__ import annotations

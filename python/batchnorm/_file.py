@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from batchnorm._atomic import replacing
 from batchnorm.frozen import FrozenBatchNorm
 
 METADATA_KEYS = ("format", "version", "channel_axis", "eps", "dtype", "fingerprint")
@@ -105,21 +105,6 @@ def encode(layer: FrozenBatchNorm) -> bytes:
 
 
 def write(layer: FrozenBatchNorm, path: str | os.PathLike[str]) -> None:
-    """Puts the file in place at once: whoever reads, after a crash too, finds the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        # Not by tempfile, whose files nobody else may read: the umask is to decide that.
-        with temporary.open("xb") as file:
-            file.write(encode(layer))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Writes a file, whole or not at all; `FrozenBatchNorm.save` documents it."""
+    with replacing(Path(path)) as file:
+        file.write(encode(layer))

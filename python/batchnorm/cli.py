@@ -16,9 +16,10 @@ import click
 import numpy as np
 
 from batchnorm import _core
+from batchnorm._atomic import replacing
+from batchnorm._checks import channels_where
 from batchnorm.frozen import FrozenBatchNorm
-from batchnorm.population import channels_where
-from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer, replacing
+from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _PIPE_WIDTH = 160  # holds a row of float64 parameters

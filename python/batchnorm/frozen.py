@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from batchnorm._checks import channels_where
 from batchnorm._core import Affine, Moments
 from batchnorm._types import Gradients
 from batchnorm.conventions import torch_parameters
@@ -29,7 +30,6 @@ _COARSE_MEAN = 1e-4
 """In units of σ: where rounding moves the mean by more than this, freezing warns."""
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
-_SHOWN_CHANNELS = 8
 
 
 @final
@@ -150,7 +150,7 @@ class FrozenBatchNorm:
             raise ValueError(f"ddof: {ddof!r}, but 1 (unbiased variance) or 0 (biased) is wanted")
         too_few = moments.count <= ddof
         if too_few.any():
-            there = f"{_channels(too_few)} with fewer"
+            there = f"{channels_where(too_few)} with fewer"
             raise ValueError(f"moments: {ddof + 1} values or more wanted in each channel, found {there}")
         var = moments.var_unbiased if ddof else moments.var
         return cls(moments.mean, var, gamma, beta, eps=eps, channel_axis=channel_axis, dtype=dtype)
@@ -317,7 +317,7 @@ def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> ND
     if name == "var":
         lost |= (values > 0) & (rounded == 0)
     if lost.any():
-        where = f"in {_channels(lost)}; dtype='float64' would hold it"
+        where = f"in {channels_where(lost)}; dtype='float64' would hold it"
         raise ValueError(f"{name}: out of the range of {dtype.name} {where}")
     return np.frombuffer(rounded.tobytes(), dtype)
 
@@ -344,7 +344,7 @@ def _warn_of_coarse_means(mean: NDArray[np.float64], layer: FrozenBatchNorm) -> 
     if coarse.any():
         warnings.warn(
             f"mean: rounding to {layer.dtype.name} moves it by more than {_COARSE_MEAN:g} standard "
-            f"deviations in {_channels(coarse)}; dtype='float64' keeps it",
+            f"deviations in {channels_where(coarse)}; dtype='float64' keeps it",
             stacklevel=_stacklevel_outside(),
         )
 
@@ -355,11 +355,3 @@ def _stacklevel_outside() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _channels(mask: NDArray[np.bool_]) -> str:
-    """The channels where `mask` holds, in words."""
-    found = np.flatnonzero(mask)
-    shown = ", ".join(map(str, found[:_SHOWN_CHANNELS]))
-    more = f" and {len(found) - _SHOWN_CHANNELS} more" if len(found) > _SHOWN_CHANNELS else ""
-    return f"channel{'s' if len(found) > 1 else ''} {shown}{more}"

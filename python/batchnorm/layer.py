@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _core
+from batchnorm._checks import finite_vector
 from batchnorm.frozen import FrozenBatchNorm
-from batchnorm.population import MovingAverage, Population, finite_vector
+from batchnorm.population import MovingAverage, Population
 
 _PREFIX = "population."
 
@@ -275,6 +276,10 @@ class BatchNorm:
         if not self.affine:
             raise ValueError(f"{name}: the layer was made with affine=False")
         self._parameters[name][...] = self._checked(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference.
+        return self.__dict__ | {"_last": None}
 
     def __repr__(self) -> str:
         return (

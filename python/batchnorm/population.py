@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from batchnorm._checks import channels_where, finite_vector
 from batchnorm._core import Moments
 
 
@@ -253,26 +254,3 @@ class Algorithm2(_Averages):
 
     def __repr__(self) -> str:
         return f"Algorithm2(weighting={self._weighting!r})"
-
-
-def channels_where(bad: NDArray[np.bool_]) -> str:
-    """Name the channels where ``bad``, or return an empty string where there are none."""
-    found = np.flatnonzero(bad)
-    if not found.size:
-        return ""
-    more = f" and {found.size - 8} more" if found.size > 8 else ""
-    return f"channel{'s' if found.size > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
-
-
-def finite_vector(name: str, value: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
-    """Copy ``value`` to a vector of ``dtype``, or raise naming the argument and what was wrong with it."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name}: dtype was {array.dtype}, wanted real numbers")
-    if array.ndim != 1 or not array.size:
-        raise ValueError(f"{name}: shape was {array.shape}, wanted (channels,)")
-    with np.errstate(over="ignore"):
-        vector = array.astype(dtype)
-    if bad := channels_where(~np.isfinite(vector)):
-        raise ValueError(f"{name}: not finite as {np.dtype(dtype)} in {bad}")
-    return vector

@@ -11,8 +11,6 @@ import csv
 import io
 import itertools
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -163,21 +161,6 @@ def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
     for _, part in reversed(waiting):
         total = part if total is None else part.merge(total)
     return total
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of ``path`` once it is whole, and leaves no trace if it never is."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def npy_writer(file: IO[bytes], source: NpySource) -> Callable[[NDArray[Any]], None]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, Final, TypeVar
 
-import batchnorm
 import click
 import uvicorn
 from pydantic import ValidationError
 from uvicorn.config import LOGGING_CONFIG
 
+import batchnorm
 from batchnorm_service import __version__
 from batchnorm_service.settings import ENV_PREFIX, Settings
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from batchnorm import FrozenBatchNorm
 from numpy.typing import NDArray
 
+from batchnorm import FrozenBatchNorm
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
 
 logger = logging.getLogger(__name__)

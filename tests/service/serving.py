@@ -15,8 +15,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import batchnorm as bn
 import numpy as np
+
+import batchnorm as bn
 
 CHANNELS = 5
 START_SECONDS = 30

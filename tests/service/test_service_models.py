@@ -10,9 +10,10 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from serving import CHANNELS, make_layer
+
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
 from batchnorm_service.models import Model, Repository
-from serving import CHANNELS, make_layer
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import sys
 import threading
 from pathlib import Path
 
-import batchnorm as bn
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from batchnorm_service.app import INLINE_BYTES, create_app
-from batchnorm_service.settings import Settings
 from serving import CHANNELS, STOP_SECONDS, serve
 from tritonclient.utils import InferenceServerException
+
+import batchnorm as bn
+from batchnorm_service.app import INLINE_BYTES, create_app
+from batchnorm_service.settings import Settings
 
 INFER = "/v2/models/planar/infer"
 

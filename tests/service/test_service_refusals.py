@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from serving import CHANNELS, serve
+
 from batchnorm_service import errors
 from batchnorm_service.app import STATUS
 from batchnorm_service.errors import (
@@ -16,7 +18,6 @@ from batchnorm_service.errors import (
     NotReadyError,
     UnsupportedError,
 )
-from serving import CHANNELS, serve
 
 X = np.zeros((2, CHANNELS), np.float32)
 OF_MODEL = "/v2/models/planar"
