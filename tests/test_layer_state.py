@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -226,3 +228,16 @@ def test_repr_says_how_to_make_it():
     layer = bn.BatchNorm(3, eps=1e-3, dtype="float64", population=bn.Algorithm2(weighting="equal"))
     again = eval(repr(layer), {"BatchNorm": bn.BatchNorm, "Algorithm2": bn.Algorithm2})
     assert repr(again) == repr(layer)
+
+
+def test_a_copy_starts_without_the_last_forward_pass():
+    layer = bn.BatchNorm(2)
+    x = np.array([[1, 10], [3, 30]], np.float32)
+    layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.freeze() == layer.freeze()
+        with pytest.raises(RuntimeError, match="no forward pass"):
+            twin.backward(x)
+        twin.gamma += 1
+        assert not np.array_equal(twin.gamma, layer.gamma)
+    assert layer.backward(x).shape == x.shape
