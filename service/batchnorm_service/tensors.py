@@ -25,8 +25,8 @@ JSON_DATATYPES: Final = frozenset({"FP32", "FP64"})
 # Triton's limit; the fallback parser recurses, and this keeps it far from the interpreter's limit.
 MAX_JSON_DEPTH: Final = 100
 
-# Readers of JSON round to float64 and then to float32. Of all float32 this one and its negative alone (all were
-# tried) have a shortest text, 7.038531e-26, which so becomes a neighbour; a float64 has more digits.
+# Readers of JSON round to float64 and then to float32. Of all float32 (all were tried) this one and its
+# negative alone have a shortest text, 7.038531e-26, which so becomes a neighbour; a float64 has more digits.
 _MISREAD = np.uint32(0x15AE43FD).view(np.float32)
 _SQUARE = bytes.maketrans(b"{}", b"[]")
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
