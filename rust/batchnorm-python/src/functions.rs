@@ -335,6 +335,35 @@ pub(crate) fn infer_backward_of<'py>(
     Ok((dx.array, sums))
 }
 
+/// The floor that benchmarks compare with: out = x, or out = x + z, on the threads that every function here works on.
+///
+/// Args:
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     out: Array like x, in memory of its own.
+///     z: Tensor like x.
+///     streaming: Whether out is written past the caches.
+///
+/// Raises:
+///     ValueError: A shape is not as said.
+///     TypeError: out or z has another dtype than x.
+#[pyfunction]
+#[pyo3(signature = (x, out, *, z=None, streaming=false))]
+pub(crate) fn copy<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    out: &Bound<'py, PyAny>,
+    z: Option<&Bound<'py, PyAny>>,
+    streaming: bool,
+) -> PyResult<()> {
+    let x = Tensor::read("x", x, 1)?;
+    let z = z.map(|z| x.read_like("z", z)).transpose()?;
+    let mut y = x.output(Some(out), &[("x", &x), ("z", z.as_ref().unwrap_or(&x))])?;
+    with_element!(x.dtype, T => {
+        let (view, z, mut y) = (x.view::<T>(), z.as_ref().map(Tensor::view::<T>), y.view_mut::<T>());
+        run(py, x.bytes(), || batchnorm::copy(view, z, &mut y, streaming))
+    })
+}
+
 /// Sets the number of threads that work on one call, the caller's own included. Results do not depend on it.
 ///
 /// Raises:

@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::functions::{
-        backward, get_num_threads, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize,
+        backward, copy, get_num_threads, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize,
         set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
     };
     #[pymodule_export]

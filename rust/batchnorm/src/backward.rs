@@ -245,13 +245,15 @@ pub fn gradient_apply<T: Element>(
             });
         }
         Family::Interleaved(rows) => {
-            let channels: Vec<Apply> = (0..layout.channels()).map(of).collect();
-            let column = |field: fn(&Apply) -> f64| rows.spread(channels.iter().map(field));
-            let columns = [column(|a| a.mean), column(|a| a.offset), column(|a| a.slope), column(|a| a.scale)];
+            let channels: Vec<Apply<f64>> = (0..layout.channels()).map(of).collect();
+            let column = |field: fn(&Apply<f64>) -> f64| rows.spread(channels.iter().map(field));
+            let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
+            let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
             let grid = Grid::new(rows.rows, rows.width, (1 << 15) / rows.width.max(1), 1 << 15);
             dx.map_tiles(&grid, |rect, dx| {
                 let (dy, x) = (dy.tile(rows.width, rect), x.tile(rows.width, rect));
-                let coefficients = columns.each_ref().map(|column| &column[rect.cols.clone()]);
+                let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
+                let coefficients = coefficients.map(|column| &column[rect.cols.clone()]);
                 dispatch(ApplyRows { dy, x, dx: &dx, coefficients });
             });
         }
@@ -259,7 +261,7 @@ pub fn gradient_apply<T: Element>(
     Ok(())
 }
 
-fn apply(affine: &Affine, c: usize, dgamma: f64, dbeta: f64, count: f64) -> Apply {
+fn apply(affine: &Affine, c: usize, dgamma: f64, dbeta: f64, count: f64) -> Apply<f64> {
     Apply {
         mean: affine.mean()[c],
         offset: dbeta / count,

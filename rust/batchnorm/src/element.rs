@@ -1,5 +1,6 @@
 //! The four element types, and in what precision each is computed.
 
+use crate::simd::Vectors;
 use half::{bf16, f16};
 use std::ops::{Add, Mul, Sub};
 
@@ -45,9 +46,7 @@ impl Wide for f64 {
 }
 
 /// An element of a tensor: [`f32`], [`f64`], [`f16`] or [`bf16`]. Sealed: the numerical contract is stated for these.
-pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
-    /// The precision of the affine form.
-    type Wide: Wide;
+pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + 'static {
     /// Whether the mean enters the affine form as a high and a low part, since one `Wide` could not hold it.
     const SPLIT_MEAN: bool;
 
@@ -69,7 +68,6 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
 }
 
 impl Element for f64 {
-    type Wide = f64;
     const SPLIT_MEAN: bool = false;
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -82,7 +80,6 @@ impl Element for f64 {
 }
 
 impl Element for f32 {
-    type Wide = f64;
     const SPLIT_MEAN: bool = false;
     #[inline(always)]
     fn widen(self) -> f64 {
@@ -95,7 +92,6 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
-    type Wide = f32;
     const SPLIT_MEAN: bool = true;
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -108,7 +104,6 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
-    type Wide = f32;
     const SPLIT_MEAN: bool = true;
     #[inline(always)]
     fn widen(self) -> f32 {

@@ -8,7 +8,7 @@ use crate::simd::{AffineRows, AffineRuns, dispatch};
 use crate::view::{Grid, View, ViewMut};
 
 /// Bytes that one task writes.
-const TASK: usize = 256 * 1024;
+pub(crate) const TASK: usize = 256 * 1024;
 
 /// y = (x − mean)·s + β.
 ///

@@ -10,6 +10,21 @@
 use crate::{element::Element, error::Error, layout::Layout, parallel};
 use std::{marker::PhantomData, ops::Range};
 
+/// Outputs of this many bytes or more are written past the caches.
+const STREAM_FROM: usize = 16 << 20;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Makes what was written past the caches visible to whoever synchronizes with this thread afterwards.
+#[inline]
+fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of SSE2, which every x86-64 has.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// A tensor to be read.
 #[derive(Clone, Copy)]
 pub struct View<'a, T: Copy> {
@@ -107,6 +122,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
         f: impl Fn(&Rect, TileMut<'_, T>) -> R + Sync,
     ) -> Vec<R> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
+        let streaming = len * size_of::<T>() >= STREAM_FROM;
         parallel::map(grid.len(), len * size_of::<T>(), |i| {
             let rect = grid.rect(i);
             rect.check(len, grid.width);
@@ -114,9 +130,17 @@ impl<'a, T: Element> ViewMut<'a, T> {
             let data = unsafe { data.get().add(rect.offset(grid.width)) };
             // Rectangles of a grid are disjoint and `parallel::map` calls with every `i` once, so no two tiles that
             // live at the same time share an element.
-            let tile =
-                TileMut { data, rows: rect.rows.len(), cols: rect.cols.len(), stride: grid.width, memory: PhantomData };
-            f(&rect, tile)
+            let tile = TileMut {
+                data,
+                rows: rect.rows.len(),
+                cols: rect.cols.len(),
+                stride: grid.width,
+                streaming,
+                memory: PhantomData,
+            };
+            let result = f(&rect, tile);
+            fence();
+            result
         })
     }
 }
@@ -235,13 +259,20 @@ pub(crate) struct TileMut<'a, T: Copy> {
     rows: usize,
     cols: usize,
     stride: usize,
+    /// Whether the tensor is so large that what is written should not push out of the caches what is still to be read.
+    streaming: bool,
     memory: PhantomData<&'a mut [T]>,
 }
 
 impl<T: Element> TileMut<'_, T> {
     #[inline(always)]
-    pub(crate) fn cols(&self) -> usize {
-        self.cols
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
+    pub(crate) fn streaming(&self) -> bool {
+        self.streaming
     }
 
     #[inline(always)]
@@ -258,7 +289,14 @@ impl<T: Element> TileMut<'_, T> {
         assert!(rows.start < rows.end && rows.end <= self.rows && cols.start < cols.end && cols.end <= self.cols);
         // SAFETY: the part lies within this rectangle.
         let data = unsafe { self.data.add(rows.start * self.stride + cols.start) };
-        TileMut { data, rows: rows.len(), cols: cols.len(), stride: self.stride, memory: PhantomData }
+        TileMut {
+            data,
+            rows: rows.len(),
+            cols: cols.len(),
+            stride: self.stride,
+            streaming: self.streaming,
+            memory: PhantomData,
+        }
     }
 
     /// The same memory to be read: the input of a kernel that works in place.
@@ -270,7 +308,7 @@ impl<T: Element> TileMut<'_, T> {
 
 /// Adjacent elements to be read. It holds a pointer and no slice, since in place the same elements are being written.
 #[derive(Clone, Copy)]
-pub(crate) struct Row<'a, T: Copy> {
+pub struct Row<'a, T: Copy> {
     data: *const T,
     len: usize,
     memory: PhantomData<&'a [T]>,
@@ -282,24 +320,17 @@ impl<T: Element> Row<'_, T> {
         self.len
     }
 
-    /// Elements `k·N .. (k+1)·N`.
+    /// Elements `i .. i + N`.
     #[inline(always)]
-    pub(crate) fn chunk<const N: usize>(&self, k: usize) -> [T; N] {
-        assert!(k < self.len / N);
-        // SAFETY: (k+1)·N <= len, as just checked; `T` is plain data, at any address.
-        unsafe { self.data.add(k * N).cast::<[T; N]>().read_unaligned() }
-    }
-
-    #[inline(always)]
-    pub(crate) fn at(&self, i: usize) -> T {
-        assert!(i < self.len);
-        // SAFETY: i < len, as just checked; `T` is plain data, at any address.
-        unsafe { self.data.add(i).read_unaligned() }
+    pub(crate) fn load<const N: usize>(&self, i: usize) -> [T; N] {
+        assert!(N <= self.len && i <= self.len - N);
+        // SAFETY: i + N <= len, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(i).cast::<[T; N]>().read_unaligned() }
     }
 }
 
 /// Adjacent elements to be written.
-pub(crate) struct RowMut<'a, T: Copy> {
+pub struct RowMut<'a, T: Copy> {
     data: *mut T,
     len: usize,
     memory: PhantomData<&'a mut [T]>,
@@ -311,18 +342,40 @@ impl<T: Element> RowMut<'_, T> {
         self.len
     }
 
-    /// Writes elements `k·N .. (k+1)·N`.
+    /// Writes elements `i .. i + N`.
     #[inline(always)]
-    pub(crate) fn set_chunk<const N: usize>(&self, k: usize, values: [T; N]) {
-        assert!(k < self.len / N);
-        // SAFETY: (k+1)·N <= len, as just checked; `T` is plain data, at any address.
-        unsafe { self.data.add(k * N).cast::<[T; N]>().write_unaligned(values) }
+    pub(crate) fn store<const N: usize>(&self, i: usize, values: [T; N]) {
+        assert!(N <= self.len && i <= self.len - N);
+        // SAFETY: i + N <= len, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(i).cast::<[T; N]>().write_unaligned(values) }
     }
 
+    /// Elements before the first that begins a cache line; all of them where none does.
     #[inline(always)]
-    pub(crate) fn set(&self, i: usize, value: T) {
-        assert!(i < self.len);
-        // SAFETY: i < len, as just checked; `T` is plain data, at any address.
-        unsafe { self.data.add(i).write_unaligned(value) }
+    pub(crate) fn before_line(&self) -> usize {
+        let bytes = (self.data as usize).wrapping_neg() % LINE;
+        if bytes.is_multiple_of(size_of::<T>()) { self.len.min(bytes / size_of::<T>()) } else { self.len }
+    }
+
+    /// Writes elements `i .. i + N` past the caches. [`fence`] must follow before another thread reads them.
+    #[inline(always)]
+    pub(crate) fn stream<const N: usize>(&self, i: usize, values: [T; N]) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{__m128i, _mm_stream_si128};
+            assert!(N <= self.len && i <= self.len - N && (N * size_of::<T>()).is_multiple_of(16));
+            // SAFETY: i + N <= len, as just checked; `T` is plain data.
+            let place = unsafe { self.data.add(i) }.cast::<__m128i>();
+            assert!(place.is_aligned());
+            for part in 0..N * size_of::<T>() / 16 {
+                // SAFETY: the part lies within `values` and within those N elements, and the place is aligned.
+                unsafe {
+                    let value = values.as_ptr().cast::<__m128i>().add(part).read_unaligned();
+                    _mm_stream_si128(place.add(part), value);
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        self.store(i, values);
     }
 }

@@ -4,19 +4,36 @@
 //! Rows are taken four at a time, and the four added as ((r0 + r1) + (r2 + r3)): sums per column stay in cache, and are
 //! loaded and stored once for four rows.
 
-use super::{Apply, Kernel, affine, step_barrier};
+use super::elements::{Vectors, WIDTH};
+use super::lanes::Lanes;
+use super::map::{Apply, Map, affine, write};
+use super::{Kernel, close};
 use crate::element::Element;
 use crate::view::{Row, RowMut, Tile, TileMut};
+use std::array::from_fn;
 
-/// Columns in a step.
-const STEP: usize = 8;
 /// Rows in a step.
 const ROWS: usize = 4;
 
-/// A slice in whole steps of `N`; the rest is left out.
+/// Adds up to four rows in a fixed tree.
 #[inline(always)]
-fn steps<V, const N: usize>(values: &[V]) -> &[[V; N]] {
-    values.as_chunks().0
+fn pairwise<V: Copy, const R: usize>(d: [V; R], add: impl Fn(V, V) -> V) -> V {
+    if R == ROWS { add(add(d[0], d[1]), add(d[2], d[R - 1])) } else { d[0] }
+}
+
+/// Eight values of a column array, from `j` on.
+#[inline(always)]
+fn get<L: Lanes>(values: &[f64], j: usize) -> [L::D; 2] {
+    f64::column::<L>(&values[j..j + WIDTH])
+}
+
+/// Adds to eight sums, from `j` on.
+#[inline(always)]
+fn add_to<L: Lanes>(sums: &mut [f64], j: usize, terms: [L::D; 2]) {
+    let (eight, _) = sums[j..j + WIDTH].as_chunks_mut::<4>();
+    for (sum, term) in eight.iter_mut().zip(terms) {
+        *sum = L::put(L::add(L::get(*sum), term));
+    }
 }
 
 /// Mean and M2 of each column of a block.
@@ -33,20 +50,20 @@ impl<T: Element> Kernel for MomentRows<'_, T> {
 
     /// As for runs: deviations from a pivot, and a second pass for columns where it was far off.
     #[inline(always)]
-    fn run(self) {
+    fn run<L: Lanes>(self) {
         let Self { x, mean, m2, sum } = self;
         let n = x.rows() as f64;
         pivots(x, mean);
         sum.fill(0.0);
         m2.fill(0.0);
-        add_deviations(x, mean, sum, m2);
+        add_deviations::<L, T>(x, mean, sum, m2);
         for j in 0..x.cols() {
-            let (m, s, cancelled) = super::close(mean[j], sum[j], m2[j], n);
+            let (m, s, cancelled) = close(mean[j], sum[j], m2[j], n);
             (mean[j], m2[j]) = (m, s);
             if cancelled {
                 let (mut sum, mut squares) = ([0.0], [0.0]);
-                add_deviations(x.part(0..x.rows(), j..j + 1), &[m], &mut sum, &mut squares);
-                (mean[j], m2[j], _) = super::close(m, sum[0], squares[0], n);
+                add_deviations::<L, T>(x.part(0..x.rows(), j..j + 1), &[m], &mut sum, &mut squares);
+                (mean[j], m2[j], _) = close(m, sum[0], squares[0], n);
             }
         }
     }
@@ -58,7 +75,10 @@ fn pivots<T: Element>(x: Tile<'_, T>, pivot: &mut [f64]) {
     let rows = 1usize << x.rows().min(2 * ROWS).ilog2();
     let part = 1.0 / rows as f64;
     // Pairwise for eight rows: ((r0+r1)+(r2+r3)) + ((r4+r5)+(r6+r7)); equal values then add up without rounding.
-    let at = |r: usize, j: usize| x.row(r).at(j).to_f64() * part;
+    let at = |r: usize, j: usize| {
+        let [value] = x.row(r).load(j);
+        value.to_f64() * part
+    };
     let four = |r: usize, j: usize| (at(r, j) + at(r + 1, j)) + (at(r + 2, j) + at(r + 3, j));
     for (j, p) in pivot.iter_mut().enumerate() {
         *p = match rows {
@@ -70,69 +90,44 @@ fn pivots<T: Element>(x: Tile<'_, T>, pivot: &mut [f64]) {
     }
 }
 
-/// Applies an operation lane by lane. Sums of rows are written so, and not as loops over lanes around sums of rows, since
-/// the compiler would else gather the four rows of one lane into a register.
 #[inline(always)]
-fn zip<const N: usize>(a: [f64; N], b: [f64; N], f: impl Fn(f64, f64) -> f64) -> [f64; N] {
-    std::array::from_fn(|lane| f(a[lane], b[lane]))
-}
-
-/// Adds up to four rows in a fixed tree.
-#[inline(always)]
-fn pairwise<const N: usize, const R: usize>(d: [[f64; N]; R]) -> [f64; N] {
-    let add = |a, b| zip(a, b, |a, b| a + b);
-    if R == ROWS { add(add(d[0], d[1]), add(d[2], d[R - 1])) } else { d[0] }
-}
-
-#[inline(always)]
-fn wide<T: Element, const N: usize>(values: [T; N]) -> [f64; N] {
-    values.map(T::to_f64)
-}
-
-#[inline(always)]
-fn add_deviations<T: Element>(x: Tile<'_, T>, pivot: &[f64], sum: &mut [f64], squares: &mut [f64]) {
+fn add_deviations<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: &[f64], sum: &mut [f64], squares: &mut [f64]) {
     let whole = x.rows() - x.rows() % ROWS;
     for r in (0..whole).step_by(ROWS) {
-        add_deviations_of::<T, ROWS>(x, r, pivot, sum, squares);
+        add_deviations_of::<L, T, ROWS>(from_fn(|i| x.row(r + i)), pivot, sum, squares);
     }
     for r in whole..x.rows() {
-        add_deviations_of::<T, 1>(x, r, pivot, sum, squares);
+        add_deviations_of::<L, T, 1>([x.row(r)], pivot, sum, squares);
     }
 }
 
 #[inline(always)]
-fn add_deviations_of<T: Element, const R: usize>(
-    x: Tile<'_, T>,
-    r: usize,
-    pivot: &[f64],
-    sum: &mut [f64],
-    squares: &mut [f64],
-) {
-    let rows = std::array::from_fn(|i| x.row(r + i));
-    let whole = x.cols() - x.cols() % STEP;
-    for k in 0..whole / STEP {
-        step_barrier();
-        add_step::<T, STEP, R>(rows, k, pivot, sum, squares);
-    }
-    for j in whole..x.cols() {
-        add_step::<T, 1, R>(rows, j, pivot, sum, squares);
-    }
-}
-
-/// Columns `k·N .. (k+1)·N` of `R` rows.
-#[inline(always)]
-fn add_step<T: Element, const N: usize, const R: usize>(
+fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
     rows: [Row<'_, T>; R],
-    k: usize,
     pivot: &[f64],
     sum: &mut [f64],
     squares: &mut [f64],
 ) {
-    let pivot = steps::<_, N>(pivot)[k];
-    let (sum, squares) = (&mut sum.as_chunks_mut().0[k], &mut squares.as_chunks_mut().0[k]);
-    let d: [[f64; N]; R] = std::array::from_fn(|i| zip(wide(rows[i].chunk(k)), pivot, |v, p| v - p));
-    *sum = zip(*sum, pairwise(d), |a, b| a + b);
-    *squares = zip(*squares, pairwise(d.map(|d| zip(d, d, |a, b| a * b))), |a, b| a + b);
+    let add = |a: [L::D; 2], b: [L::D; 2]| from_fn(|h| L::add(a[h], b[h]));
+    let mut j = 0;
+    while j + WIDTH <= pivot.len() {
+        let about = get::<L>(pivot, j);
+        let d: [[L::D; 2]; R] = from_fn(|i| {
+            let x = T::load_wide::<L>(&rows[i], j);
+            from_fn(|h| L::sub(x[h], about[h]))
+        });
+        add_to::<L>(sum, j, pairwise(d, add));
+        add_to::<L>(squares, j, pairwise(d.map(|d| d.map(|d| L::mul(d, d))), add));
+        j += WIDTH;
+    }
+    for j in j..pivot.len() {
+        let d: [f64; R] = from_fn(|i| {
+            let [x] = rows[i].load(j);
+            x.to_f64() - pivot[j]
+        });
+        sum[j] += pairwise(d, |a, b| a + b);
+        squares[j] += pairwise(d.map(|d| d * d), |a, b| a + b);
+    }
 }
 
 /// y = (x − mean)·s + β, with coefficients a column.
@@ -147,26 +142,30 @@ impl<T: Element> Kernel for AffineRows<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        let whole = self.y.cols() - self.y.cols() % STEP;
+    fn run<L: Lanes>(self) {
         for r in 0..self.x.rows() {
-            let (x, y) = (self.x.row(r), self.y.row(r));
-            for k in 0..whole / STEP {
-                step_barrier();
-                affine_step::<T, STEP>(x, &y, k, self.coefficients);
-            }
-            for j in whole..y.len() {
-                affine_step::<T, 1>(x, &y, j, self.coefficients);
-            }
+            let map = AffineRow { x: self.x.row(r), coefficients: self.coefficients };
+            write::<L, T>(&self.y.row(r), self.y.streaming(), &map);
         }
     }
 }
 
-#[inline(always)]
-fn affine_step<T: Element, const N: usize>(x: Row<'_, T>, y: &RowMut<'_, T>, k: usize, columns: [&[T::Wide]; 4]) {
-    let values: [T; N] = x.chunk(k);
-    let [high, low, s, beta] = columns.map(|column| &steps::<_, N>(column)[k]);
-    y.set_chunk::<N>(k, std::array::from_fn(|i| affine(values[i], [high[i], low[i], s[i], beta[i]])));
+struct AffineRow<'a, T: Element> {
+    x: Row<'a, T>,
+    coefficients: [&'a [T::Wide]; 4],
+}
+
+impl<T: Element> Map<T> for AffineRow<'_, T> {
+    #[inline(always)]
+    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        let c = self.coefficients.map(|column| T::column::<L>(&column[i..i + WIDTH]));
+        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&self.x, i), c), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, i: usize) -> T {
+        let [x] = self.x.load(i);
+        affine(x, self.coefficients.map(|column| column[i]))
+    }
 }
 
 /// Adds Σdy and Σdy·(x − mean) of each column of a block.
@@ -182,58 +181,48 @@ impl<T: Element> Kernel for SumRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run<L: Lanes>(self) {
         let Self { dy, x, mean, dbeta, products } = self;
         let whole = x.rows() - x.rows() % ROWS;
         for r in (0..whole).step_by(ROWS) {
-            add_products_of::<T, ROWS>(dy, x, r, mean, dbeta, products);
+            let (dys, xs) = (from_fn(|i| dy.row(r + i)), from_fn(|i| x.row(r + i)));
+            add_products_of::<L, T, ROWS>(dys, xs, mean, dbeta, products);
         }
         for r in whole..x.rows() {
-            add_products_of::<T, 1>(dy, x, r, mean, dbeta, products);
+            add_products_of::<L, T, 1>([dy.row(r)], [x.row(r)], mean, dbeta, products);
         }
     }
 }
 
 #[inline(always)]
-fn add_products_of<T: Element, const R: usize>(
-    dy: Tile<'_, T>,
-    x: Tile<'_, T>,
-    r: usize,
-    mean: &[f64],
-    dbeta: &mut [f64],
-    products: &mut [f64],
-) {
-    let dys = std::array::from_fn(|i| dy.row(r + i));
-    let xs = std::array::from_fn(|i| x.row(r + i));
-    let whole = x.cols() - x.cols() % STEP;
-    for k in 0..whole / STEP {
-        step_barrier();
-        add_products_step::<T, STEP, R>(dys, xs, k, mean, dbeta, products);
-    }
-    for j in whole..x.cols() {
-        add_products_step::<T, 1, R>(dys, xs, j, mean, dbeta, products);
-    }
-}
-
-/// Columns `k·N .. (k+1)·N` of `R` rows.
-#[inline(always)]
-fn add_products_step<T: Element, const N: usize, const R: usize>(
+fn add_products_of<L: Lanes, T: Element, const R: usize>(
     dys: [Row<'_, T>; R],
     xs: [Row<'_, T>; R],
-    k: usize,
     mean: &[f64],
     dbeta: &mut [f64],
     products: &mut [f64],
 ) {
-    let mean = steps::<_, N>(mean)[k];
-    let (dbeta, products) = (&mut dbeta.as_chunks_mut().0[k], &mut products.as_chunks_mut().0[k]);
-    let dy: [[f64; N]; R] = std::array::from_fn(|i| wide(dys[i].chunk(k)));
-    let product = |i: usize| {
-        let deviation = zip(wide(xs[i].chunk(k)), mean, |v, mean| v - mean);
-        zip(dy[i], deviation, |a, b| a * b)
-    };
-    *dbeta = zip(*dbeta, pairwise(dy), |a, b| a + b);
-    *products = zip(*products, pairwise::<N, R>(std::array::from_fn(product)), |a, b| a + b);
+    let add = |a: [L::D; 2], b: [L::D; 2]| from_fn(|h| L::add(a[h], b[h]));
+    let mut j = 0;
+    while j + WIDTH <= mean.len() {
+        let about = get::<L>(mean, j);
+        let dy: [[L::D; 2]; R] = from_fn(|i| T::load_wide::<L>(&dys[i], j));
+        let product = |i: usize| {
+            let x = T::load_wide::<L>(&xs[i], j);
+            from_fn(|h| L::mul(dy[i][h], L::sub(x[h], about[h])))
+        };
+        add_to::<L>(dbeta, j, pairwise(dy, add));
+        add_to::<L>(products, j, pairwise::<_, R>(from_fn(product), add));
+        j += WIDTH;
+    }
+    for j in j..mean.len() {
+        let value = |row: &Row<'_, T>| {
+            let [v] = row.load(j);
+            v.to_f64()
+        };
+        dbeta[j] += pairwise::<_, R>(from_fn(|i| value(&dys[i])), |a, b| a + b);
+        products[j] += pairwise::<_, R>(from_fn(|i| value(&dys[i]) * (value(&xs[i]) - mean[j])), |a, b| a + b);
+    }
 }
 
 /// dx from dy, x and the sums of each column.
@@ -241,41 +230,37 @@ pub(crate) struct ApplyRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    pub(crate) coefficients: [&'a [f64]; 4],
+    pub(crate) coefficients: Apply<&'a [f64]>,
 }
 
 impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        let whole = self.dx.cols() - self.dx.cols() % STEP;
+    fn run<L: Lanes>(self) {
         for r in 0..self.dy.rows() {
-            let (dy, x, dx) = (self.dy.row(r), self.x.row(r), self.dx.row(r));
-            for k in 0..whole / STEP {
-                step_barrier();
-                apply_step::<T, STEP>(dy, x, &dx, k, self.coefficients);
-            }
-            for j in whole..dx.len() {
-                apply_step::<T, 1>(dy, x, &dx, j, self.coefficients);
-            }
+            let map = ApplyRow { dy: self.dy.row(r), x: self.x.row(r), coefficients: self.coefficients };
+            write::<L, T>(&self.dx.row(r), self.dx.streaming(), &map);
         }
     }
 }
 
-#[inline(always)]
-fn apply_step<T: Element, const N: usize>(
-    dy: Row<'_, T>,
-    x: Row<'_, T>,
-    dx: &RowMut<'_, T>,
-    k: usize,
-    columns: [&[f64]; 4],
-) {
-    let (dys, xs): ([T; N], [T; N]) = (dy.chunk(k), x.chunk(k));
-    let [mean, offset, slope, scale] = columns.map(|column| &steps::<_, N>(column)[k]);
-    let dx_of = |i: usize| {
-        let c = Apply { mean: mean[i], offset: offset[i], slope: slope[i], scale: scale[i] };
-        c.dx(dys[i], xs[i])
-    };
-    dx.set_chunk::<N>(k, std::array::from_fn(dx_of));
+struct ApplyRow<'a, T: Element> {
+    dy: Row<'a, T>,
+    x: Row<'a, T>,
+    coefficients: Apply<&'a [f64]>,
+}
+
+impl<T: Element> Map<T> for ApplyRow<'_, T> {
+    #[inline(always)]
+    fn eight<L: Lanes>(&self, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+        let c = self.coefficients.map(|column| get::<L>(column, i));
+        let (dy, x) = (T::load_wide::<L>(&self.dy, i), T::load_wide::<L>(&self.x, i));
+        T::store_wide::<L>(dx, i, c.lanes::<L>(dy, x), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, i: usize) -> T {
+        let ([dy], [x]) = (self.dy.load(i), self.x.load(i));
+        self.coefficients.map(|column| column[i]).one(dy, x)
+    }
 }

@@ -1,6 +1,7 @@
 //! Instruction-set levels.
 
 use super::Kernel;
+use super::lanes::Portable;
 use crate::error::Error;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -93,12 +94,12 @@ pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 
 #[inline(never)]
 fn baseline<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run()
+    kernel.run::<Portable>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[inline(never)]
 #[target_feature(enable = "avx2,f16c")]
 fn avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run()
+    kernel.run::<super::lanes::Avx2>()
 }

@@ -1,22 +1,58 @@
 //! Kernels over runs of adjacent values of one channel.
 
-use super::{Kernel, LANES, step_barrier, total};
+use super::elements::WIDTH;
+use super::lanes::Lanes;
+use super::map::{Apply, Map, affine, write};
+use super::{Kernel, LANES, Sum, close, total};
 use crate::element::Element;
-use crate::view::{Row, Tile, TileMut};
+use crate::view::{Row, RowMut, Tile, TileMut};
+use std::array::from_fn;
 
-/// Folds every element of a row into lanes: element i goes to lane i mod [`LANES`], in body and tail alike.
+/// Elements `i .. i + 16` in float64, as the lanes that they are summed in.
 #[inline(always)]
-fn for_each_lane<T: Element>(row: Row<'_, T>, mut f: impl FnMut(usize, T)) {
-    let chunks = row.len() / LANES;
-    for k in 0..chunks {
-        step_barrier();
-        let values: [T; LANES] = row.chunk(k);
-        for (lane, value) in values.into_iter().enumerate() {
-            f(lane, value);
-        }
+fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
+    let ([a, b], [c, d]) = (T::load_wide::<L>(row, i), T::load_wide::<L>(row, i + WIDTH));
+    [a, b, c, d]
+}
+
+#[inline(always)]
+fn value<T: Element>(row: &Row<'_, T>, i: usize) -> f64 {
+    let [value] = row.load(i);
+    value.to_f64()
+}
+
+/// What is left of a row after whole sixteens, as lanes: `f` of each element, then zeros, which change no sum.
+#[inline(always)]
+fn rest<L: Lanes>(start: usize, end: usize, f: impl Fn(usize) -> f64) -> Sum<L> {
+    let mut lanes = [[0.0; 4]; LANES / 4];
+    for i in start..end {
+        lanes[(i - start) / 4][(i - start) % 4] = f(i);
     }
-    for i in chunks * LANES..row.len() {
-        f(i % LANES, row.at(i));
+    lanes.map(L::get)
+}
+
+/// Two sums in the making.
+struct Sums<L: Lanes> {
+    first: Sum<L>,
+    second: Sum<L>,
+}
+
+impl<L: Lanes> Sums<L> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self { first: [L::splat(0.0); LANES / 4], second: [L::splat(0.0); LANES / 4] }
+    }
+
+    /// Adds a to the first sum and a·b to the second.
+    #[inline(always)]
+    fn add(&mut self, a: Sum<L>, b: Sum<L>) {
+        self.first = from_fn(|k| L::add(self.first[k], a[k]));
+        self.second = from_fn(|k| L::add(self.second[k], L::mul(a[k], b[k])));
+    }
+
+    #[inline(always)]
+    fn totals(self) -> (f64, f64) {
+        (total::<L>(self.first), total::<L>(self.second))
     }
 }
 
@@ -32,11 +68,11 @@ impl<T: Element> Kernel for MomentRuns<'_, T> {
     /// M2 = Σd² − (Σd)²/n. Where the pivot turns out to be far off, so that the difference would cancel, a second pass
     /// takes the mean for pivot. Of equal values the pivot is that value exactly, so M2 is 0.
     #[inline(always)]
-    fn run(self) -> (f64, f64, f64) {
+    fn run<L: Lanes>(self) -> (f64, f64, f64) {
         let n = (self.x.rows() * self.x.cols()) as f64;
-        let (mean, m2, cancelled) = about(self.x, pivot(self.x.row(0)), n);
+        let (mean, m2, cancelled) = about::<L, T>(self.x, pivot::<L, T>(&self.x.row(0)), n);
         if cancelled {
-            let (mean, m2, _) = about(self.x, mean, n);
+            let (mean, m2, _) = about::<L, T>(self.x, mean, n);
             return (n, mean, m2);
         }
         (n, mean, m2)
@@ -46,26 +82,35 @@ impl<T: Element> Kernel for MomentRuns<'_, T> {
 /// The mean of the first values; a power of two of them and scaled before they are added, so that equal values give
 /// themselves and nothing overflows.
 #[inline(always)]
-fn pivot<T: Element>(row: Row<'_, T>) -> f64 {
+fn pivot<L: Lanes, T: Element>(row: &Row<'_, T>) -> f64 {
     if row.len() < LANES {
-        return row.at(0).to_f64();
+        return value(row, 0);
     }
-    let values: [T; LANES] = row.chunk(0);
-    total(values.map(|v| v.to_f64() * (1.0 / LANES as f64)))
+    let part = L::splat(1.0 / LANES as f64);
+    total::<L>(sixteen::<L, T>(row, 0).map(|v| L::mul(v, part)))
 }
 
-/// Mean and M2 from deviations about `pivot`, and whether M2 lost more than a factor of 3 in accuracy to cancellation.
+/// Mean and M2 from deviations about `pivot`, and whether M2 cancelled.
 #[inline(always)]
-fn about<T: Element>(x: Tile<'_, T>, pivot: f64, n: f64) -> (f64, f64, bool) {
-    let (mut sum, mut squares) = ([0.0; LANES], [0.0; LANES]);
+fn about<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: f64, n: f64) -> (f64, f64, bool) {
+    let mut sums = Sums::<L>::new();
+    let about = L::splat(pivot);
     for r in 0..x.rows() {
-        for_each_lane(x.row(r), |lane, v| {
-            let d = v.to_f64() - pivot;
-            sum[lane] += d;
-            squares[lane] += d * d;
-        });
+        let row = x.row(r);
+        let whole = row.len() - row.len() % LANES;
+        let mut i = 0;
+        while i < whole {
+            let d = sixteen::<L, T>(&row, i).map(|v| L::sub(v, about));
+            sums.add(d, d);
+            i += LANES;
+        }
+        if whole < row.len() {
+            let d = rest::<L>(whole, row.len(), |i| value(&row, i) - pivot);
+            sums.add(d, d);
+        }
     }
-    super::close(pivot, total(sum), total(squares), n)
+    let (sum, squares) = sums.totals();
+    close(pivot, sum, squares, n)
 }
 
 /// y = (x − mean)·s + β.
@@ -80,21 +125,30 @@ impl<T: Element> Kernel for AffineRuns<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        let c = self.coefficients;
+    fn run<L: Lanes>(self) {
         // Last row first: after the pass for the statistics it is still in cache.
         for r in (0..self.x.rows()).rev() {
-            let (x, y) = (self.x.row(r), self.y.row(r));
-            let chunks = y.len() / LANES;
-            for k in 0..chunks {
-                step_barrier();
-                let values: [T; LANES] = x.chunk(k);
-                y.set_chunk(k, values.map(|v| super::affine(v, c)));
-            }
-            for i in chunks * LANES..y.len() {
-                y.set(i, super::affine(x.at(i), c));
-            }
+            let map = AffineRun { x: self.x.row(r), coefficients: self.coefficients };
+            write::<L, T>(&self.y.row(r), self.y.streaming(), &map);
         }
+    }
+}
+
+struct AffineRun<'a, T: Element> {
+    x: Row<'a, T>,
+    coefficients: [T::Wide; 4],
+}
+
+impl<T: Element> Map<T> for AffineRun<'_, T> {
+    #[inline(always)]
+    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        let c = self.coefficients.map(T::splat::<L>);
+        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&self.x, i), c), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, i: usize) -> T {
+        let [x] = self.x.load(i);
+        affine(x, self.coefficients)
     }
 }
 
@@ -109,27 +163,24 @@ impl<T: Element> Kernel for SumRuns<'_, T> {
     type Output = (f64, f64);
 
     #[inline(always)]
-    fn run(self) -> (f64, f64) {
-        let (mut dbeta, mut products) = ([0.0; LANES], [0.0; LANES]);
+    fn run<L: Lanes>(self) -> (f64, f64) {
+        let mut sums = Sums::<L>::new();
+        let about = L::splat(self.mean);
         for r in 0..self.dy.rows() {
             let (dy, x) = (self.dy.row(r), self.x.row(r));
-            let chunks = dy.len() / LANES;
-            for k in 0..chunks {
-                step_barrier();
-                let (dys, xs): ([T; LANES], [T; LANES]) = (dy.chunk(k), x.chunk(k));
-                for lane in 0..LANES {
-                    let d = dys[lane].to_f64();
-                    dbeta[lane] += d;
-                    products[lane] += d * (xs[lane].to_f64() - self.mean);
-                }
+            let whole = dy.len() - dy.len() % LANES;
+            let mut i = 0;
+            while i < whole {
+                let deviation = sixteen::<L, T>(&x, i).map(|v| L::sub(v, about));
+                sums.add(sixteen::<L, T>(&dy, i), deviation);
+                i += LANES;
             }
-            for i in chunks * LANES..dy.len() {
-                let d = dy.at(i).to_f64();
-                dbeta[i % LANES] += d;
-                products[i % LANES] += d * (x.at(i).to_f64() - self.mean);
+            if whole < dy.len() {
+                let deviation = rest::<L>(whole, x.len(), |i| value(&x, i) - self.mean);
+                sums.add(rest::<L>(whole, dy.len(), |i| value(&dy, i)), deviation);
             }
         }
-        (total(dbeta), total(products))
+        sums.totals()
     }
 }
 
@@ -138,26 +189,37 @@ pub(crate) struct ApplyRuns<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    pub(crate) coefficients: super::Apply,
+    pub(crate) coefficients: Apply<f64>,
 }
 
 impl<T: Element> Kernel for ApplyRuns<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
-        let c = self.coefficients;
+    fn run<L: Lanes>(self) {
         for r in (0..self.dy.rows()).rev() {
-            let (dy, x, dx) = (self.dy.row(r), self.x.row(r), self.dx.row(r));
-            let chunks = dx.len() / LANES;
-            for k in 0..chunks {
-                step_barrier();
-                let (dys, xs): ([T; LANES], [T; LANES]) = (dy.chunk(k), x.chunk(k));
-                dx.set_chunk::<LANES>(k, std::array::from_fn(|lane| c.dx(dys[lane], xs[lane])));
-            }
-            for i in chunks * LANES..dx.len() {
-                dx.set(i, c.dx(dy.at(i), x.at(i)));
-            }
+            let map = ApplyRun { dy: self.dy.row(r), x: self.x.row(r), coefficients: self.coefficients };
+            write::<L, T>(&self.dx.row(r), self.dx.streaming(), &map);
         }
+    }
+}
+
+struct ApplyRun<'a, T: Element> {
+    dy: Row<'a, T>,
+    x: Row<'a, T>,
+    coefficients: Apply<f64>,
+}
+
+impl<T: Element> Map<T> for ApplyRun<'_, T> {
+    #[inline(always)]
+    fn eight<L: Lanes>(&self, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+        let c = self.coefficients.map(|v| [L::splat(v); 2]);
+        let (dy, x) = (T::load_wide::<L>(&self.dy, i), T::load_wide::<L>(&self.x, i));
+        T::store_wide::<L>(dx, i, c.lanes::<L>(dy, x), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, i: usize) -> T {
+        let ([dy], [x]) = (self.dy.load(i), self.x.load(i));
+        self.coefficients.one(dy, x)
     }
 }

@@ -1,0 +1,131 @@
+//! Elements as vectors: how each type is loaded, computed with and stored, eight at a time.
+
+use super::lanes::Lanes;
+use crate::element::Element;
+use crate::view::{Row, RowMut};
+use half::{bf16, f16};
+
+/// Elements in a vector.
+pub(crate) const WIDTH: usize = 8;
+
+/// What kernels ask of an element type.
+pub trait Vectors: Copy + Sized {
+    /// The precision of the affine form: float64, or float32 for 16-bit types.
+    type Wide: Copy;
+    /// Eight elements in that precision.
+    type Vector<L: Lanes>: Copy;
+
+    #[doc(hidden)]
+    fn splat<L: Lanes>(value: Self::Wide) -> Self::Vector<L>;
+    /// The first eight of `values`.
+    #[doc(hidden)]
+    fn column<L: Lanes>(values: &[Self::Wide]) -> Self::Vector<L>;
+    /// Elements `i .. i + 8`, exact.
+    #[doc(hidden)]
+    fn load<L: Lanes>(row: &Row<'_, Self>, i: usize) -> Self::Vector<L>;
+    /// Rounds and writes elements `i .. i + 8`.
+    #[doc(hidden)]
+    fn store<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: Self::Vector<L>, streaming: bool);
+    /// (x − mean)·s + β, each operation rounded; the mean in two parts where one would not hold it.
+    #[doc(hidden)]
+    fn affine<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
+    /// Elements `i .. i + 8` in float64, exact.
+    #[doc(hidden)]
+    fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2];
+    /// Rounds (16-bit types by way of float32) and writes elements `i .. i + 8`.
+    #[doc(hidden)]
+    fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: [L::D; 2], streaming: bool);
+}
+
+/// Writes adjacent elements, past the caches where asked to.
+#[inline(always)]
+fn put<T: Element, const N: usize>(row: &RowMut<'_, T>, i: usize, values: [T; N], streaming: bool) {
+    if streaming { row.stream(i, values) } else { row.store(i, values) }
+}
+
+/// The types whose affine form is in float64.
+macro_rules! in_float64 {
+    ($T:ty, $load:expr, $store:expr) => {
+        impl Vectors for $T {
+            type Wide = f64;
+            type Vector<L: Lanes> = [L::D; 2];
+
+            #[inline(always)]
+            fn splat<L: Lanes>(value: f64) -> [L::D; 2] {
+                [L::splat(value); 2]
+            }
+            #[inline(always)]
+            fn column<L: Lanes>(values: &[f64]) -> [L::D; 2] {
+                let (columns, _) = values.as_chunks::<4>();
+                [L::get(columns[0]), L::get(columns[1])]
+            }
+            #[inline(always)]
+            fn load<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
+                Self::load_wide::<L>(row, i)
+            }
+            #[inline(always)]
+            fn store<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: [L::D; 2], streaming: bool) {
+                Self::store_wide::<L>(row, i, vector, streaming);
+            }
+            #[inline(always)]
+            fn affine<L: Lanes>(x: [L::D; 2], [mean, _, s, beta]: [[L::D; 2]; 4]) -> [L::D; 2] {
+                std::array::from_fn(|h| L::add(L::mul(L::sub(x[h], mean[h]), s[h]), beta[h]))
+            }
+            #[inline(always)]
+            fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
+                [$load(row.load::<4>(i)), $load(row.load::<4>(i + 4))]
+            }
+            #[inline(always)]
+            fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, [low, high]: [L::D; 2], streaming: bool) {
+                put::<_, 4>(row, i, $store(low), streaming);
+                put::<_, 4>(row, i + 4, $store(high), streaming);
+            }
+        }
+    };
+}
+
+in_float64!(f64, L::get, L::put);
+in_float64!(f32, L::of_f32, L::to_f32);
+
+/// The types whose affine form is in float32.
+macro_rules! in_float32 {
+    ($T:ty, $load:expr, $store:expr) => {
+        impl Vectors for $T {
+            type Wide = f32;
+            type Vector<L: Lanes> = L::S;
+
+            #[inline(always)]
+            fn splat<L: Lanes>(value: f32) -> L::S {
+                L::splat_s(value)
+            }
+            #[inline(always)]
+            fn column<L: Lanes>(values: &[f32]) -> L::S {
+                let (columns, _) = values.as_chunks();
+                L::get_s(columns[0])
+            }
+            #[inline(always)]
+            fn load<L: Lanes>(row: &Row<'_, Self>, i: usize) -> L::S {
+                $load(row.load::<8>(i))
+            }
+            #[inline(always)]
+            fn store<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: L::S, streaming: bool) {
+                put::<_, 8>(row, i, $store(vector), streaming);
+            }
+            #[inline(always)]
+            fn affine<L: Lanes>(x: L::S, [high, low, s, beta]: [L::S; 4]) -> L::S {
+                L::add_s(L::mul_s(L::sub_s(L::sub_s(x, high), low), s), beta)
+            }
+            #[inline(always)]
+            fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
+                L::widen(Self::load::<L>(row, i))
+            }
+            #[inline(always)]
+            fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: [L::D; 2], streaming: bool) {
+                Self::store::<L>(row, i, L::narrow(vector), streaming);
+            }
+        }
+    };
+}
+
+in_float32!(f16, L::of_f16, L::to_f16);
+in_float32!(bf16, L::of_bf16, L::to_bf16);
