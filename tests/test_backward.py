@@ -235,3 +235,23 @@ class TestFourSlips:
         """∂μ/∂xᵢ = 1/m alone, without ∂x̂/∂μ before it, is not a derivative of the loss."""
         last = p.dxhat.sum(0) / p.m
         assert self.far(p.dxhat / p.root + p.dsigma2 * 2 * (p.x - p.mu) / p.m + last, p.numeric)
+
+
+def test_the_halves_over_parts_are_the_whole():
+    """README's second example: with moments and sums merged, the parts give the gradient of the whole."""
+    rng = np.random.default_rng(5)
+    x, dy = rng.normal(2.0, 1.5, (2, 10, 3))
+    parts = slice(0, 4), slice(4, 10)
+    whole = bn.moments(x[parts[0]]).merge(bn.moments(x[parts[1]]))
+    caches = [bn.normalize(x[part], whole)[1] for part in parts]
+    sums = [bn.gradient_sums(dy[part], cache) for part, cache in zip(parts, caches, strict=True)]
+    total = sums[0].merge(sums[1])
+    dx = np.concatenate(
+        [bn.gradient_apply(dy[part], cache, total) for part, cache in zip(parts, caches, strict=True)]
+    )
+    wanted = bn.backward(dy, bn.train_forward(x)[1])
+    np.testing.assert_allclose(dx, wanted.dx, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(total.dgamma, wanted.dgamma, rtol=1e-12, atol=1e-13)
+    for cache, part in zip(caches, sums, strict=True):
+        with pytest.raises(ValueError, match="sums are over"):
+            bn.gradient_apply(x[:4] if len(cache.x) == 4 else x[4:], cache, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -150,3 +151,26 @@ def test_without_arguments_comes_help():
     assert result.exit_code == 2
     assert "Usage: batchnorm" in result.stderr.replace("main", "batchnorm")
     assert all(name in result.stderr for name in EXAMPLES)
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    source, pipe = tmp_path / "d.csv", tmp_path / "pipe.safetensors"
+    source.write_text("1,2\n3,4\n")
+    os.mkfifo(pipe)
+    target, link = tmp_path / "target.safetensors", tmp_path / "link.safetensors"
+    link.symlink_to(target)
+    CliRunner().invoke(main, ["fit", str(source), "-o", str(link)], catch_exceptions=False)
+    assert link.is_symlink()
+    assert bn.FrozenBatchNorm.load(target).channels == 2
+
+    for command, words in (
+        (["fit", source, "-o", pipe], "no regular file"),
+        (["fit", source, "-o", source], "ends in .safetensors"),
+        (["export", target, "-o", source], "ends in .onnx"),
+    ):
+        result = CliRunner().invoke(main, list(map(str, command)))
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert pipe.is_fifo()
+    assert source.read_text() == "1,2\n3,4\n"

@@ -128,6 +128,18 @@ CASES = [
     Case("TooFewValues", "channel 0 has count 1; wanted 2", lambda: bn.train_forward(X[:1, :, 0]), "one row"),
     Case("TooFewValues", "channel 0 has count 0; wanted 2", lambda: bn.train_forward(X[:0]), "zero rows"),
     Case("TooFewValues", "channel 1 has count 1; wanted 2", lambda: FEW.var_unbiased, "var_unbiased"),
+    Case(
+        "Counts",
+        "sums are over 0 values in channel 0; wanted 20,",
+        lambda: bn.gradient_apply(X, CACHE, bn.GradientSums(*np.zeros((3, 3)))),
+        "gradient_apply",
+    ),
+    Case(
+        "Counts",
+        "sums are over 20 values in channel 0; wanted 40,",
+        lambda: bn.backward(X, bn.normalize(X, bn.moments(X).merge(bn.moments(X)))[1]),
+        "backward",
+    ),
     Case("Bytes", "data are not the bytes of .*Moments", lambda: bn.Moments.from_bytes(b""), "none"),
     Case(
         "Bytes", "not the bytes of .*GradientSums", lambda: bn.GradientSums.from_bytes(b"x" * 99), "foreign"

@@ -14,8 +14,15 @@ from typing import IO
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of ``path`` once it is whole, and leaves no trace if it never is.
 
-    Whoever reads, after a crash too, finds the old file or the new one.
+    Whoever reads, after a crash too, finds the old file or the new one. Of a symbolic link the target is
+    replaced.
+
+    Raises:
+        ValueError: ``path`` is something else than a file: a device, a pipe, a folder.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file, which alone can be replaced")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         # Not by tempfile, whose files nobody else may read: the umask is to decide that.

@@ -28,9 +28,16 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
     # Said before the work and not after it.
+    if path.exists() and not path.is_file():
+        raise click.BadParameter(f"{str(path)!r} is no regular file, which alone can be replaced.")
     if not os.access(path.parent, os.W_OK):
         raise click.BadParameter(f"there is no folder {str(path.parent)!r} that can be written to.")
     return path
+
+
+def _refuse_other_suffix(path: Path, suffix: str) -> None:
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: wanted a name that ends in {suffix}")
 
 
 def _output(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -101,6 +108,7 @@ def fit(
     SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel, and a first line
     without any number is a header. It is read chunk by chunk and need not fit into memory.
     """
+    _refuse_other_suffix(output, ".safetensors")
     source = _open(src, channel_axis, np.dtype(np.float64))
     if isinstance(source, CsvSource) and channel_axis not in (1, -1):
         raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
@@ -204,6 +212,7 @@ def export(
     file: Path, output: Path, mode: Literal["inference", "exact"], opset: int, rank: int, as_json: bool
 ) -> None:
     """Write the frozen layer in FILE as an ONNX model."""
+    _refuse_other_suffix(output, ".onnx")
     layer = FrozenBatchNorm.load(file)
     model = layer.to_onnx(opset=opset, mode=mode, rank=rank)
     with replacing(output) as target:
@@ -219,16 +228,17 @@ def export(
 @click.option("--host", help="Address to bind.  [default: 127.0.0.1]")
 @click.option("--port", help="Port to bind; 0 takes a free one.  [default: 8080]")
 @click.option("--workers", help="Number of processes.  [default: 1]")
+@click.option("--max-body", help="Largest body, in bytes or as 64MiB.  [default: 64MiB]")
 def serve(directory: str, **options: str | None) -> None:
     """Serve the frozen layers in DIR over HTTP (Open Inference Protocol v2).
 
-    DIR holds NAME/VERSION/bn.safetensors, or NAME.safetensors (version 1). More settings come from the
-    environment, as BATCHNORM_SERVICE_MAX_BODY=64MiB.
+    DIR holds NAME/VERSION/bn.safetensors, or NAME.safetensors (version 1). What is not given is read from the
+    environment: BATCHNORM_SERVICE_PORT and so on.
     """
     with _extra("serve"):
         from batchnorm_service.__main__ import main as run
     # What is not given is not passed on: the service looks into the environment before it takes its default.
-    given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
     run.main([*given, "--", directory], prog_name="batchnorm serve", standalone_mode=False)
 
 

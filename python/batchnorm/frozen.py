@@ -99,13 +99,14 @@ class FrozenBatchNorm:
     ) -> None:
         dtype = _parameter_dtype(dtype)
         channel_axis = _checked_axis(channel_axis)
+        # Refuses, by name, whatever was wrong before rounding.
+        channels = Affine(mean, var, gamma, beta, eps=eps).channels
         given = {
             "mean": np.asarray(mean),
             "var": np.asarray(var),
             "gamma": np.asarray(1.0 if gamma is None else gamma),
             "beta": np.asarray(0.0 if beta is None else beta),
         }
-        channels = Affine(**given, eps=eps).channels  # refuses, by name, whatever was wrong before rounding
         exact = {name: np.broadcast_to(a.astype(np.float64), (channels,)) for name, a in given.items()}
         rounded = {name: _rounded(name, values, dtype) for name, values in exact.items()}
         eps = _rounded_eps(eps)

@@ -17,6 +17,7 @@ from batchnorm.frozen import FrozenBatchNorm
 
 # Since BatchNormalization-9 the inference form has meant the same; 14 and 15 changed training and the types.
 _OLDEST_OPSET = 9
+_INPUTS = {"Cast": 1, "Sqrt": 1}  # all others of mode "exact" have 2
 
 
 def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> FrozenBatchNorm:
@@ -89,6 +90,8 @@ class _Graph:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if attributes.get("training_mode", 0) or any(node.output[1:]):
             raise ValueError(f"{self.where}: BatchNormalization for inference wanted, found training mode")
+        if len(node.input) != 5:
+            raise ValueError(f"{self.where}: BatchNormalization of 5 inputs wanted, found {len(node.input)}")
         names = zip(("gamma", "beta", "mean", "var"), node.input[1:], strict=True)
         parameters = {ours: self._constant(ours, name) for ours, name in names}
         return parameters, attributes.get("epsilon", float(np.float32(1e-5)))
@@ -120,7 +123,12 @@ class _Graph:
         if not self._producer_is(op, name):
             found = self.producer[name].op_type if name in self.producer else "none"
             raise ValueError(f"{self.where}: not mode 'exact': {name!r} by a node {op} wanted, found {found}")
-        return list(self.producer[name].input)
+        inputs, wanted = list(self.producer[name].input), _INPUTS.get(op, 2)
+        if len(inputs) != wanted:
+            raise ValueError(
+                f"{self.where}: not mode 'exact': {op} of {wanted} inputs wanted, found {len(inputs)}"
+            )
+        return inputs
 
     def _constant(self, ours: str, name: str) -> NDArray[Any]:
         if name not in self.constants:

@@ -73,6 +73,8 @@ pub(crate) struct Tensor<'py> {
     pub(crate) array: Bound<'py, PyUntypedArray>,
     pub(crate) dtype: DType,
     pub(crate) layout: Layout,
+    /// Whether it is a copy of the argument.
+    copied: bool,
 }
 
 impl<'py> Tensor<'py> {
@@ -83,11 +85,11 @@ impl<'py> Tensor<'py> {
         if array.dtype().is_native_byteorder() != Some(false)
             && let Some(layout) = layout_of(&array, dtype, channel_axis)?
         {
-            return Ok(Self { array, dtype, layout });
+            return Ok(Self { array, dtype, layout, copied: false });
         }
         let copy = copied(&array)?;
         match layout_of(&copy, dtype, channel_axis)? {
-            Some(layout) => Ok(Self { array: copy, dtype, layout }),
+            Some(layout) => Ok(Self { array: copy, dtype, layout, copied: true }),
             None => Err(PyValueError::new_err(format!("{argument} cannot be copied to dense memory"))),
         }
     }
@@ -104,7 +106,7 @@ impl<'py> Tensor<'py> {
             numpy_module(self.array.py())?.call_method1(intern!(self.array.py(), "copyto"), (&copy, &array))?;
             copy
         };
-        Ok(Self { array, dtype: self.dtype, layout: self.layout })
+        Ok(Self { array, dtype: self.dtype, layout: self.layout, copied: false })
     }
 
     /// Memory for a result of the shape, dtype and memory order of this tensor: `out`, if it fits and shares no memory
@@ -139,14 +141,18 @@ impl<'py> Tensor<'py> {
         let array = out
             .cast::<PyUntypedArray>()
             .map_err(|_| PyTypeError::new_err(format!("out is {}; wanted a NumPy array", type_name(out))))?;
+        if out.hasattr(intern!(out.py(), "mask"))? {
+            return Err(PyTypeError::new_err(format!("out is {} with a mask; wanted a NumPy array", type_name(out))));
+        }
         self.check_like("out", array)?;
         if array.dtype().is_native_byteorder() == Some(false) {
             return Err(PyTypeError::new_err("out is of foreign byte order; wanted native byte order"));
         }
         if !self.same_order(array) {
             return Err(PyValueError::new_err(format!(
-                "out has strides {:?}; wanted the memory order of x, strides {:?}",
+                "out has strides {:?}; wanted the memory order of {}, strides {:?}",
                 array.strides(),
+                if self.copied { "the dense copy that was made of x" } else { "x" },
                 self.array.strides()
             )));
         }

@@ -6,6 +6,7 @@ use crate::value_error;
 use crate::values::{Cache, GradientSums, Moments};
 use batchnorm::Error;
 use numpy::{PyArray1, PyUntypedArray};
+use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -36,7 +37,8 @@ pub(crate) fn gradients<'py>(
 ///     channel_axis: The axis of the channels; negative counts from the end.
 ///
 /// Returns:
-///     Moments in float64. Of zero rows: the neutral element, count 0.
+///     Moments in float64. Of zero rows: the neutral element, count 0. Of values that are not finite, or that differ by
+///     more than about 1e154 so that their squares overflow, the statistics are not finite.
 ///
 /// Raises:
 ///     ValueError: Rank, channel_axis or size are not as said.
@@ -169,7 +171,8 @@ pub(crate) fn gradient_sums(py: Python<'_>, dy: &Bound<'_, PyAny>, cache: &Cache
 ///     dx, of x's shape, dtype and memory order.
 ///
 /// Raises:
-///     ValueError: A shape is not as said.
+///     ValueError: A shape is not as said, or the sums are over another number of values than the moments by which x was
+///         normalized.
 ///     TypeError: dy or out has another dtype than x.
 #[pyfunction]
 #[pyo3(signature = (dy, cache, sums, *, out=None))]
@@ -201,7 +204,7 @@ pub(crate) fn gradient_apply<'py>(
 ///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
 ///
 /// Raises:
-///     ValueError: A shape is not as said.
+///     ValueError: A shape is not as said, or x was normalized by the moments of more than x: merge gradient sums then.
 ///     TypeError: dy or out has another dtype than x.
 #[pyfunction]
 #[pyo3(signature = (dy, cache, *, out=None))]
@@ -228,7 +231,8 @@ fn cached<'py>(py: Python<'py>, cache: &Cache) -> PyResult<Tensor<'py>> {
 /// Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
 ///
 /// Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
-/// rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set.
+/// rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. Of 16-bit tensors
+/// |x − mean| and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
 ///
 /// Args:
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
@@ -370,9 +374,11 @@ pub(crate) fn copy<'py>(
 ///     ValueError: n is not from 1 to 1024.
 #[pyfunction]
 pub(crate) fn set_num_threads(n: &Bound<'_, PyAny>) -> PyResult<()> {
-    // Numbers that no usize holds are refused by the same words as 0.
-    let n: i128 = n.extract()?;
-    let threads = usize::try_from(n).map_err(|_| Error::Threads { got: n.to_string() });
+    let threads = match n.extract::<usize>() {
+        // Numbers that no usize holds are refused by the same words as 0.
+        Err(error) if error.is_instance_of::<PyOverflowError>(n.py()) => Err(Error::Threads { got: n.to_string() }),
+        other => Ok(other?),
+    };
     threads.and_then(batchnorm::set_num_threads).map_err(value_error)
 }
 

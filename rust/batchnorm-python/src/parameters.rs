@@ -60,15 +60,25 @@ pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: us
 
 /// The argument as a vector of float64: a number, or a real array of one axis.
 pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
-    if let Ok(array) = value.cast_exact::<PyArray1<f64>>() {
-        return Ok(array.readonly().as_array().to_vec());
+    // `as_slice` gives only what is contiguous and aligned; NumPy copies the rest.
+    if let Ok(array) = value.cast_exact::<PyArray1<f64>>()
+        && let Ok(array) = array.try_readonly()
+        && let Ok(values) = array.as_slice()
+    {
+        return Ok(values.to_vec());
     }
-    if let Ok(array) = value.cast_exact::<PyArray1<f32>>() {
-        return Ok(array.readonly().as_array().iter().map(|&v| v.into()).collect());
+    if let Ok(array) = value.cast_exact::<PyArray1<f32>>()
+        && let Ok(array) = array.try_readonly()
+        && let Ok(values) = array.as_slice()
+    {
+        return Ok(values.iter().map(|&v| v.into()).collect());
     }
     let py = value.py();
     let wanted = "wanted real numbers, an array of shape (channels,)";
     let refusal = |found: String| PyTypeError::new_err(format!("{argument} {found}; {wanted}"));
+    if value.hasattr(intern!(py, "mask"))? {
+        return Err(refusal(format!("is {} with a mask", type_name(value))));
+    }
     let array = py
         .import(intern!(py, "numpy"))?
         .call_method1(intern!(py, "asarray"), (value,))
@@ -89,5 +99,5 @@ pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f
         }
     }
     let flat = array.call_method0(intern!(py, "ravel"))?.cast_into::<PyArray1<f64>>()?;
-    Ok(flat.readonly().as_array().to_vec())
+    Ok(flat.readonly().as_slice()?.to_vec())
 }

@@ -5,6 +5,9 @@ use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::moments::Moments;
 use crate::simd::FloatMode;
+use std::array::from_fn;
+use std::iter::repeat_n;
+use std::ops::Range;
 
 /// Coefficients of a channel-wise affine map, from frozen statistics or from those of a batch.
 ///
@@ -15,6 +18,8 @@ pub struct Affine {
     invstd: Vec<f64>,
     scale: Vec<f64>,
     beta: Vec<f64>,
+    /// Of the moments, in training.
+    count: Option<Vec<f64>>,
 }
 
 impl Affine {
@@ -53,7 +58,8 @@ impl Affine {
     pub fn of_moments(moments: &Moments, gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
         check_training_eps(eps)?;
         moments.require(2)?;
-        Self::of(moments.mean().to_vec(), &moments.var()?, gamma, beta, eps)
+        let affine = Self::of(moments.mean().to_vec(), &moments.var()?, gamma, beta, eps)?;
+        Ok(Self { count: Some(moments.count().to_vec()), ..affine })
     }
 
     fn of(mean: Vec<f64>, var: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
@@ -63,7 +69,7 @@ impl Affine {
         let scale = var.iter().enumerate().map(|(c, &v)| self::scale(of_channel(c), v, eps)).collect();
         let invstd = var.iter().map(|&v| self::scale(1.0, v, eps)).collect();
         let beta = beta.map_or_else(|| vec![0.0; mean.len()], <[f64]>::to_vec);
-        Ok(Self { mean, invstd, scale, beta })
+        Ok(Self { mean, invstd, scale, beta, count: None })
     }
 
     /// Number of channels.
@@ -92,14 +98,28 @@ impl Affine {
         Self { mean: zeros.clone(), beta: zeros, ..self.clone() }
     }
 
+    /// Refuses sums over another number of values than the moments were of.
+    pub(crate) fn check_counts(&self, count: &[f64]) -> Result<(), Error> {
+        let Some(wanted) = &self.count else { return Ok(()) };
+        match count.iter().zip(wanted).position(|(got, wanted)| got != wanted) {
+            Some(channel) => Err(Error::Counts { channel, got: count[channel], wanted: wanted[channel] }),
+            None => Ok(()),
+        }
+    }
+
     pub(crate) fn coefficients<T: Element>(&self, c: usize) -> [T::Wide; 4] {
         coefficients::<T>(self.mean[c], self.scale[c], self.beta[c])
     }
 
-    /// The four coefficients of every column.
-    pub(crate) fn columns<T: Element>(&self, rows: &Interleaved) -> [Vec<T::Wide>; 4] {
-        let channels: Vec<[T::Wide; 4]> = (0..self.channels()).map(|c| self.coefficients::<T>(c)).collect();
-        std::array::from_fn(|i| rows.spread(channels.iter().map(|channel| channel[i])))
+    /// The four coefficients of some columns.
+    pub(crate) fn columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> [Vec<T::Wide>; 4] {
+        let mut parts: [Vec<T::Wide>; 4] = from_fn(|_| Vec::with_capacity(columns.len()));
+        for (c, n) in rows.channels_of(columns) {
+            for (part, value) in parts.iter_mut().zip(self.coefficients::<T>(c)) {
+                part.extend(repeat_n(value, n));
+            }
+        }
+        parts
     }
 }
 

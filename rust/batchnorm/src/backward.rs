@@ -20,14 +20,14 @@
 //! With frozen statistics only the first term is left: dxᵢ = γ/√(σ²+ε)·dyᵢ. Sums and dx are computed in float64.
 
 use crate::affine::Affine;
-use crate::blocks::{Family, Interleaved, Merge, Planar, Tree};
+use crate::blocks::{Family, Interleaved, Merge, Planar, TILE, Tree};
 use crate::bytes;
 use crate::element::Element;
 use crate::error::Error;
 use crate::infer::infer;
 use crate::layout::Layout;
 use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, SumRows, SumRuns, dispatch};
-use crate::view::{Grid, Rect, Tile, View, ViewMut};
+use crate::view::{Rect, Tile, View, ViewMut};
 use std::ops::Range;
 
 /// dγ = Σdy·x̂ and dβ = Σdy per channel with the number of values summed, in float64; a value that merges.
@@ -194,24 +194,25 @@ fn sums_interleaved<T: Element>(
     rows: Interleaved,
     affine: &Affine,
 ) -> Vec<(f64, f64)> {
-    let mean = rows.spread(affine.mean().iter().copied());
-    let strips = rows.map_strips(2 * x.bytes(), |columns, blocks| {
+    let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
+        let mean = rows.spread(columns.clone(), |c| affine.mean()[c]);
         Tree::of(blocks.map(|b| {
             let (mut dbeta, mut products) = (vec![0.0; columns.len()], vec![0.0; columns.len()]);
             let rect = Rect { rows: rows.block(b), cols: columns.clone() };
             let (dy, x) = (dy.tile(rows.width, &rect), x.tile(rows.width, &rect));
-            let mean = &mean[columns.clone()];
-            dispatch(SumRows { dy, x, mean, dbeta: &mut dbeta, products: &mut products });
+            dispatch(SumRows { dy, x, mean: &mean, dbeta: &mut dbeta, products: &mut products });
             Partial { dbeta, products }
         }))
-    });
-    let columns: Vec<(f64, f64)> =
-        strips.into_iter().flat_map(|strip| strip.dbeta.into_iter().zip(strip.products)).collect();
-    let channel = |columns: &[(f64, f64)]| {
-        let leaves = columns.iter().map(|&(dbeta, products)| Scalar(dbeta, products));
-        Tree::of(leaves).map_or((0.0, 0.0), |Scalar(dbeta, products)| (dbeta, products))
     };
-    columns.chunks(rows.inner).map(channel).collect()
+    let close = |strip: Partial| {
+        let columns: Vec<(f64, f64)> = strip.dbeta.into_iter().zip(strip.products).collect();
+        let channel = |columns: &[(f64, f64)]| {
+            let leaves = columns.iter().map(|&(dbeta, products)| Scalar(dbeta, products));
+            Tree::of(leaves).map_or((0.0, 0.0), |Scalar(dbeta, products)| (dbeta, products))
+        };
+        columns.chunks(rows.inner).map(channel).collect()
+    };
+    rows.map_strips(2 * x.bytes(), of_blocks, close)
 }
 
 /// dx of a training pass from dy and the sums, which may be those of more than this dy: of all micro-batches or
@@ -230,12 +231,12 @@ pub fn gradient_apply<T: Element>(
     let layout = x.layout();
     check(layout, &[("dy", dy.layout()), ("out", dx.layout())], affine)?;
     Error::check_channels("sums", sums.channels(), layout.channels())?;
+    affine.check_counts(&sums.count)?;
     let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
     match Family::of(layout) {
         Family::Planar(planar) => {
-            let Planar { outer, channels, inner, .. } = planar;
-            let grid = Grid::new(outer * channels, inner, (1 << 15) / inner, 1 << 15);
-            dx.map_tiles(&grid, |rect, dx| {
+            let Planar { channels, inner, .. } = planar;
+            dx.map_tiles(&planar.planes(TILE / size_of::<T>()), |rect, dx| {
                 let (dy, x) = (dy.tile(inner, rect), x.tile(inner, rect));
                 for (i, plane) in rect.rows.clone().enumerate() {
                     let (row, cols) = (i..i + 1, 0..rect.cols.len());
@@ -245,15 +246,12 @@ pub fn gradient_apply<T: Element>(
             });
         }
         Family::Interleaved(rows) => {
-            let channels: Vec<Apply<f64>> = (0..layout.channels()).map(of).collect();
-            let column = |field: fn(&Apply<f64>) -> f64| rows.spread(channels.iter().map(field));
-            let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
-            let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
-            let grid = Grid::new(rows.rows, rows.width, (1 << 15) / rows.width.max(1), 1 << 15);
-            dx.map_tiles(&grid, |rect, dx| {
+            dx.map_tiles(&rows.tiles(TILE / size_of::<T>()), |rect, dx| {
                 let (dy, x) = (dy.tile(rows.width, rect), x.tile(rows.width, rect));
+                let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), |c| field(of(c)));
+                let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
+                let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
                 let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
-                let coefficients = coefficients.map(|column| &column[rect.cols.clone()]);
                 dispatch(ApplyRows { dy, x, dx: &dx, coefficients });
             });
         }
@@ -284,6 +282,7 @@ pub fn backward<T: Element>(
     let _mode = crate::begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.layout()), ("out", dx.layout())], affine)?;
+    affine.check_counts(&vec![layout.count() as f64; layout.channels()])?;
     match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => Ok(fused(dy, x, planar, affine, dx)),
         _ => {

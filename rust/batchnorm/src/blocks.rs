@@ -22,6 +22,9 @@ const TASKS: usize = 64;
 /// With fewer channels than this, tasks of whole channels would leave threads idle.
 const FUSED_CHANNELS: usize = 16;
 
+/// Bytes that one task of a pass over every element writes.
+pub(crate) const TILE: usize = 256 * 1024;
+
 /// Which of the two kernel families serves a layout, and its blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Family {
@@ -106,6 +109,12 @@ impl Planar {
         (0..rect.cols.len() / inner).map(move |i| (first + i, i * inner..(i + 1) * inner))
     }
 
+    /// The same memory as planes, each of one channel, in rectangles of about `elements`: plane p is of channel
+    /// p mod `channels`.
+    pub(crate) fn planes(&self, elements: usize) -> Grid {
+        Grid::new(self.outer * self.channels, self.inner, elements / self.inner, elements)
+    }
+
     /// Adjacent channels that one task takes, so that there are not many more tasks than serve.
     fn group(&self) -> usize {
         self.channels.div_ceil(TASKS)
@@ -153,29 +162,51 @@ impl Interleaved {
         row..self.rows.min(row + INTERLEAVED_BLOCK)
     }
 
-    /// A partial result of every strip of columns, from left to right: the tree over `f(columns, some blocks)`.
-    pub(crate) fn map_strips<P: Merge + Send + Sync>(
+    /// What is found of every channel: the tree over `f(columns, some blocks)` of a strip of columns, then `close`d to its
+    /// channels.
+    pub(crate) fn map_strips<P: Merge + Send + Sync, C: Send + Sync>(
         &self,
         bytes: usize,
         f: impl Fn(Range<usize>, Range<usize>) -> Option<P> + Sync,
-    ) -> Vec<P> {
+        close: impl Fn(P) -> Vec<C> + Sync,
+    ) -> Vec<C> {
         let blocks = self.blocks();
         let span = span_of(blocks, TASKS);
         let spans = blocks.div_ceil(span);
-        // Few rows make few spans; then columns are shared out instead, in whole cache lines.
-        let strip = self.width.div_ceil(TASKS / 8 / spans.min(TASKS / 8)).next_multiple_of(64).min(STRIP);
+        // Few rows make few spans; then columns are shared out instead, in whole channels and about whole cache lines.
+        let share = self.width.div_ceil(TASKS / 8 / spans.min(TASKS / 8)).next_multiple_of(64).min(STRIP);
+        let strip = share.next_multiple_of(self.inner);
+        let columns = |t: usize| t * strip..self.width.min((t + 1) * strip);
         let strips = self.width.div_ceil(strip);
+        if spans == 1 {
+            // Strips are closed where they are computed: with few rows, columns take as much memory as x.
+            let closed = parallel::map(strips, bytes, |t| f(columns(t), 0..blocks).map(&close));
+            return closed.into_iter().flatten().flatten().collect();
+        }
         let parts = parallel::map(strips * spans, bytes, |task| {
             let (t, s) = (task / spans, task % spans);
-            f(t * strip..self.width.min((t + 1) * strip), s * span..blocks.min((s + 1) * span)).into_iter()
+            f(columns(t), s * span..blocks.min((s + 1) * span))
         });
         let mut parts = parts.into_iter();
-        (0..strips).filter_map(|_| Tree::of(parts.by_ref().take(spans).flatten())).collect()
+        (0..strips).filter_map(|_| Tree::of(parts.by_ref().take(spans).flatten()).map(&close)).flatten().collect()
+    }
+
+    /// Rectangles of about `elements` for a pass that maps every element by itself.
+    pub(crate) fn tiles(&self, elements: usize) -> Grid {
+        let cols = self.width.clamp(1, 4 * STRIP);
+        Grid::new(self.rows, self.width, elements / cols, cols)
+    }
+
+    /// The channels of some columns, each with how many of the columns belong to it.
+    pub(crate) fn channels_of(&self, columns: Range<usize>) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let inner = self.inner;
+        (columns.start / inner..columns.end.div_ceil(inner))
+            .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
     }
 
     /// What is given once a channel, once a column.
-    pub(crate) fn spread<V: Copy>(&self, values: impl Iterator<Item = V>) -> Vec<V> {
-        values.flat_map(|value| std::iter::repeat_n(value, self.inner)).collect()
+    pub(crate) fn spread<V: Copy>(&self, columns: Range<usize>, value: impl Fn(usize) -> V) -> Vec<V> {
+        self.channels_of(columns).flat_map(|(c, n)| std::iter::repeat_n(value(c), n)).collect()
     }
 }
 

@@ -84,6 +84,15 @@ pub enum Error {
         /// How many it needs.
         wanted: u32,
     },
+    /// Gradient sums are over another number of values than the moments of the forward pass.
+    Counts {
+        /// First channel where it is so.
+        channel: usize,
+        /// Values that the sums are over.
+        got: f64,
+        /// Values that the moments are of.
+        wanted: f64,
+    },
     /// Bytes that `from_bytes` cannot read.
     Bytes {
         /// What was to be read.
@@ -141,6 +150,10 @@ impl fmt::Display for Error {
             Self::TooFewValues { channel, count, wanted } => {
                 write!(f, "channel {channel} has count {count}; wanted {wanted} values or more")
             }
+            Self::Counts { channel, got, wanted } => write!(
+                f,
+                "sums are over {got} values in channel {channel}; wanted {wanted}, as its moments: merge those of all parts"
+            ),
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
             Self::Level { got, wanted } => {

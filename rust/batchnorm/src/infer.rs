@@ -1,14 +1,11 @@
 //! Inference: frozen statistics, so every element is mapped by itself (Algorithm 2, step 11).
 
 use crate::affine::Affine;
-use crate::blocks::{Family, Planar};
+use crate::blocks::{Family, Planar, TILE};
 use crate::element::Element;
 use crate::error::Error;
 use crate::simd::{AffineRows, AffineRuns, dispatch};
-use crate::view::{Grid, View, ViewMut};
-
-/// Bytes that one task writes.
-pub(crate) const TASK: usize = 256 * 1024;
+use crate::view::{View, ViewMut};
 
 /// y = (x − mean)·s + β.
 ///
@@ -35,12 +32,11 @@ fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, 
     let _mode = crate::begin()?;
     let layout = y.layout();
     Error::check_channels("x", layout.channels(), affine.channels())?;
-    let elements = TASK / size_of::<T>();
+    let elements = TILE / size_of::<T>();
     match Family::of(layout) {
-        // Planes are adjacent, and each belongs to one channel: rows of a matrix with `inner` columns.
-        Family::Planar(Planar { outer, channels, inner, .. }) => {
-            let grid = Grid::new(outer * channels, inner, elements / inner, elements);
-            y.map_tiles(&grid, |rect, y| {
+        Family::Planar(planar) => {
+            let Planar { channels, inner, .. } = planar;
+            y.map_tiles(&planar.planes(elements), |rect, y| {
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(inner, rect));
                 for (i, plane) in rect.rows.clone().enumerate() {
                     let cols = 0..rect.cols.len();
@@ -50,11 +46,10 @@ fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, 
             });
         }
         Family::Interleaved(rows) => {
-            let columns = affine.columns::<T>(&rows);
-            let grid = Grid::new(rows.rows, rows.width, elements / rows.width.max(1), elements);
-            y.map_tiles(&grid, |rect, y| {
+            y.map_tiles(&rows.tiles(elements), |rect, y| {
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(rows.width, rect));
-                let coefficients = columns.each_ref().map(|column| &column[rect.cols.clone()]);
+                let columns = affine.columns::<T>(&rows, rect.cols.clone());
+                let coefficients = columns.each_ref().map(Vec::as_slice);
                 dispatch(AffineRows { x, y: &y, coefficients });
             });
         }

@@ -15,6 +15,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::simd::{FloatMode, MomentRows, MomentRuns, dispatch};
 use crate::view::{Rect, Tile, View};
+use std::ops::Range;
 
 /// Statistics of channels in float64.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,7 +82,7 @@ impl Moments {
     /// Unbiased variance M2/(count − 1) per channel (section 3.1: Var\[x\] = m/(m−1)·E\[σ²_B\]).
     ///
     /// # Errors
-    /// [`Error::TooFewValues`] where a channel has fewer than 2 values.
+    /// [`Error::TooFewValues`] where a channel has count 1 or less.
     pub fn var_unbiased(&self) -> Result<Vec<f64>, Error> {
         self.require(2)?;
         Ok(self.divided(1.0))
@@ -93,9 +94,9 @@ impl Moments {
     }
 
     /// # Errors
-    /// [`Error::TooFewValues`] where a channel has fewer than `wanted` values.
+    /// [`Error::TooFewValues`] where a channel has `wanted` − 1 values or fewer. (Weights may make a count fractional.)
     pub(crate) fn require(&self, wanted: u32) -> Result<(), Error> {
-        match self.count.iter().position(|&n| n < f64::from(wanted)) {
+        match self.count.iter().position(|&n| n <= f64::from(wanted - 1)) {
             Some(channel) => Err(Error::TooFewValues { channel, count: self.count[channel], wanted }),
             None => Ok(()),
         }
@@ -211,7 +212,7 @@ fn of_planar<T: Element>(x: View<'_, T>, planar: Planar) -> (Vec<f64>, Vec<f64>)
     channels.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).unzip()
 }
 
-fn of_blocks<T: Element>(planar: &Planar, channel: Tile<'_, T>, blocks: std::ops::Range<usize>) -> Option<Scalar> {
+fn of_blocks<T: Element>(planar: &Planar, channel: Tile<'_, T>, blocks: Range<usize>) -> Option<Scalar> {
     Tree::of(blocks.map(|b| {
         let (runs, part) = planar.block(b);
         let (count, mean, m2) = dispatch(MomentRuns { x: channel.part(runs, part) });
@@ -225,7 +226,7 @@ pub(crate) fn of_channel<T: Element>(planar: &Planar, channel: Tile<'_, T>) -> (
 }
 
 fn of_interleaved<T: Element>(x: View<'_, T>, rows: Interleaved) -> (Vec<f64>, Vec<f64>) {
-    let strips = rows.map_strips(x.bytes(), |columns, blocks| {
+    let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mut sum = vec![0.0; columns.len()];
         Tree::of(blocks.map(|b| {
             let block = rows.block(b);
@@ -234,20 +235,14 @@ fn of_interleaved<T: Element>(x: View<'_, T>, rows: Interleaved) -> (Vec<f64>, V
             dispatch(MomentRows { x, mean: &mut mean, m2: &mut m2, sum: &mut sum });
             Partial { count: block.len() as f64, mean, m2 }
         }))
-    });
-    let (mut mean, mut m2) = (Vec::with_capacity(rows.width), Vec::with_capacity(rows.width));
-    for strip in strips {
-        mean.extend(strip.mean);
-        m2.extend(strip.m2);
-    }
-    if rows.inner == 1 {
-        return (mean, m2);
-    }
-    let count = rows.rows as f64;
-    let columns: Vec<(f64, f64)> = mean.into_iter().zip(m2).collect();
-    let channel = |columns: &[(f64, f64)]| {
-        let leaves = columns.iter().map(|&(mean, m2)| Scalar(count, mean, m2));
-        Tree::of(leaves).map_or((0.0, 0.0), |Scalar(_, mean, m2)| (mean, m2))
     };
-    columns.chunks(rows.inner).map(channel).unzip()
+    let close = |strip: Partial| {
+        let columns: Vec<(f64, f64)> = strip.mean.into_iter().zip(strip.m2).collect();
+        let channel = |columns: &[(f64, f64)]| {
+            let leaves = columns.iter().map(|&(mean, m2)| Scalar(strip.count, mean, m2));
+            Tree::of(leaves).map_or((0.0, 0.0), |Scalar(_, mean, m2)| (mean, m2))
+        };
+        columns.chunks(rows.inner).map(channel).collect()
+    };
+    rows.map_strips(x.bytes(), of_blocks, close).into_iter().unzip()
 }

@@ -35,7 +35,7 @@ mod register {
     pub(super) fn read() -> u64 {
         let value: u64;
         // SAFETY: reading FPCR has no effect.
-        unsafe { asm!("mrs {}, fpcr", out(reg) value, options(nomem, nostack, preserves_flags)) };
+        unsafe { asm!("mrs {}, fpcr", out(reg) value, options(nostack, preserves_flags)) };
         value
     }
 
@@ -55,8 +55,9 @@ mod register {
     pub(super) fn write(_: u64) {}
 }
 
-/// While it lives, this thread computes in the standard mode; then the mode found is restored. Kernels are never inlined
-/// into the function that holds the guard, so none of their arithmetic can move out of its scope.
+/// While it lives, this thread computes in the standard mode; then the mode found is restored. What is computed under the
+/// guard reads its operands from memory and writes its results there, and to the compiler both changes of the mode may
+/// read and write any memory, so that no arithmetic can move past them.
 pub(crate) struct FloatMode {
     found: Option<u64>,
 }
