@@ -271,8 +271,26 @@ impl<T: Element> TileMut<'_, T> {
     }
 
     #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Whether all rows begin at the same place of a cache line.
+    #[inline(always)]
+    pub(crate) fn rows_share_alignment(&self) -> bool {
+        (self.stride * size_of::<T>()).is_multiple_of(LINE)
+    }
+
+    /// Whether to write past the caches.
+    #[inline(always)]
     pub(crate) fn streaming(&self) -> bool {
-        self.streaming
+        self.streaming && self.is_aligned()
+    }
+
+    /// Whether elements are aligned, so that some begin a cache line.
+    #[inline(always)]
+    pub(crate) fn is_aligned(&self) -> bool {
+        (self.data as usize).is_multiple_of(size_of::<T>())
     }
 
     #[inline(always)]
@@ -337,11 +355,6 @@ pub struct RowMut<'a, T: Copy> {
 }
 
 impl<T: Element> RowMut<'_, T> {
-    #[inline(always)]
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
     /// Writes elements `i .. i + N`.
     #[inline(always)]
     pub(crate) fn store<const N: usize>(&self, i: usize, values: [T; N]) {
@@ -350,11 +363,10 @@ impl<T: Element> RowMut<'_, T> {
         unsafe { self.data.add(i).cast::<[T; N]>().write_unaligned(values) }
     }
 
-    /// Elements before the first that begins a cache line; all of them where none does.
+    /// Elements before the first that begins a cache line, of aligned elements.
     #[inline(always)]
     pub(crate) fn before_line(&self) -> usize {
-        let bytes = (self.data as usize).wrapping_neg() % LINE;
-        if bytes.is_multiple_of(size_of::<T>()) { self.len.min(bytes / size_of::<T>()) } else { self.len }
+        self.len.min((self.data as usize).wrapping_neg() % LINE / size_of::<T>())
     }
 
     /// Writes elements `i .. i + N` past the caches. [`fence`] must follow before another thread reads them.

@@ -39,7 +39,7 @@ pub trait Vectors: Copy + Sized {
 
 /// Writes adjacent elements, past the caches where asked to.
 #[inline(always)]
-fn put<T: Element, const N: usize>(row: &RowMut<'_, T>, i: usize, values: [T; N], streaming: bool) {
+pub(super) fn put<T: Element, const N: usize>(row: &RowMut<'_, T>, i: usize, values: [T; N], streaming: bool) {
     if streaming { row.stream(i, values) } else { row.store(i, values) }
 }
 
@@ -73,12 +73,15 @@ macro_rules! in_float64 {
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
-                [$load(row.load::<4>(i)), $load(row.load::<4>(i + 4))]
+                let values: [Self; WIDTH] = row.load(i);
+                let (halves, _) = values.as_chunks::<4>();
+                [$load(halves[0]), $load(halves[1])]
             }
             #[inline(always)]
             fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, [low, high]: [L::D; 2], streaming: bool) {
-                put::<_, 4>(row, i, $store(low), streaming);
-                put::<_, 4>(row, i + 4, $store(high), streaming);
+                let halves: [[Self; 4]; 2] = [$store(low), $store(high)];
+                let (values, _) = halves.as_flattened().as_chunks::<WIDTH>();
+                put(row, i, values[0], streaming);
             }
         }
     };

@@ -7,13 +7,10 @@
 use super::elements::{Vectors, WIDTH};
 use super::lanes::Lanes;
 use super::map::{Apply, Map, affine, write};
-use super::{Kernel, close};
+use super::{Kernel, ROWS, close};
 use crate::element::Element;
 use crate::view::{Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
-
-/// Rows in a step.
-const ROWS: usize = 4;
 
 /// Adds up to four rows in a fixed tree.
 #[inline(always)]
@@ -143,27 +140,30 @@ impl<T: Element> Kernel for AffineRows<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        for r in 0..self.x.rows() {
-            let map = AffineRow { x: self.x.row(r), coefficients: self.coefficients };
-            write::<L, T>(&self.y.row(r), self.y.streaming(), &map);
-        }
+        write::<L, T, _>(self.y, self.y.streaming(), &self);
     }
 }
 
-struct AffineRow<'a, T: Element> {
-    x: Row<'a, T>,
-    coefficients: [&'a [T::Wide]; 4],
-}
+impl<'a, T: Element> Map<T> for AffineRows<'a, '_, T> {
+    type Inputs = Row<'a, T>;
+    type Coefficients<L: Lanes> = [T::Vector<L>; 4];
+    const TOGETHER: bool = true;
 
-impl<T: Element> Map<T> for AffineRow<'_, T> {
     #[inline(always)]
-    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool) {
-        let c = self.coefficients.map(|column| T::column::<L>(&column[i..i + WIDTH]));
-        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&self.x, i), c), streaming);
+    fn inputs(&self, r: usize) -> Row<'a, T> {
+        self.x.row(r)
     }
     #[inline(always)]
-    fn one(&self, i: usize) -> T {
-        let [x] = self.x.load(i);
+    fn coefficients<L: Lanes>(&self, i: usize) -> [T::Vector<L>; 4] {
+        self.coefficients.map(|column| T::column::<L>(&column[i..i + WIDTH]))
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>(x: Row<'a, T>, c: [T::Vector<L>; 4], y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, x: Row<'a, T>, i: usize) -> T {
+        let [x] = x.load(i);
         affine(x, self.coefficients.map(|column| column[i]))
     }
 }
@@ -238,29 +238,30 @@ impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        for r in 0..self.dy.rows() {
-            let map = ApplyRow { dy: self.dy.row(r), x: self.x.row(r), coefficients: self.coefficients };
-            write::<L, T>(&self.dx.row(r), self.dx.streaming(), &map);
-        }
+        write::<L, T, _>(self.dx, self.dx.streaming(), &self);
     }
 }
 
-struct ApplyRow<'a, T: Element> {
-    dy: Row<'a, T>,
-    x: Row<'a, T>,
-    coefficients: Apply<&'a [f64]>,
-}
+impl<'a, T: Element> Map<T> for ApplyRows<'a, '_, T> {
+    type Inputs = (Row<'a, T>, Row<'a, T>);
+    type Coefficients<L: Lanes> = Apply<[L::D; 2]>;
+    const TOGETHER: bool = true;
 
-impl<T: Element> Map<T> for ApplyRow<'_, T> {
     #[inline(always)]
-    fn eight<L: Lanes>(&self, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
-        let c = self.coefficients.map(|column| get::<L>(column, i));
-        let (dy, x) = (T::load_wide::<L>(&self.dy, i), T::load_wide::<L>(&self.x, i));
-        T::store_wide::<L>(dx, i, c.lanes::<L>(dy, x), streaming);
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        (self.dy.row(r), self.x.row(r))
     }
     #[inline(always)]
-    fn one(&self, i: usize) -> T {
-        let ([dy], [x]) = (self.dy.load(i), self.x.load(i));
+    fn coefficients<L: Lanes>(&self, i: usize) -> Apply<[L::D; 2]> {
+        self.coefficients.map(|column| get::<L>(column, i))
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((dy, x): Self::Inputs, c: Apply<[L::D; 2]>, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+        T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, (dy, x): Self::Inputs, i: usize) -> T {
+        let ([dy], [x]) = (dy.load(i), x.load(i));
         self.coefficients.map(|column| column[i]).one(dy, x)
     }
 }

@@ -1,45 +1,72 @@
-//! Kernels that compute each element of a row from elements at the same place: the loop around them, what is mapped, and
-//! a copy.
+//! Kernels that compute each element from elements at the same place: the loop around them, what they compute, a copy.
 
-use super::elements::WIDTH;
+use super::elements::{WIDTH, put};
 use super::lanes::Lanes;
-use super::{Kernel, LANES};
+use super::{Kernel, LANES, ROWS};
 use crate::element::Element;
 use crate::view::{Row, RowMut, Tile, TileMut};
+use std::array::from_fn;
+use std::ops::Range;
 
-/// What is written to a row.
+/// What is written to the rows of a tile.
 pub(super) trait Map<T: Element> {
+    /// The rows that a row is computed from.
+    type Inputs: std::marker::Copy;
+    /// What eight columns are computed with.
+    type Coefficients<L: Lanes>: std::marker::Copy;
+    /// Rows that are walked together, so that coefficients are loaded once for all of them.
+    const TOGETHER: bool;
+
+    fn inputs(&self, r: usize) -> Self::Inputs;
+    /// For columns `i .. i + 8`.
+    fn coefficients<L: Lanes>(&self, i: usize) -> Self::Coefficients<L>;
     /// Computes and writes elements `i .. i + 8`.
-    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool);
+    fn eight<L: Lanes>(inputs: Self::Inputs, c: Self::Coefficients<L>, y: &RowMut<'_, T>, i: usize, streaming: bool);
     /// Computes element `i`.
-    fn one(&self, i: usize) -> T;
+    fn one(&self, inputs: Self::Inputs, i: usize) -> T;
 }
 
-/// Writes a row; past the caches, in whole cache lines, where asked to.
+/// Writes a tile, last row first: after a pass for statistics it is still in cache.
 #[inline(always)]
-pub(super) fn write<L: Lanes, T: Element>(y: &RowMut<'_, T>, streaming: bool, map: &impl Map<T>) {
-    let mut i = 0;
-    if streaming {
-        let first = y.before_line();
-        while i < first {
-            y.store(i, [map.one(i)]);
-            i += 1;
-        }
-        while i + LANES <= y.len() {
-            map.eight::<L>(y, i, true);
-            map.eight::<L>(y, i + WIDTH, true);
-            i += LANES;
+pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, streaming: bool, map: &M) {
+    let mut rows = y.rows();
+    if M::TOGETHER && (!streaming || y.rows_share_alignment()) {
+        while rows >= ROWS {
+            rows -= ROWS;
+            write_rows::<L, T, M, ROWS>(y, rows, streaming, map);
         }
     }
-    while i + LANES <= y.len() {
-        map.eight::<L>(y, i, false);
-        map.eight::<L>(y, i + WIDTH, false);
+    while rows > 0 {
+        rows -= 1;
+        write_rows::<L, T, M, 1>(y, rows, streaming, map);
+    }
+}
+
+/// Writes rows `r .. r + R`; past the caches, in whole cache lines, where asked to.
+#[inline(always)]
+fn write_rows<L: Lanes, T: Element, M: Map<T>, const R: usize>(y: &TileMut<'_, T>, r: usize, streaming: bool, map: &M) {
+    let inputs: [M::Inputs; R] = from_fn(|k| map.inputs(r + k));
+    let outputs: [RowMut<'_, T>; R] = from_fn(|k| y.row(r + k));
+    let ones = |columns: Range<usize>| {
+        for i in columns {
+            for k in 0..R {
+                outputs[k].store(i, [map.one(inputs[k], i)]);
+            }
+        }
+    };
+    let first = if streaming { outputs[0].before_line() } else { 0 };
+    ones(0..first);
+    let mut i = first;
+    while i + LANES <= y.cols() {
+        for i in [i, i + WIDTH] {
+            let c = map.coefficients::<L>(i);
+            for k in 0..R {
+                M::eight::<L>(inputs[k], c, &outputs[k], i, streaming);
+            }
+        }
         i += LANES;
     }
-    while i < y.len() {
-        y.store(i, [map.one(i)]);
-        i += 1;
-    }
+    ones(i..y.cols());
 }
 
 /// The expression that defines inference (contract 1), each operation rounded: (x − mean)·s + β.
@@ -81,44 +108,60 @@ impl<V: Copy> Apply<V> {
 impl<D: Copy> Apply<[D; 2]> {
     #[inline(always)]
     pub(super) fn lanes<L: Lanes<D = D>>(self, dy: [D; 2], x: [D; 2]) -> [D; 2] {
-        std::array::from_fn(|h| {
+        from_fn(|h| {
             let through_statistics = L::mul(L::sub(x[h], self.mean[h]), self.slope[h]);
             L::mul(L::sub(L::sub(dy[h], self.offset[h]), through_statistics), self.scale[h])
         })
     }
 }
 
-/// A row as it is.
-struct Same<'a, T: Element>(Row<'a, T>);
+/// A tile as it is.
+struct Same<'a, T: Element>(Tile<'a, T>);
 
-impl<T: Element> Map<T> for Same<'_, T> {
+impl<'a, T: Element> Map<T> for Same<'a, T> {
+    type Inputs = Row<'a, T>;
+    type Coefficients<L: Lanes> = ();
+    const TOGETHER: bool = false;
+
     #[inline(always)]
-    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool) {
-        if streaming {
-            y.stream::<WIDTH>(i, self.0.load(i));
-        } else {
-            y.store::<WIDTH>(i, self.0.load(i));
-        }
+    fn inputs(&self, r: usize) -> Row<'a, T> {
+        self.0.row(r)
     }
     #[inline(always)]
-    fn one(&self, i: usize) -> T {
-        let [x] = self.0.load(i);
+    fn coefficients<L: Lanes>(&self, _: usize) {}
+    #[inline(always)]
+    fn eight<L: Lanes>(x: Row<'a, T>, (): (), y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        put::<T, WIDTH>(y, i, x.load(i), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, x: Row<'a, T>, i: usize) -> T {
+        let [x] = x.load(i);
         x
     }
 }
 
-/// The sum of two rows, rounded.
-struct Plus<'a, T: Element>(Row<'a, T>, Row<'a, T>);
+/// The sum of two tiles, rounded.
+struct Plus<'a, T: Element>(Tile<'a, T>, Tile<'a, T>);
 
-impl<T: Element> Map<T> for Plus<'_, T> {
+impl<'a, T: Element> Map<T> for Plus<'a, T> {
+    type Inputs = (Row<'a, T>, Row<'a, T>);
+    type Coefficients<L: Lanes> = ();
+    const TOGETHER: bool = false;
+
     #[inline(always)]
-    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool) {
-        let (a, b) = (T::load_wide::<L>(&self.0, i), T::load_wide::<L>(&self.1, i));
-        T::store_wide::<L>(y, i, std::array::from_fn(|h| L::add(a[h], b[h])), streaming);
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        (self.0.row(r), self.1.row(r))
     }
     #[inline(always)]
-    fn one(&self, i: usize) -> T {
-        let ([a], [b]) = (self.0.load(i), self.1.load(i));
+    fn coefficients<L: Lanes>(&self, _: usize) {}
+    #[inline(always)]
+    fn eight<L: Lanes>((a, b): Self::Inputs, (): (), y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        let (a, b) = (T::load_wide::<L>(&a, i), T::load_wide::<L>(&b, i));
+        T::store_wide::<L>(y, i, from_fn(|h| L::add(a[h], b[h])), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, (a, b): Self::Inputs, i: usize) -> T {
+        let ([a], [b]) = (a.load(i), b.load(i));
         T::from_f64(a.to_f64() + b.to_f64())
     }
 }
@@ -136,12 +179,10 @@ impl<T: Element> Kernel for Transfer<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        for r in 0..self.y.rows() {
-            let y = self.y.row(r);
-            match self.z {
-                None => write::<L, T>(&y, self.streaming, &Same(self.x.row(r))),
-                Some(z) => write::<L, T>(&y, self.streaming, &Plus(self.x.row(r), z.row(r))),
-            }
+        let streaming = self.streaming && self.y.is_aligned();
+        match self.z {
+            None => write::<L, T, _>(self.y, streaming, &Same(self.x)),
+            Some(z) => write::<L, T, _>(self.y, streaming, &Plus(self.x, z)),
         }
     }
 }

@@ -33,6 +33,9 @@ pub(crate) trait Kernel {
 /// is hidden.
 const LANES: usize = 16;
 
+/// Rows that are walked together where every column is a channel.
+const ROWS: usize = 4;
+
 /// Sixteen lanes of a sum.
 type Sum<L> = [<L as Lanes>::D; LANES / 4];
 

@@ -126,28 +126,30 @@ impl<T: Element> Kernel for AffineRuns<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        // Last row first: after the pass for the statistics it is still in cache.
-        for r in (0..self.x.rows()).rev() {
-            let map = AffineRun { x: self.x.row(r), coefficients: self.coefficients };
-            write::<L, T>(&self.y.row(r), self.y.streaming(), &map);
-        }
+        write::<L, T, _>(self.y, self.y.streaming(), &self);
     }
 }
 
-struct AffineRun<'a, T: Element> {
-    x: Row<'a, T>,
-    coefficients: [T::Wide; 4],
-}
+impl<'a, T: Element> Map<T> for AffineRuns<'a, '_, T> {
+    type Inputs = Row<'a, T>;
+    type Coefficients<L: Lanes> = [T::Vector<L>; 4];
+    const TOGETHER: bool = false;
 
-impl<T: Element> Map<T> for AffineRun<'_, T> {
     #[inline(always)]
-    fn eight<L: Lanes>(&self, y: &RowMut<'_, T>, i: usize, streaming: bool) {
-        let c = self.coefficients.map(T::splat::<L>);
-        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&self.x, i), c), streaming);
+    fn inputs(&self, r: usize) -> Row<'a, T> {
+        self.x.row(r)
     }
     #[inline(always)]
-    fn one(&self, i: usize) -> T {
-        let [x] = self.x.load(i);
+    fn coefficients<L: Lanes>(&self, _: usize) -> [T::Vector<L>; 4] {
+        self.coefficients.map(T::splat::<L>)
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>(x: Row<'a, T>, c: [T::Vector<L>; 4], y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, x: Row<'a, T>, i: usize) -> T {
+        let [x] = x.load(i);
         affine(x, self.coefficients)
     }
 }
@@ -197,29 +199,30 @@ impl<T: Element> Kernel for ApplyRuns<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        for r in (0..self.dy.rows()).rev() {
-            let map = ApplyRun { dy: self.dy.row(r), x: self.x.row(r), coefficients: self.coefficients };
-            write::<L, T>(&self.dx.row(r), self.dx.streaming(), &map);
-        }
+        write::<L, T, _>(self.dx, self.dx.streaming(), &self);
     }
 }
 
-struct ApplyRun<'a, T: Element> {
-    dy: Row<'a, T>,
-    x: Row<'a, T>,
-    coefficients: Apply<f64>,
-}
+impl<'a, T: Element> Map<T> for ApplyRuns<'a, '_, T> {
+    type Inputs = (Row<'a, T>, Row<'a, T>);
+    type Coefficients<L: Lanes> = Apply<[L::D; 2]>;
+    const TOGETHER: bool = false;
 
-impl<T: Element> Map<T> for ApplyRun<'_, T> {
     #[inline(always)]
-    fn eight<L: Lanes>(&self, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
-        let c = self.coefficients.map(|v| [L::splat(v); 2]);
-        let (dy, x) = (T::load_wide::<L>(&self.dy, i), T::load_wide::<L>(&self.x, i));
-        T::store_wide::<L>(dx, i, c.lanes::<L>(dy, x), streaming);
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        (self.dy.row(r), self.x.row(r))
     }
     #[inline(always)]
-    fn one(&self, i: usize) -> T {
-        let ([dy], [x]) = (self.dy.load(i), self.x.load(i));
+    fn coefficients<L: Lanes>(&self, _: usize) -> Apply<[L::D; 2]> {
+        self.coefficients.map(|v| [L::splat(v); 2])
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((dy, x): Self::Inputs, c: Apply<[L::D; 2]>, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+        T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
+    }
+    #[inline(always)]
+    fn one(&self, (dy, x): Self::Inputs, i: usize) -> T {
+        let ([dy], [x]) = (dy.load(i), x.load(i));
         self.coefficients.one(dy, x)
     }
 }
