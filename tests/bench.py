@@ -1,9 +1,9 @@
 """Time us, NumPy's two-pass expression and the floor of a copy side by side; `make bench`.
 
-Every round times each of them once, in turn, so that a noisy machine slows them alike; medians are shown.
-The floor is what it costs to move the memory on the same threads: read x and write y, or for the backward pass
-read dy and x and write dx; the faster of ordinary stores and of stores past the caches. Exits with 1 if a row
-of ours is slower than NumPy's.
+Every round times each of them once, in turn, so that a noisy machine slows them alike; medians are
+shown. The floor is what it costs to move the memory on the same threads: read x and write y, or for
+the backward pass read dy and x and write dx; the faster of ordinary stores and of stores past the
+caches. Exits with 1 if a row of ours is slower than NumPy's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The bits of seeded inputs, as committed digests: what changes a bit changes this table.
 
-Inference never changes. Statistics, training and gradients change only with a new `kernels` version in the table and a
-line in CHANGELOG.md. Run this file as a script to print the table anew.
+Inference never changes. Statistics, training and gradients change only with a new `kernels` version in the
+table and a line in CHANGELOG.md. Run this file as a script to print the table anew.
 """
 
 import hashlib
