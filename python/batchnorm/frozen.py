@@ -255,7 +255,7 @@ class FrozenBatchNorm:
         Args:
             dy: ∂ℓ/∂y, of shape and dtype of x.
             x: what the layer was called with.
-            out: where to put dx: shape, dtype and memory order of x, in memory of its own.
+            out: where to put dx: shape, dtype and memory order of x; may be dy itself.
 
         Raises:
             TypeError: as for a call.

@@ -126,15 +126,19 @@ impl<'py> Tensor<'py> {
         Ok(Output { array, dtype: self.dtype, layout: self.layout })
     }
 
-    /// As [`Tensor::output`], but `out` may also be this very tensor: then the second value is true.
-    pub(crate) fn output_or_in_place(&self, out: Option<&Bound<'py, PyAny>>) -> PyResult<(Output<'py>, bool)> {
-        if let Some(out) = out {
-            let array = self.check_output(out)?;
-            if memory(&array) == memory(&self.array) {
-                return Ok((Output { array, dtype: self.dtype, layout: self.layout }, true));
-            }
-        }
-        Ok((self.output(out, &[("x", self)])?, false))
+    /// As [`Tensor::output`], but `out` may also be the very memory of `over`: then the second value is true.
+    pub(crate) fn output_over(
+        &self,
+        out: Option<&Bound<'py, PyAny>>,
+        over: (&str, &Self),
+        inputs: &[(&str, &Self)],
+    ) -> PyResult<(Output<'py>, bool)> {
+        // Where both begin at one address, `out` is the whole of `over`: `output` checks shape, dtype and memory order.
+        let in_place = out
+            .and_then(|out| out.cast::<PyUntypedArray>().ok())
+            .is_some_and(|out| data(out) == data(&over.1.array) && !self.layout.is_empty());
+        let inputs = if in_place { inputs.to_vec() } else { [&[over], inputs].concat() };
+        Ok((self.output(out, &inputs)?, in_place))
     }
 
     fn check_output(&self, out: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {

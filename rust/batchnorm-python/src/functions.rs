@@ -6,7 +6,7 @@ use crate::value_error;
 use crate::values::{Cache, GradientSums, Moments};
 use batchnorm::Error;
 use numpy::{PyArray1, PyUntypedArray};
-use pyo3::exceptions::PyOverflowError;
+use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
@@ -96,7 +96,7 @@ pub(crate) fn normalize<'py>(
             batchnorm::normalize(view, &moments, parameters.gamma(), parameters.beta(), eps, &mut y)
         })
     })?;
-    Ok((y.array, Cache { x: x.array.unbind(), moments, affine, channel_axis }))
+    Ok((y.array, Cache { x: Some(x.array.unbind()), moments, affine, channel_axis }))
 }
 
 /// Batch normalization in training (Algorithm 1): ``normalize`` by the moments of x itself, to the bit.
@@ -107,10 +107,11 @@ pub(crate) fn normalize<'py>(
 ///     beta: β, shape (channels,) or a number; zeros where absent.
 ///     eps: ε, finite and more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
-///     out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x.
+///     out: Array of x's shape, dtype and memory order to write y to; memory of its own, or x itself.
 ///
 /// Returns:
-///     y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x by reference.
+///     y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x by reference. Where y was
+///     written over x there is none to hold, and ``backward`` needs a copy of x.
 ///
 /// Raises:
 ///     ValueError: A shape or value is not as said.
@@ -128,12 +129,19 @@ pub(crate) fn train_forward<'py>(
 ) -> PyResult<(Bound<'py, PyUntypedArray>, Cache)> {
     let x = Tensor::read("x", x, channel_axis)?;
     let parameters = Parameters::read(gamma, beta, x.layout.channels())?;
-    let mut y = x.output(out, &[("x", &x)])?;
+    let (mut y, in_place) = x.output_over(out, ("x", &x), &[])?;
+    let (gamma, beta) = (parameters.gamma(), parameters.beta());
     let (moments, affine) = with_element!(x.dtype, T => {
-        let (view, mut y) = (x.view::<T>(), y.view_mut::<T>());
-        run(py, x.bytes(), || batchnorm::train_forward(view, parameters.gamma(), parameters.beta(), eps, &mut y))
+        let mut y = y.view_mut::<T>();
+        if in_place {
+            run(py, x.bytes(), || batchnorm::train_forward_in_place(gamma, beta, eps, &mut y))
+        } else {
+            let view = x.view::<T>();
+            run(py, x.bytes(), || batchnorm::train_forward(view, gamma, beta, eps, &mut y))
+        }
     })?;
-    Ok((y.array, Cache { x: x.array.unbind(), moments, affine, channel_axis }))
+    let x = (!in_place).then(|| x.array.unbind());
+    Ok((y.array, Cache { x, moments, affine, channel_axis }))
 }
 
 /// The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
@@ -141,6 +149,7 @@ pub(crate) fn train_forward<'py>(
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
 ///     cache: What the forward pass returned.
+///     x: A copy of x, where the forward pass wrote y over x.
 ///
 /// Returns:
 ///     GradientSums in float64, which merge over micro-batches and processes.
@@ -149,8 +158,14 @@ pub(crate) fn train_forward<'py>(
 ///     ValueError: dy has another shape than x.
 ///     TypeError: dy has another dtype than x.
 #[pyfunction]
-pub(crate) fn gradient_sums(py: Python<'_>, dy: &Bound<'_, PyAny>, cache: &Cache) -> PyResult<GradientSums> {
-    let x = cached(py, cache)?;
+#[pyo3(signature = (dy, cache, *, x=None))]
+pub(crate) fn gradient_sums(
+    py: Python<'_>,
+    dy: &Bound<'_, PyAny>,
+    cache: &Cache,
+    x: Option<&Bound<'_, PyAny>>,
+) -> PyResult<GradientSums> {
+    let x = cached(py, cache, x)?;
     let dy = x.read_like("dy", dy)?;
     with_element!(x.dtype, T => {
         let (dy, view) = (dy.view::<T>(), x.view::<T>());
@@ -165,7 +180,8 @@ pub(crate) fn gradient_sums(py: Python<'_>, dy: &Bound<'_, PyAny>, cache: &Cache
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
 ///     cache: What the forward pass returned.
 ///     sums: Sums over all values whose moments were merged; m is their count.
-///     out: Array of x's shape, dtype and memory order to write dx to; it shares no memory with dy and x.
+///     x: A copy of x, where the forward pass wrote y over x.
+///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
 ///
 /// Returns:
 ///     dx, of x's shape, dtype and memory order.
@@ -175,19 +191,20 @@ pub(crate) fn gradient_sums(py: Python<'_>, dy: &Bound<'_, PyAny>, cache: &Cache
 ///         normalized.
 ///     TypeError: dy or out has another dtype than x.
 #[pyfunction]
-#[pyo3(signature = (dy, cache, sums, *, out=None))]
+#[pyo3(signature = (dy, cache, sums, *, x=None, out=None))]
 pub(crate) fn gradient_apply<'py>(
     py: Python<'py>,
     dy: &Bound<'py, PyAny>,
     cache: &Cache,
     sums: &GradientSums,
+    x: Option<&Bound<'py, PyAny>>,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let x = cached(py, cache)?;
+    let x = cached(py, cache, x)?;
     let dy = x.read_like("dy", dy)?;
-    let mut dx = x.output(out, &[("dy", &dy), ("x", &x)])?;
+    let (mut dx, in_place) = x.output_over(out, ("dy", &dy), &[("x", &x)])?;
     with_element!(x.dtype, T => {
-        let (dy, view, mut dx) = (dy.view::<T>(), x.view::<T>(), dx.view_mut::<T>());
+        let (dy, view, mut dx) = ((!in_place).then(|| dy.view::<T>()), x.view::<T>(), dx.view_mut::<T>());
         run(py, x.bytes(), || batchnorm::gradient_apply(dy, view, &cache.affine, &sums.0, &mut dx))
     })?;
     Ok(dx.array)
@@ -198,7 +215,8 @@ pub(crate) fn gradient_apply<'py>(
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
 ///     cache: What the forward pass returned.
-///     out: Array of x's shape, dtype and memory order to write dx to; it shares no memory with dy and x.
+///     x: A copy of x, where the forward pass wrote y over x.
+///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
 ///
 /// Returns:
 ///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
@@ -207,25 +225,33 @@ pub(crate) fn gradient_apply<'py>(
 ///     ValueError: A shape is not as said, or x was normalized by the moments of more than x: merge gradient sums then.
 ///     TypeError: dy or out has another dtype than x.
 #[pyfunction]
-#[pyo3(signature = (dy, cache, *, out=None))]
+#[pyo3(signature = (dy, cache, *, x=None, out=None))]
 pub(crate) fn backward<'py>(
     py: Python<'py>,
     dy: &Bound<'py, PyAny>,
     cache: &Cache,
+    x: Option<&Bound<'py, PyAny>>,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let x = cached(py, cache)?;
+    let x = cached(py, cache, x)?;
     let dy = x.read_like("dy", dy)?;
-    let mut dx = x.output(out, &[("dy", &dy), ("x", &x)])?;
+    let (mut dx, in_place) = x.output_over(out, ("dy", &dy), &[("x", &x)])?;
     let sums = with_element!(x.dtype, T => {
-        let (dy, view, mut dx) = (dy.view::<T>(), x.view::<T>(), dx.view_mut::<T>());
+        let (dy, view, mut dx) = ((!in_place).then(|| dy.view::<T>()), x.view::<T>(), dx.view_mut::<T>());
         run(py, x.bytes(), || batchnorm::backward(dy, view, &cache.affine, &mut dx))
     })?;
     gradients(dx.array, &sums)
 }
 
-fn cached<'py>(py: Python<'py>, cache: &Cache) -> PyResult<Tensor<'py>> {
-    Tensor::read("x", cache.x.bind(py).as_any(), cache.channel_axis)
+/// The x of a forward pass: the one that the cache holds, or the copy that the caller has kept.
+fn cached<'py>(py: Python<'py>, cache: &Cache, copy: Option<&Bound<'py, PyAny>>) -> PyResult<Tensor<'py>> {
+    match (copy, &cache.x) {
+        (Some(copy), _) => Tensor::read("x", copy, cache.channel_axis),
+        (None, Some(x)) => Tensor::read("x", x.bind(py).as_any(), cache.channel_axis),
+        (None, None) => Err(PyValueError::new_err(
+            "x is needed: the forward pass wrote y over x (out=x); wanted x=, a copy of what x was",
+        )),
+    }
 }
 
 /// Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
@@ -272,7 +298,7 @@ pub(crate) fn infer_into<'py>(
     affine: &batchnorm::Affine,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let (mut y, in_place) = x.output_or_in_place(out)?;
+    let (mut y, in_place) = x.output_over(out, ("x", x), &[])?;
     let py = x.array.py();
     with_element!(x.dtype, T => {
         let mut target = y.view_mut::<T>();
@@ -296,7 +322,7 @@ pub(crate) fn infer_into<'py>(
 ///     gamma: γ, shape (channels,) or a number; ones where absent.
 ///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
-///     out: Array of x's shape, dtype and memory order to write dx to; it shares no memory with dy and x.
+///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
 ///
 /// Returns:
 ///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
@@ -330,10 +356,10 @@ pub(crate) fn infer_backward_of<'py>(
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<(Bound<'py, PyUntypedArray>, batchnorm::GradientSums)> {
     let dy = x.read_like("dy", dy)?;
-    let mut dx = x.output(out, &[("dy", &dy), ("x", x)])?;
+    let (mut dx, in_place) = x.output_over(out, ("dy", &dy), &[("x", x)])?;
     let py = x.array.py();
     let sums = with_element!(x.dtype, T => {
-        let (dy, view, mut dx) = (dy.view::<T>(), x.view::<T>(), dx.view_mut::<T>());
+        let (dy, view, mut dx) = ((!in_place).then(|| dy.view::<T>()), x.view::<T>(), dx.view_mut::<T>());
         run(py, x.bytes(), || batchnorm::infer_backward(dy, view, affine, &mut dx))
     })?;
     Ok((dx.array, sums))

@@ -196,7 +196,7 @@ fn range(count: &[f64]) -> String {
 /// What a backward pass needs of its forward pass. It holds x by reference: x must not be changed in between.
 #[pyclass(frozen, module = "batchnorm", name = "Cache")]
 pub(crate) struct Cache {
-    pub(crate) x: Py<PyUntypedArray>,
+    pub(crate) x: Option<Py<PyUntypedArray>>,
     pub(crate) moments: batchnorm::Moments,
     pub(crate) affine: batchnorm::Affine,
     /// The channel axis of the forward pass, as it was given.
@@ -206,10 +206,10 @@ pub(crate) struct Cache {
 
 #[pymethods]
 impl Cache {
-    /// The input of the forward pass.
+    /// The input of the forward pass; None where y was written over it.
     #[getter]
-    fn x<'py>(&self, py: Python<'py>) -> Bound<'py, PyUntypedArray> {
-        self.x.bind(py).clone()
+    fn x<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyUntypedArray>> {
+        self.x.as_ref().map(|x| x.bind(py).clone())
     }
 
     /// The moments by which x was normalized.
@@ -231,7 +231,8 @@ impl Cache {
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
-        format!("Cache(x of shape {:?}, channel_axis={})", self.x.bind(py).shape(), self.channel_axis)
+        let x = self.x.as_ref().map_or("no x".to_owned(), |x| format!("x of shape {:?}", x.bind(py).shape()));
+        format!("Cache({x}, channel_axis={})", self.channel_axis)
     }
 }
 

@@ -24,7 +24,7 @@ use crate::blocks::{Family, Interleaved, Merge, Planar, TILE, Tree};
 use crate::bytes;
 use crate::element::Element;
 use crate::error::Error;
-use crate::infer::infer;
+use crate::infer::{infer, infer_in_place};
 use crate::layout::Layout;
 use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, SumRows, SumRuns, dispatch};
 use crate::view::{Rect, Tile, View, ViewMut};
@@ -216,12 +216,12 @@ fn sums_interleaved<T: Element>(
 }
 
 /// dx of a training pass from dy and the sums, which may be those of more than this dy: of all micro-batches or
-/// processes whose moments were merged.
+/// processes whose moments were merged. Without dy, dx holds it and is written over it.
 ///
 /// # Errors
-/// As [`gradient_sums`].
+/// As [`gradient_sums`], and [`Error::Counts`].
 pub fn gradient_apply<T: Element>(
-    dy: View<'_, T>,
+    dy: Option<View<'_, T>>,
     x: View<'_, T>,
     affine: &Affine,
     sums: &GradientSums,
@@ -229,30 +229,27 @@ pub fn gradient_apply<T: Element>(
 ) -> Result<(), Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.layout()), ("out", dx.layout())], affine)?;
+    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine)?;
     Error::check_channels("sums", sums.channels(), layout.channels())?;
     affine.check_counts(&sums.count)?;
     let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
     match Family::of(layout) {
         Family::Planar(planar) => {
-            let Planar { channels, inner, .. } = planar;
+            let channels: Vec<Apply<f64>> = (0..planar.channels).map(of).collect();
             dx.map_tiles(&planar.planes(TILE / size_of::<T>()), |rect, dx| {
-                let (dy, x) = (dy.tile(inner, rect), x.tile(inner, rect));
-                for (i, plane) in rect.rows.clone().enumerate() {
-                    let (row, cols) = (i..i + 1, 0..rect.cols.len());
-                    let (dy, x) = (dy.part(row.clone(), cols.clone()), x.part(row.clone(), cols.clone()));
-                    dispatch(ApplyRuns { dy, x, dx: &dx.part(row, cols), coefficients: of(plane % channels) });
-                }
+                let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.inner, rect));
+                let coefficients = |r: usize| channels[(rect.rows.start + r) % planar.channels];
+                dispatch(ApplyRuns { dy, x: x.tile(planar.inner, rect), dx: &dx, coefficients });
             });
         }
         Family::Interleaved(rows) => {
             dx.map_tiles(&rows.tiles(TILE / size_of::<T>()), |rect, dx| {
-                let (dy, x) = (dy.tile(rows.width, rect), x.tile(rows.width, rect));
+                let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(rows.width, rect));
                 let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), |c| field(of(c)));
                 let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
                 let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
                 let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
-                dispatch(ApplyRows { dy, x, dx: &dx, coefficients });
+                dispatch(ApplyRows { dy, x: x.tile(rows.width, rect), dx: &dx, coefficients });
             });
         }
     }
@@ -269,24 +266,24 @@ fn apply(affine: &Affine, c: usize, dgamma: f64, dbeta: f64, count: f64) -> Appl
 }
 
 /// `gradient_apply ∘ gradient_sums`, to the bit; where channels lie in runs, channel by channel, so that the second pass
-/// reads from cache.
+/// reads from cache. Without dy, dx holds it and is written over it.
 ///
 /// # Errors
-/// As [`gradient_sums`].
+/// As [`gradient_sums`], and [`Error::Counts`] where x was normalized by the moments of more than x.
 pub fn backward<T: Element>(
-    dy: View<'_, T>,
+    dy: Option<View<'_, T>>,
     x: View<'_, T>,
     affine: &Affine,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.layout()), ("out", dx.layout())], affine)?;
+    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine)?;
     affine.check_counts(&vec![layout.count() as f64; layout.channels()])?;
     match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => Ok(fused(dy, x, planar, affine, dx)),
         _ => {
-            let sums = gradient_sums(dy, x, affine)?;
+            let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine)?;
             gradient_apply(dy, x, affine, &sums, dx)?;
             Ok(sums)
         }
@@ -294,7 +291,7 @@ pub fn backward<T: Element>(
 }
 
 fn fused<T: Element>(
-    dy: View<'_, T>,
+    dy: Option<View<'_, T>>,
     x: View<'_, T>,
     planar: Planar,
     affine: &Affine,
@@ -302,13 +299,14 @@ fn fused<T: Element>(
 ) -> GradientSums {
     let count = (planar.outer * planar.inner) as f64;
     let groups = dx.map_tiles(&planar.groups(), |rect, dx| {
-        let (dy, x) = (dy.tile(planar.width(), rect), x.tile(planar.width(), rect));
+        let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.width(), rect));
+        let x = x.tile(planar.width(), rect);
         let channel = |(c, cols): (usize, Range<usize>)| {
             let (dy, x) = (dy.part(0..planar.outer, cols.clone()), x.part(0..planar.outer, cols.clone()));
             let Scalar(dbeta, products) =
                 sums_of_blocks(&planar, dy, x, affine.mean()[c], 0..planar.blocks()).unwrap_or(Scalar(0.0, 0.0));
             let coefficients = apply(affine, c, products * affine.invstd()[c], dbeta, count);
-            dispatch(ApplyRuns { dy, x, dx: &dx.part(0..planar.outer, cols), coefficients });
+            dispatch(ApplyRuns { dy, x, dx: &dx.part(0..planar.outer, cols), coefficients: |_| coefficients });
             (dbeta, products)
         };
         planar.channels_of(rect).map(channel).collect::<Vec<_>>()
@@ -316,12 +314,12 @@ fn fused<T: Element>(
     GradientSums::of(x.layout(), affine, groups.into_iter().flatten().collect())
 }
 
-/// dx, dγ and dβ with frozen statistics: dx = γ/√(var+ε)·dy.
+/// dx, dγ and dβ with frozen statistics: dx = γ/√(var+ε)·dy. Without dy, dx holds it and is written over it.
 ///
 /// # Errors
 /// As [`gradient_sums`].
 pub fn infer_backward<T: Element>(
-    dy: View<'_, T>,
+    dy: Option<View<'_, T>>,
     x: View<'_, T>,
     affine: &Affine,
     dx: &mut ViewMut<'_, T>,
@@ -329,7 +327,10 @@ pub fn infer_backward<T: Element>(
     if dx.layout() != x.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
-    let sums = gradient_sums(dy, x, affine)?;
-    infer(dy, &affine.linear_part(), dx)?;
+    let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine)?;
+    match dy {
+        Some(dy) => infer(dy, &affine.linear_part(), dx)?,
+        None => infer_in_place(&affine.linear_part(), dx)?,
+    }
     Ok(sums)
 }

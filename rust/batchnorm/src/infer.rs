@@ -38,11 +38,8 @@ fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, 
             let Planar { channels, inner, .. } = planar;
             y.map_tiles(&planar.planes(elements), |rect, y| {
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(inner, rect));
-                for (i, plane) in rect.rows.clone().enumerate() {
-                    let cols = 0..rect.cols.len();
-                    let (x, y) = (x.part(i..i + 1, cols.clone()), &y.part(i..i + 1, cols));
-                    dispatch(AffineRuns { x, y, coefficients: affine.coefficients::<T>(plane % channels) });
-                }
+                let coefficients = |r: usize| affine.coefficients::<T>((rect.rows.start + r) % channels);
+                dispatch(AffineRuns { x, y: &y, coefficients });
             });
         }
         Family::Interleaved(rows) => {

@@ -66,7 +66,7 @@ pub use layout::Layout;
 pub use moments::{Moments, moments};
 pub use parallel::{get_num_threads, set_num_threads};
 pub use simd::{Level, set_simd_level, simd_level, simd_levels};
-pub use train::{normalize, train_forward};
+pub use train::{normalize, train_forward, train_forward_in_place};
 pub use view::{View, ViewMut};
 
 /// What every verb does first: refuses what the environment names wrongly, and puts floating point in the standard mode.

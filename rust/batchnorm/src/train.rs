@@ -4,7 +4,7 @@ use crate::affine::{self, Affine, check_parameters, check_training_eps};
 use crate::blocks::{Family, Planar};
 use crate::element::Element;
 use crate::error::Error;
-use crate::infer::infer;
+use crate::infer::{infer, infer_in_place};
 use crate::moments::{Moments, moments, of_channel};
 use crate::simd::{AffineRuns, dispatch};
 use crate::view::{View, ViewMut};
@@ -40,32 +40,58 @@ pub fn train_forward<T: Element>(
     eps: f64,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(Moments, Affine), Error> {
-    let _mode = crate::begin()?;
-    let layout = x.layout();
-    if layout != y.layout() {
+    if x.layout() != y.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
+    forward(Some(x), gamma, beta, eps, y)
+}
+
+/// The same with y in the memory of x. A backward pass needs a copy of x.
+///
+/// # Errors
+/// Those of [`train_forward`]; nothing is written then.
+pub fn train_forward_in_place<T: Element>(
+    gamma: Option<&[f64]>,
+    beta: Option<&[f64]>,
+    eps: f64,
+    y: &mut ViewMut<'_, T>,
+) -> Result<(Moments, Affine), Error> {
+    forward(None, gamma, beta, eps, y)
+}
+
+/// Normalizes x, or where there is none y itself, into y.
+fn forward<T: Element>(
+    x: Option<View<'_, T>>,
+    gamma: Option<&[f64]>,
+    beta: Option<&[f64]>,
+    eps: f64,
+    y: &mut ViewMut<'_, T>,
+) -> Result<(Moments, Affine), Error> {
+    let _mode = crate::begin()?;
+    let layout = y.layout();
     check_training_eps(eps)?;
     check_parameters(layout.channels(), gamma, beta)?;
     if layout.count() < 2 {
         return Err(Error::TooFewValues { channel: 0, count: layout.count() as f64, wanted: 2 });
     }
-    match Family::of(layout) {
+    let moments = match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() => {
             let moments = fused(x, planar, gamma, beta, eps, y);
             let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
-            Ok((moments, affine))
+            return Ok((moments, affine));
         }
-        _ => {
-            let moments = moments(x)?;
-            let affine = normalize(x, &moments, gamma, beta, eps, y)?;
-            Ok((moments, affine))
-        }
+        _ => moments(x.unwrap_or_else(|| y.as_view()))?,
+    };
+    let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
+    match x {
+        Some(x) => infer(x, &affine, y)?,
+        None => infer_in_place(&affine, y)?,
     }
+    Ok((moments, affine))
 }
 
 fn fused<T: Element>(
-    x: View<'_, T>,
+    x: Option<View<'_, T>>,
     planar: Planar,
     gamma: Option<&[f64]>,
     beta: Option<&[f64]>,
@@ -75,13 +101,13 @@ fn fused<T: Element>(
     let count = planar.outer * planar.inner;
     let at = |values: Option<&[f64]>, c: usize, absent| values.map_or(absent, |values| values[c]);
     let groups = y.map_tiles(&planar.groups(), |rect, y| {
-        let x = x.tile(planar.width(), rect);
+        let x = x.map_or_else(|| y.as_tile(), |x| x.tile(planar.width(), rect));
         let channel = |(c, cols): (usize, std::ops::Range<usize>)| {
             let x = x.part(0..planar.outer, cols.clone());
             let (mean, m2) = of_channel(&planar, x);
             let scale = affine::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
             let coefficients = affine::coefficients::<T>(mean, scale, at(beta, c, 0.0));
-            dispatch(AffineRuns { x, y: &y.part(0..planar.outer, cols), coefficients });
+            dispatch(AffineRuns { x, y: &y.part(0..planar.outer, cols), coefficients: |_| coefficients });
             (mean, m2)
         };
         planar.channels_of(rect).map(channel).collect::<Vec<_>>()

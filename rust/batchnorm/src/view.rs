@@ -114,6 +114,11 @@ impl<'a, T: Element> ViewMut<'a, T> {
         self.layout
     }
 
+    /// The same memory to be read, while it is not written.
+    pub(crate) fn as_view(&self) -> View<'_, T> {
+        View { data: self.data, layout: self.layout, memory: PhantomData }
+    }
+
     /// Calls `f` once with every rectangle of `grid`, on several threads where that pays, and gives what it returned
     /// in the order of the grid.
     pub(crate) fn map_tiles<R: Send + Sync>(

@@ -5,7 +5,7 @@
 use batchnorm::{
     Affine, Element, Error, GradientSums, Layout, Moments, View, ViewMut, backward, bf16, f16, get_num_threads,
     gradient_apply, gradient_sums, infer, infer_backward, infer_in_place, moments, normalize, set_num_threads,
-    set_simd_level, simd_level, simd_levels, train_forward,
+    set_simd_level, simd_level, simd_levels, train_forward, train_forward_in_place,
 };
 
 const EPS: f64 = 1e-5;
@@ -87,9 +87,9 @@ fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
     assert_eq!(bits(&halves), bits(&y), "train_forward and normalize differ: {layout:?}");
 
     let mut dx = zero.clone();
-    let sums = backward(dy, x, &affine, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
+    let sums = backward(Some(dy), x, &affine, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
     assert_eq!(gradient_sums(dy, x, &affine).unwrap(), sums);
-    gradient_apply(dy, x, &affine, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
+    gradient_apply(Some(dy), x, &affine, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
     assert_eq!(bits(&halves), bits(&dx), "backward and gradient_apply differ: {layout:?}");
 
     let frozen = Affine::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
@@ -98,8 +98,15 @@ fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
     let mut in_place = tensor::<T>(layout, 1, mean);
     infer_in_place(&frozen, &mut ViewMut::new(&mut in_place, layout).unwrap()).unwrap();
     assert_eq!(bits(&in_place), bits(&z), "in place and not differ: {layout:?}");
+    let mut over = tensor::<T>(layout, 1, mean);
+    let again = train_forward_in_place(gamma, beta, EPS, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap();
+    assert_eq!(again, (m.clone(), affine.clone()));
+    assert_eq!(bits(&over), bits(&y), "train_forward in place and not differ: {layout:?}");
+    let mut over = tensor::<T>(layout, 2, 0.0);
+    assert_eq!(backward(None, x, &affine, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(), sums);
+    assert_eq!(bits(&over), bits(&dx), "dx over dy and not differ: {layout:?}");
     let mut frozen_dx = zero;
-    let frozen_sums = infer_backward(dy, x, &frozen, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
+    let frozen_sums = infer_backward(Some(dy), x, &frozen, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
 
     let sums = [sums.dgamma(), sums.dbeta(), frozen_sums.dgamma(), m.mean(), m.m2()].map(bits);
     [bits(&y), bits(&dx), bits(&z), bits(&frozen_dx)].into_iter().chain(sums).collect()

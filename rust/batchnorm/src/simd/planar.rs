@@ -113,15 +113,15 @@ fn about<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: f64, n: f64) -> (f64, f64,
     close(pivot, sum, squares, n)
 }
 
-/// y = (x − mean)·s + β.
-pub(crate) struct AffineRuns<'a, 'b, T: Element> {
+/// y = (x − mean)·s + β, with coefficients a row.
+pub(crate) struct AffineRuns<'a, 'b, T: Element, F> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β.
-    pub(crate) coefficients: [T::Wide; 4],
+    /// Mean (high and low part), s and β of a row.
+    pub(crate) coefficients: F,
 }
 
-impl<T: Element> Kernel for AffineRuns<'_, '_, T> {
+impl<T: Element, F: Fn(usize) -> [T::Wide; 4]> Kernel for AffineRuns<'_, '_, T, F> {
     type Output = ();
 
     #[inline(always)]
@@ -130,27 +130,25 @@ impl<T: Element> Kernel for AffineRuns<'_, '_, T> {
     }
 }
 
-impl<'a, T: Element> Map<T> for AffineRuns<'a, '_, T> {
-    type Inputs = Row<'a, T>;
-    type Coefficients<L: Lanes> = [T::Vector<L>; 4];
+impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4]> Map<T> for AffineRuns<'a, '_, T, F> {
+    type Inputs = (Row<'a, T>, [T::Wide; 4]);
+    type Coefficients<L: Lanes> = ();
     const TOGETHER: bool = false;
 
     #[inline(always)]
-    fn inputs(&self, r: usize) -> Row<'a, T> {
-        self.x.row(r)
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        (self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, _: usize) -> [T::Vector<L>; 4] {
-        self.coefficients.map(T::splat::<L>)
+    fn coefficients<L: Lanes>(&self, _: usize) {}
+    #[inline(always)]
+    fn eight<L: Lanes>((x, c): Self::Inputs, (): (), y: &RowMut<'_, T>, i: usize, streaming: bool) {
+        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c.map(T::splat::<L>)), streaming);
     }
     #[inline(always)]
-    fn eight<L: Lanes>(x: Row<'a, T>, c: [T::Vector<L>; 4], y: &RowMut<'_, T>, i: usize, streaming: bool) {
-        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c), streaming);
-    }
-    #[inline(always)]
-    fn one(&self, x: Row<'a, T>, i: usize) -> T {
+    fn one(&self, (x, c): Self::Inputs, i: usize) -> T {
         let [x] = x.load(i);
-        affine(x, self.coefficients)
+        affine(x, c)
     }
 }
 
@@ -186,15 +184,15 @@ impl<T: Element> Kernel for SumRuns<'_, T> {
     }
 }
 
-/// dx from dy, x and the sums of a channel.
-pub(crate) struct ApplyRuns<'a, 'b, T: Element> {
+/// dx from dy, x and the sums of the channel of each row.
+pub(crate) struct ApplyRuns<'a, 'b, T: Element, F> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    pub(crate) coefficients: Apply<f64>,
+    pub(crate) coefficients: F,
 }
 
-impl<T: Element> Kernel for ApplyRuns<'_, '_, T> {
+impl<T: Element, F: Fn(usize) -> Apply<f64>> Kernel for ApplyRuns<'_, '_, T, F> {
     type Output = ();
 
     #[inline(always)]
@@ -203,26 +201,25 @@ impl<T: Element> Kernel for ApplyRuns<'_, '_, T> {
     }
 }
 
-impl<'a, T: Element> Map<T> for ApplyRuns<'a, '_, T> {
-    type Inputs = (Row<'a, T>, Row<'a, T>);
-    type Coefficients<L: Lanes> = Apply<[L::D; 2]>;
+impl<'a, T: Element, F: Fn(usize) -> Apply<f64>> Map<T> for ApplyRuns<'a, '_, T, F> {
+    type Inputs = (Row<'a, T>, Row<'a, T>, Apply<f64>);
+    type Coefficients<L: Lanes> = ();
     const TOGETHER: bool = false;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.dy.row(r), self.x.row(r))
+        (self.dy.row(r), self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, _: usize) -> Apply<[L::D; 2]> {
-        self.coefficients.map(|v| [L::splat(v); 2])
-    }
+    fn coefficients<L: Lanes>(&self, _: usize) {}
     #[inline(always)]
-    fn eight<L: Lanes>((dy, x): Self::Inputs, c: Apply<[L::D; 2]>, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>((dy, x, c): Self::Inputs, (): (), dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+        let c = c.map(|v| [L::splat(v); 2]);
         T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
     }
     #[inline(always)]
-    fn one(&self, (dy, x): Self::Inputs, i: usize) -> T {
+    fn one(&self, (dy, x, c): Self::Inputs, i: usize) -> T {
         let ([dy], [x]) = (dy.load(i), x.load(i));
-        self.coefficients.one(dy, x)
+        c.one(dy, x)
     }
 }
