@@ -4,9 +4,8 @@ use crate::blocks::Interleaved;
 use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::moments::Moments;
-use crate::simd::FloatMode;
+use crate::simd::{FloatMode, LANES};
 use std::array::from_fn;
-use std::iter::repeat_n;
 use std::ops::Range;
 
 /// Coefficients of a channel-wise affine map, from frozen statistics or from those of a batch.
@@ -111,15 +110,9 @@ impl Affine {
         coefficients::<T>(self.mean[c], self.scale[c], self.beta[c])
     }
 
-    /// The four coefficients of some columns.
+    /// The four coefficients of some columns, and of the first of them again.
     pub(crate) fn columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> [Vec<T::Wide>; 4] {
-        let mut parts: [Vec<T::Wide>; 4] = from_fn(|_| Vec::with_capacity(columns.len()));
-        for (c, n) in rows.channels_of(columns) {
-            for (part, value) in parts.iter_mut().zip(self.coefficients::<T>(c)) {
-                part.extend(repeat_n(value, n));
-            }
-        }
-        parts
+        from_fn(|part| rows.spread(columns.clone(), LANES, |c| self.coefficients::<T>(c)[part]))
     }
 }
 

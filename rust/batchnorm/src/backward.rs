@@ -26,7 +26,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::infer::{infer, infer_in_place};
 use crate::layout::Layout;
-use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, SumRows, SumRuns, dispatch};
+use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, LANES, SumRows, SumRuns, dispatch};
 use crate::view::{Rect, Tile, View, ViewMut};
 use std::ops::Range;
 
@@ -195,7 +195,7 @@ fn sums_interleaved<T: Element>(
     affine: &Affine,
 ) -> Vec<(f64, f64)> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
-        let mean = rows.spread(columns.clone(), |c| affine.mean()[c]);
+        let mean = rows.spread(columns.clone(), 0, |c| affine.mean()[c]);
         Tree::of(blocks.map(|b| {
             let (mut dbeta, mut products) = (vec![0.0; columns.len()], vec![0.0; columns.len()]);
             let rect = Rect { rows: rows.block(b), cols: columns.clone() };
@@ -245,7 +245,7 @@ pub fn gradient_apply<T: Element>(
         Family::Interleaved(rows) => {
             dx.map_tiles(&rows.tiles(TILE / size_of::<T>()), |rect, dx| {
                 let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(rows.width, rect));
-                let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), |c| field(of(c)));
+                let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(of(c)));
                 let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
                 let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
                 let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };

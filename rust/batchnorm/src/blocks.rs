@@ -204,9 +204,15 @@ impl Interleaved {
             .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
     }
 
-    /// What is given once a channel, once a column.
-    pub(crate) fn spread<V: Copy>(&self, columns: Range<usize>, value: impl Fn(usize) -> V) -> Vec<V> {
-        self.channels_of(columns).flat_map(|(c, n)| std::iter::repeat_n(value(c), n)).collect()
+    /// What is given once a channel, once a column; then that of the first `again` columns again.
+    pub(crate) fn spread<V: Copy>(&self, columns: Range<usize>, again: usize, value: impl Fn(usize) -> V) -> Vec<V> {
+        let n = columns.len();
+        let mut values = Vec::with_capacity(n + again);
+        values.extend(self.channels_of(columns).flat_map(|(c, n)| std::iter::repeat_n(value(c), n)));
+        for i in 0..again {
+            values.push(values[i]); // of fewer columns than `again`, those that stand again do so once more
+        }
+        values
     }
 }
 

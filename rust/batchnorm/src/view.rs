@@ -247,6 +247,13 @@ impl<'a, T: Element> Tile<'a, T> {
         Row { data, len: self.cols, memory: PhantomData }
     }
 
+    /// The same elements as one row, where rows are adjacent.
+    #[inline(always)]
+    pub(crate) fn flat(&self) -> Self {
+        let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
+        Self { rows, cols, ..*self }
+    }
+
     /// The part of this rectangle in the given rows and columns.
     #[inline(always)]
     pub(crate) fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
@@ -280,10 +287,11 @@ impl<T: Element> TileMut<'_, T> {
         self.cols
     }
 
-    /// Whether all rows begin at the same place of a cache line.
+    /// The same elements as one row, where rows are adjacent.
     #[inline(always)]
-    pub(crate) fn rows_share_alignment(&self) -> bool {
-        (self.stride * size_of::<T>()).is_multiple_of(LINE)
+    pub(crate) fn flat(&self) -> TileMut<'_, T> {
+        let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
+        TileMut { rows, cols, ..*self }
     }
 
     /// Whether to write past the caches.
@@ -360,6 +368,11 @@ pub struct RowMut<'a, T: Copy> {
 }
 
 impl<T: Element> RowMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// Writes elements `i .. i + N`.
     #[inline(always)]
     pub(crate) fn store<const N: usize>(&self, i: usize, values: [T; N]) {

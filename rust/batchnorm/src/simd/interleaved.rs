@@ -7,10 +7,13 @@
 use super::elements::{Vectors, WIDTH};
 use super::lanes::Lanes;
 use super::map::{Apply, Map, affine, write};
-use super::{Kernel, ROWS, close};
+use super::{Kernel, close};
 use crate::element::Element;
 use crate::view::{Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
+
+/// Rows in a step of a sum: its columns are loaded and stored once for all of them.
+const ROWS: usize = 4;
 
 /// Adds up to four rows in a fixed tree.
 #[inline(always)]
@@ -131,7 +134,8 @@ fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
 pub(crate) struct AffineRows<'a, 'b, T: Element> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β of each column.
+    /// Mean (high and low part), s and β of each column; the first [`super::LANES`] columns stand again after the last,
+    /// so that a step may cross from one row to the next.
     pub(crate) coefficients: [&'a [T::Wide]; 4],
 }
 
@@ -140,31 +144,28 @@ impl<T: Element> Kernel for AffineRows<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        write::<L, T, _>(self.y, self.y.streaming(), &self);
+        let period = self.y.cols();
+        let flat = AffineRows { x: self.x.flat(), ..self };
+        write::<L, T, _>(&self.y.flat(), period, self.y.streaming(), &flat);
     }
 }
 
 impl<'a, T: Element> Map<T> for AffineRows<'a, '_, T> {
     type Inputs = Row<'a, T>;
-    type Coefficients<L: Lanes> = [T::Vector<L>; 4];
-    const TOGETHER: bool = true;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Row<'a, T> {
         self.x.row(r)
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, i: usize) -> [T::Vector<L>; 4] {
-        self.coefficients.map(|column| T::column::<L>(&column[i..i + WIDTH]))
-    }
-    #[inline(always)]
-    fn eight<L: Lanes>(x: Row<'a, T>, c: [T::Vector<L>; 4], y: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>(&self, x: Row<'a, T>, y: &RowMut<'_, T>, i: usize, j: usize, streaming: bool) {
+        let c = self.coefficients.map(|column| T::column::<L>(&column[j..j + WIDTH]));
         T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c), streaming);
     }
     #[inline(always)]
-    fn one(&self, x: Row<'a, T>, i: usize) -> T {
+    fn one(&self, x: Row<'a, T>, i: usize, j: usize) -> T {
         let [x] = x.load(i);
-        affine(x, self.coefficients.map(|column| column[i]))
+        affine(x, self.coefficients.map(|column| column[j]))
     }
 }
 
@@ -230,6 +231,7 @@ pub(crate) struct ApplyRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
+    /// Of each column; the first [`super::LANES`] columns stand again after the last.
     pub(crate) coefficients: Apply<&'a [f64]>,
 }
 
@@ -238,30 +240,27 @@ impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        write::<L, T, _>(self.dx, self.dx.streaming(), &self);
+        let period = self.dx.cols();
+        let flat = ApplyRows { dy: self.dy.flat(), x: self.x.flat(), ..self };
+        write::<L, T, _>(&self.dx.flat(), period, self.dx.streaming(), &flat);
     }
 }
 
 impl<'a, T: Element> Map<T> for ApplyRows<'a, '_, T> {
     type Inputs = (Row<'a, T>, Row<'a, T>);
-    type Coefficients<L: Lanes> = Apply<[L::D; 2]>;
-    const TOGETHER: bool = true;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.dy.row(r), self.x.row(r))
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, i: usize) -> Apply<[L::D; 2]> {
-        self.coefficients.map(|column| get::<L>(column, i))
-    }
-    #[inline(always)]
-    fn eight<L: Lanes>((dy, x): Self::Inputs, c: Apply<[L::D; 2]>, dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>(&self, (dy, x): Self::Inputs, dx: &RowMut<'_, T>, i: usize, j: usize, streaming: bool) {
+        let c = self.coefficients.map(|column| get::<L>(column, j));
         T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
     }
     #[inline(always)]
-    fn one(&self, (dy, x): Self::Inputs, i: usize) -> T {
+    fn one(&self, (dy, x): Self::Inputs, i: usize, j: usize) -> T {
         let ([dy], [x]) = (dy.load(i), x.load(i));
-        self.coefficients.map(|column| column[i]).one(dy, x)
+        self.coefficients.map(|column| column[j]).one(dy, x)
     }
 }

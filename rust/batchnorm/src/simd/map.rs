@@ -2,71 +2,47 @@
 
 use super::elements::{WIDTH, put};
 use super::lanes::Lanes;
-use super::{Kernel, LANES, ROWS};
+use super::{Kernel, LANES};
 use crate::element::Element;
 use crate::view::{Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
-use std::ops::Range;
 
 /// What is written to the rows of a tile.
 pub(super) trait Map<T: Element> {
-    /// The rows that a row is computed from.
+    /// What a row is computed from.
     type Inputs: std::marker::Copy;
-    /// What eight columns are computed with.
-    type Coefficients<L: Lanes>: std::marker::Copy;
-    /// Rows that are walked together, so that coefficients are loaded once for all of them.
-    const TOGETHER: bool;
 
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// For columns `i .. i + 8`.
-    fn coefficients<L: Lanes>(&self, i: usize) -> Self::Coefficients<L>;
-    /// Computes and writes elements `i .. i + 8`.
-    fn eight<L: Lanes>(inputs: Self::Inputs, c: Self::Coefficients<L>, y: &RowMut<'_, T>, i: usize, streaming: bool);
-    /// Computes element `i`.
-    fn one(&self, inputs: Self::Inputs, i: usize) -> T;
+    /// Computes and writes elements `i .. i + 8`, of columns `j .. j + 8`.
+    fn eight<L: Lanes>(&self, inputs: Self::Inputs, y: &RowMut<'_, T>, i: usize, j: usize, streaming: bool);
+    /// Computes element `i`, of column `j`.
+    fn one(&self, inputs: Self::Inputs, i: usize, j: usize) -> T;
 }
 
-/// Writes a tile, last row first: after a pass for statistics it is still in cache.
+/// Writes a tile, last row first: after a pass for statistics it is still in cache. Past the caches, in whole cache
+/// lines, where asked to. Columns start again after `period` elements.
 #[inline(always)]
-pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, streaming: bool, map: &M) {
-    let mut rows = y.rows();
-    if M::TOGETHER && (!streaming || y.rows_share_alignment()) {
-        while rows >= ROWS {
-            rows -= ROWS;
-            write_rows::<L, T, M, ROWS>(y, rows, streaming, map);
+pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, period: usize, streaming: bool, map: &M) {
+    for r in (0..y.rows()).rev() {
+        let (inputs, y) = (map.inputs(r), y.row(r));
+        let first = if streaming { y.before_line() } else { 0 };
+        for i in 0..first {
+            y.store(i, [map.one(inputs, i, i % period)]);
         }
-    }
-    while rows > 0 {
-        rows -= 1;
-        write_rows::<L, T, M, 1>(y, rows, streaming, map);
-    }
-}
-
-/// Writes rows `r .. r + R`; past the caches, in whole cache lines, where asked to.
-#[inline(always)]
-fn write_rows<L: Lanes, T: Element, M: Map<T>, const R: usize>(y: &TileMut<'_, T>, r: usize, streaming: bool, map: &M) {
-    let inputs: [M::Inputs; R] = from_fn(|k| map.inputs(r + k));
-    let outputs: [RowMut<'_, T>; R] = from_fn(|k| y.row(r + k));
-    let ones = |columns: Range<usize>| {
-        for i in columns {
-            for k in 0..R {
-                outputs[k].store(i, [map.one(inputs[k], i)]);
+        let (mut i, mut j) = (first, first % period);
+        while i + LANES <= y.len() {
+            map.eight::<L>(inputs, &y, i, j, streaming);
+            map.eight::<L>(inputs, &y, i + WIDTH, j + WIDTH, streaming);
+            i += LANES;
+            j += LANES;
+            while j >= period {
+                j -= period;
             }
         }
-    };
-    let first = if streaming { outputs[0].before_line() } else { 0 };
-    ones(0..first);
-    let mut i = first;
-    while i + LANES <= y.cols() {
-        for i in [i, i + WIDTH] {
-            let c = map.coefficients::<L>(i);
-            for k in 0..R {
-                M::eight::<L>(inputs[k], c, &outputs[k], i, streaming);
-            }
+        for i in i..y.len() {
+            y.store(i, [map.one(inputs, i, i % period)]);
         }
-        i += LANES;
     }
-    ones(i..y.cols());
 }
 
 /// The expression that defines inference (contract 1), each operation rounded: (x − mean)·s + β.
@@ -120,21 +96,17 @@ struct Same<'a, T: Element>(Tile<'a, T>);
 
 impl<'a, T: Element> Map<T> for Same<'a, T> {
     type Inputs = Row<'a, T>;
-    type Coefficients<L: Lanes> = ();
-    const TOGETHER: bool = false;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Row<'a, T> {
         self.0.row(r)
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, _: usize) {}
-    #[inline(always)]
-    fn eight<L: Lanes>(x: Row<'a, T>, (): (), y: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>(&self, x: Row<'a, T>, y: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
         put::<T, WIDTH>(y, i, x.load(i), streaming);
     }
     #[inline(always)]
-    fn one(&self, x: Row<'a, T>, i: usize) -> T {
+    fn one(&self, x: Row<'a, T>, i: usize, _: usize) -> T {
         let [x] = x.load(i);
         x
     }
@@ -145,22 +117,18 @@ struct Plus<'a, T: Element>(Tile<'a, T>, Tile<'a, T>);
 
 impl<'a, T: Element> Map<T> for Plus<'a, T> {
     type Inputs = (Row<'a, T>, Row<'a, T>);
-    type Coefficients<L: Lanes> = ();
-    const TOGETHER: bool = false;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.0.row(r), self.1.row(r))
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, _: usize) {}
-    #[inline(always)]
-    fn eight<L: Lanes>((a, b): Self::Inputs, (): (), y: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>(&self, (a, b): Self::Inputs, y: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
         let (a, b) = (T::load_wide::<L>(&a, i), T::load_wide::<L>(&b, i));
         T::store_wide::<L>(y, i, from_fn(|h| L::add(a[h], b[h])), streaming);
     }
     #[inline(always)]
-    fn one(&self, (a, b): Self::Inputs, i: usize) -> T {
+    fn one(&self, (a, b): Self::Inputs, i: usize, _: usize) -> T {
         let ([a], [b]) = (a.load(i), b.load(i));
         T::from_f64(a.to_f64() + b.to_f64())
     }
@@ -181,8 +149,8 @@ impl<T: Element> Kernel for Transfer<'_, '_, T> {
     fn run<L: Lanes>(self) {
         let streaming = self.streaming && self.y.is_aligned();
         match self.z {
-            None => write::<L, T, _>(self.y, streaming, &Same(self.x)),
-            Some(z) => write::<L, T, _>(self.y, streaming, &Plus(self.x, z)),
+            None => write::<L, T, _>(self.y, usize::MAX, streaming, &Same(self.x)),
+            Some(z) => write::<L, T, _>(self.y, usize::MAX, streaming, &Plus(self.x, z)),
         }
     }
 }

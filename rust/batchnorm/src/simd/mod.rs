@@ -31,10 +31,7 @@ pub(crate) trait Kernel {
 
 /// Lanes of every sum, whatever the register width: four AVX2 registers of float64, so that the latency of an addition
 /// is hidden.
-const LANES: usize = 16;
-
-/// Rows that are walked together where every column is a channel.
-const ROWS: usize = 4;
+pub(crate) const LANES: usize = 16;
 
 /// Sixteen lanes of a sum.
 type Sum<L> = [<L as Lanes>::D; LANES / 4];

@@ -126,27 +126,23 @@ impl<T: Element, F: Fn(usize) -> [T::Wide; 4]> Kernel for AffineRuns<'_, '_, T, 
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        write::<L, T, _>(self.y, self.y.streaming(), &self);
+        write::<L, T, _>(self.y, usize::MAX, self.y.streaming(), &self);
     }
 }
 
 impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4]> Map<T> for AffineRuns<'a, '_, T, F> {
     type Inputs = (Row<'a, T>, [T::Wide; 4]);
-    type Coefficients<L: Lanes> = ();
-    const TOGETHER: bool = false;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, _: usize) {}
-    #[inline(always)]
-    fn eight<L: Lanes>((x, c): Self::Inputs, (): (), y: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>(&self, (x, c): Self::Inputs, y: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
         T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c.map(T::splat::<L>)), streaming);
     }
     #[inline(always)]
-    fn one(&self, (x, c): Self::Inputs, i: usize) -> T {
+    fn one(&self, (x, c): Self::Inputs, i: usize, _: usize) -> T {
         let [x] = x.load(i);
         affine(x, c)
     }
@@ -197,28 +193,24 @@ impl<T: Element, F: Fn(usize) -> Apply<f64>> Kernel for ApplyRuns<'_, '_, T, F> 
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        write::<L, T, _>(self.dx, self.dx.streaming(), &self);
+        write::<L, T, _>(self.dx, usize::MAX, self.dx.streaming(), &self);
     }
 }
 
 impl<'a, T: Element, F: Fn(usize) -> Apply<f64>> Map<T> for ApplyRuns<'a, '_, T, F> {
     type Inputs = (Row<'a, T>, Row<'a, T>, Apply<f64>);
-    type Coefficients<L: Lanes> = ();
-    const TOGETHER: bool = false;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.dy.row(r), self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn coefficients<L: Lanes>(&self, _: usize) {}
-    #[inline(always)]
-    fn eight<L: Lanes>((dy, x, c): Self::Inputs, (): (), dx: &RowMut<'_, T>, i: usize, streaming: bool) {
+    fn eight<L: Lanes>(&self, (dy, x, c): Self::Inputs, dx: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
         let c = c.map(|v| [L::splat(v); 2]);
         T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
     }
     #[inline(always)]
-    fn one(&self, (dy, x, c): Self::Inputs, i: usize) -> T {
+    fn one(&self, (dy, x, c): Self::Inputs, i: usize, _: usize) -> T {
         let ([dy], [x]) = (dy.load(i), x.load(i));
         c.one(dy, x)
     }
