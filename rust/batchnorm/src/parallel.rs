@@ -11,12 +11,40 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 const WORTH_A_THREAD: usize = 512 * 1024;
 const MOST_THREADS: usize = 1024;
 
+/// The threads beside the callers'.
+struct Workers {
+    pool: rayon::ThreadPool,
+    /// How many are not at work for some call.
+    idle: AtomicUsize,
+}
+
+impl Workers {
+    /// Takes up to `most` idle workers. A call never waits for one that is at work for another call.
+    fn reserve(&self, most: usize) -> Reserved<'_> {
+        let take = |idle: usize| Some(idle - idle.min(most));
+        let idle = self.idle.fetch_update(Ordering::Acquire, Ordering::Relaxed, take);
+        Reserved { workers: self, count: idle.map_or(0, |idle| idle.min(most)) }
+    }
+}
+
+/// Workers of one call, idle again when it is dropped.
+struct Reserved<'a> {
+    workers: &'a Workers,
+    count: usize,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        self.workers.idle.fetch_add(self.count, Ordering::Release);
+    }
+}
+
 struct Pool {
     /// The process that made the pool: its threads do not exist in a forked child.
     process: u32,
     threads: usize,
     /// `None` where one thread is all there is.
-    workers: Option<Arc<rayon::ThreadPool>>,
+    workers: Option<Arc<Workers>>,
 }
 
 static POOL: Mutex<Option<Pool>> = Mutex::new(None);
@@ -29,13 +57,14 @@ fn lock() -> MutexGuard<'static, Option<Pool>> {
 fn build(threads: usize) -> Result<Pool, Error> {
     let workers = match threads {
         1 => None,
-        n => Some(Arc::new(
-            rayon::ThreadPoolBuilder::new()
+        n => {
+            let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(n - 1)
                 .thread_name(|i| format!("batchnorm-{i}"))
                 .build()
-                .map_err(|e| Error::Threads { got: format!("{n} ({e})") })?,
-        )),
+                .map_err(|e| Error::Threads { got: format!("{n} ({e})") })?;
+            Some(Arc::new(Workers { pool, idle: AtomicUsize::new(n - 1) }))
+        }
     };
     Ok(Pool { process: std::process::id(), threads, workers })
 }
@@ -58,7 +87,7 @@ fn read_default_threads() -> Result<usize, Error> {
 }
 
 /// The pool of this process, made at first use and again in a forked child.
-fn pool() -> Result<(usize, Option<Arc<rayon::ThreadPool>>), Error> {
+fn pool() -> Result<(usize, Option<Arc<Workers>>), Error> {
     let mut slot = lock();
     let threads = match &*slot {
         Some(pool) if pool.process == std::process::id() => return Ok((pool.threads, pool.workers.clone())),
@@ -115,6 +144,10 @@ pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) 
     let Ok((threads, Some(workers))) = pool() else {
         return alone();
     };
+    let helpers = workers.reserve((threads - 1).min(tasks - 1));
+    if helpers.count == 0 {
+        return alone();
+    }
     let next = AtomicUsize::new(0);
     let results: Vec<OnceLock<R>> = (0..tasks).map(|_| OnceLock::new()).collect();
     let work = || {
@@ -125,11 +158,42 @@ pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) 
             let _ = slot.set(f(i)); // `i` is handed out once, so the slot is empty
         }
     };
-    workers.in_place_scope(|scope| {
-        for _ in 1..threads.min(tasks) {
+    workers.pool.in_place_scope(|scope| {
+        for _ in 0..helpers.count {
             scope.spawn(|_| work());
         }
         work();
     });
     results.into_iter().filter_map(OnceLock::into_inner).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+    use super::*;
+    use std::sync::{Barrier, mpsc};
+    use std::time::Duration;
+
+    #[test]
+    fn a_call_does_not_wait_for_the_workers_of_another() {
+        set_num_threads(2).unwrap();
+        let (started, finish) = (Barrier::new(3), Barrier::new(3));
+        let (done, result) = mpsc::channel();
+        std::thread::scope(|scope| {
+            // Both threads of the pool hang in this call until the other one has come back.
+            scope.spawn(|| {
+                map(2, WORTH_A_THREAD, |_| {
+                    started.wait();
+                    finish.wait();
+                })
+            });
+            started.wait();
+            scope.spawn(move || done.send(map(4, WORTH_A_THREAD, |i| i)));
+            let other = result.recv_timeout(Duration::from_secs(20));
+            finish.wait();
+            assert_eq!(other.unwrap(), [0, 1, 2, 3]);
+        });
+        let (_, workers) = pool().unwrap();
+        assert_eq!(workers.unwrap().idle.load(Ordering::Relaxed), 1, "the worker is idle again");
+    }
 }
