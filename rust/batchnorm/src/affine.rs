@@ -5,7 +5,6 @@ use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::moments::Moments;
 use crate::simd::{FloatMode, LANES};
-use std::array::from_fn;
 use std::ops::Range;
 
 /// Coefficients of a channel-wise affine map, from frozen statistics or from those of a batch.
@@ -64,9 +63,12 @@ impl Affine {
     fn of(mean: Vec<f64>, var: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
         check_parameters(mean.len(), gamma, beta)?;
         let _mode = FloatMode::standard();
-        let of_channel = |c: usize| gamma.map_or(1.0, |gamma| gamma[c]);
-        let scale = var.iter().enumerate().map(|(c, &v)| self::scale(of_channel(c), v, eps)).collect();
-        let invstd = var.iter().map(|&v| self::scale(1.0, v, eps)).collect();
+        let root: Vec<f64> = var.iter().map(|&v| root(v, eps)).collect();
+        let scale = match gamma {
+            Some(gamma) => gamma.iter().zip(&root).map(|(gamma, root)| gamma / root).collect(),
+            None => root.iter().map(|root| 1.0 / root).collect(),
+        };
+        let invstd = root.iter().map(|root| 1.0 / root).collect();
         let beta = beta.map_or_else(|| vec![0.0; mean.len()], <[f64]>::to_vec);
         Ok(Self { mean, invstd, scale, beta, count: None })
     }
@@ -112,13 +114,25 @@ impl Affine {
 
     /// The four coefficients of some columns, and of the first of them again.
     pub(crate) fn columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> [Vec<T::Wide>; 4] {
-        from_fn(|part| rows.spread(columns.clone(), LANES, |c| self.coefficients::<T>(c)[part]))
+        let part = |values: &[f64]| rows.spread(columns.clone(), LANES, |c| T::Wide::from_f64(values[c]));
+        let high = part(&self.mean);
+        // Where the mean is in one part, nothing reads the other; any numbers will do.
+        let low = match T::SPLIT_MEAN {
+            true => rows.spread(columns.clone(), LANES, |c| self.coefficients::<T>(c)[1]),
+            false => high.clone(),
+        };
+        [high, low, part(&self.scale), part(&self.beta)]
     }
 }
 
-/// s = γ/√(var + ε), as contract 1 writes it.
+/// √(var + ε): s = γ/√(var + ε), as contract 1 writes it.
+fn root(var: f64, eps: f64) -> f64 {
+    (var + eps).sqrt()
+}
+
+/// s = γ/√(var + ε).
 pub(crate) fn scale(gamma: f64, var: f64, eps: f64) -> f64 {
-    gamma / (var + eps).sqrt()
+    gamma / root(var, eps)
 }
 
 /// Mean (high and low part), s and β in the precision of the affine form.

@@ -208,7 +208,11 @@ impl Interleaved {
     pub(crate) fn spread<V: Copy>(&self, columns: Range<usize>, again: usize, value: impl Fn(usize) -> V) -> Vec<V> {
         let n = columns.len();
         let mut values = Vec::with_capacity(n + again);
-        values.extend(self.channels_of(columns).flat_map(|(c, n)| std::iter::repeat_n(value(c), n)));
+        if self.inner == 1 {
+            values.extend(columns.map(value)); // the same as below, and several times faster
+        } else {
+            values.extend(self.channels_of(columns).flat_map(|(c, n)| std::iter::repeat_n(value(c), n)));
+        }
         for i in 0..again {
             values.push(values[i]); // of fewer columns than `again`, those that stand again do so once more
         }
