@@ -100,10 +100,10 @@ impl Affine {
     }
 
     /// Refuses sums over another number of values than the moments were of.
-    pub(crate) fn check_counts(&self, count: &[f64]) -> Result<(), Error> {
-        let Some(wanted) = &self.count else { return Ok(()) };
-        match count.iter().zip(wanted).position(|(got, wanted)| got != wanted) {
-            Some(channel) => Err(Error::Counts { channel, got: count[channel], wanted: wanted[channel] }),
+    pub(crate) fn check_counts(&self, count: impl IntoIterator<Item = f64>) -> Result<(), Error> {
+        let wanted = self.count.iter().flatten();
+        match count.into_iter().zip(wanted).enumerate().find(|(_, (got, wanted))| got != *wanted) {
+            Some((channel, (got, &wanted))) => Err(Error::Counts { channel, got, wanted }),
             None => Ok(()),
         }
     }

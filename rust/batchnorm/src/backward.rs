@@ -28,6 +28,7 @@ use crate::infer::{infer, infer_in_place};
 use crate::layout::Layout;
 use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, LANES, SumRows, SumRuns, dispatch};
 use crate::view::{Rect, Tile, View, ViewMut};
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// dγ = Σdy·x̂ and dβ = Σdy per channel with the number of values summed, in float64; a value that merges.
@@ -231,7 +232,7 @@ pub fn gradient_apply<T: Element>(
     let layout = x.layout();
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine)?;
     Error::check_channels("sums", sums.channels(), layout.channels())?;
-    affine.check_counts(&sums.count)?;
+    affine.check_counts(sums.count.iter().copied())?;
     let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
     match Family::of(layout) {
         Family::Planar(planar) => {
@@ -279,7 +280,7 @@ pub fn backward<T: Element>(
     let _mode = crate::begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine)?;
-    affine.check_counts(&vec![layout.count() as f64; layout.channels()])?;
+    affine.check_counts(repeat_n(layout.count() as f64, layout.channels()))?;
     match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => Ok(fused(dy, x, planar, affine, dx)),
         _ => {
