@@ -1,6 +1,6 @@
 //! The functions of the module.
 
-use crate::buffer::{Tensor, with_element};
+use crate::buffer::{Tensor, release, with_element};
 use crate::parameters::{Parameters, affine};
 use crate::value_error;
 use crate::values::{Cache, GradientSums, Moments};
@@ -441,4 +441,17 @@ pub(crate) fn set_simd_level(name: Option<&str>) -> PyResult<()> {
 #[pyfunction]
 pub(crate) fn simd_levels() -> Vec<&'static str> {
     batchnorm::simd_levels().into_iter().map(batchnorm::Level::name).collect()
+}
+
+/// Frees the memory that is kept for outputs to come.
+///
+/// Fresh memory costs more than the arithmetic that fills it. So the memory of large outputs that no array uses any more
+/// is kept: 256 MiB in all or one output, whichever is larger; none where the environment variable
+/// ``BATCHNORM_KEEP_MEMORY`` is 0. Arrays that are alive are not touched.
+///
+/// Returns:
+///     Bytes freed.
+#[pyfunction]
+pub(crate) fn release_memory(py: Python<'_>) -> usize {
+    py.detach(release)
 }

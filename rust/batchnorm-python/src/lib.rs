@@ -13,7 +13,7 @@ mod _core {
     #[pymodule_export]
     use crate::functions::{
         backward, copy, get_num_threads, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize,
-        set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
+        release_memory, set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
     };
     #[pymodule_export]
     use crate::values::{Affine, Cache, GradientSums, Moments};

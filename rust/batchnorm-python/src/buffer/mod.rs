@@ -2,9 +2,16 @@
 
 #![allow(unsafe_code, reason = "memory that NumPy owns")]
 
+mod memory;
+
+pub(crate) use memory::release;
+
 use crate::value_error;
 use batchnorm::{Element, Layout, View, ViewMut};
-use numpy::npyffi::{NPY_ARRAY_WRITEABLE, NPY_ORDER, PY_ARRAY_API};
+use memory::Memory;
+use numpy::npyffi::{
+    self, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER, PY_ARRAY_API,
+};
 use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
@@ -193,6 +200,12 @@ impl<'py> Tensor<'py> {
 
     fn empty_like(&self) -> PyResult<Bound<'py, PyUntypedArray>> {
         let (py, array) = (self.array.py(), self.array.as_array_ptr());
+        if self.bytes() >= memory::WORTH_KEEPING
+            && memory::keeps().map_err(PyValueError::new_err)?
+            && let Some(memory) = Memory::new(self.bytes())
+        {
+            return self.array_in(memory);
+        }
         // SAFETY: the prototype is alive; a null dtype stands for its own. The result is a new reference or null with
         // an error set, as `from_owned_ptr_or_err` expects.
         let new = unsafe {
@@ -200,6 +213,37 @@ impl<'py> Tensor<'py> {
             Bound::from_owned_ptr_or_err(py, new)?
         };
         Ok(new.cast_into::<PyUntypedArray>()?)
+    }
+
+    /// An array of the shape, dtype and memory order of this tensor in memory of at least its bytes.
+    fn array_in(&self, mut memory: Memory) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let (py, array) = (self.array.py(), self.array.as_array_ptr());
+        let start = memory.start();
+        let memory = Bound::new(py, memory)?;
+        // SAFETY: the prototype is alive and dense with `layout.len()` elements, so an array of its dimensions and
+        // strides (those that NumPy makes for its order, where they are null) ends within the memory. That lives as
+        // long as the array, whose base it is. Both functions take over the reference given last; the first gives a
+        // new one, or null with an error set, and so does −1.
+        unsafe {
+            let prototype = &(*array).fields;
+            let order = prototype.flags & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS);
+            let new = PY_ARRAY_API.PyArray_NewFromDescr(
+                py,
+                npyffi::get_type_object(py, npyffi::NpyTypes::PyArray_Type),
+                self.array.dtype().into_dtype_ptr(),
+                prototype.nd,
+                prototype.dimensions,
+                if order == 0 { prototype.strides } else { std::ptr::null_mut() },
+                start.cast(),
+                NPY_ARRAY_WRITEABLE | order,
+                std::ptr::null_mut(),
+            );
+            let new = Bound::from_owned_ptr_or_err(py, new)?;
+            match PY_ARRAY_API.PyArray_SetBaseObject(py, new.as_ptr().cast(), memory.into_ptr()) {
+                0 => Ok(new.cast_into::<PyUntypedArray>()?),
+                _ => Err(PyErr::fetch(py)),
+            }
+        }
     }
 
     /// Bytes of memory.

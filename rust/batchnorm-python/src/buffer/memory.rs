@@ -1,0 +1,102 @@
+//! Memory of outputs, kept when they die: the page faults of fresh memory cost more than the arithmetic that fills it.
+//!
+//! An array's base is the [`Memory`] that it lies in, so the block comes back when the last view dies, in whatever
+//! thread. Blocks are mappings of their own: aligned to pages, and given back to the system for good.
+
+use memmap2::MmapMut;
+use pyo3::prelude::*;
+use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
+
+/// Smaller arrays come from NumPy: the C library's heap already keeps their memory.
+pub(super) const WORTH_KEEPING: usize = 128 * 1024;
+
+/// From here on huge pages are asked for, as NumPy does: a fault each 2 MiB instead of each 4 KiB.
+#[cfg(target_os = "linux")]
+const WORTH_HUGE_PAGES: usize = 4 << 20;
+
+/// What is kept in all, unless one block alone is larger.
+const MOST_KEPT: usize = 256 << 20;
+
+/// Blocks that no array lies in, the oldest first.
+static KEPT: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
+
+/// The kept blocks, or `None` where they cannot be had, and a caller does without.
+///
+/// Nobody holds the lock for longer than it takes to move a few pointers, and no Python code runs meanwhile. One that
+/// stays locked was so in the parent when this process was forked: waiting for it would never end.
+fn kept() -> Option<MutexGuard<'static, Vec<MmapMut>>> {
+    const TRIES: usize = 1000;
+    for _ in 0..TRIES {
+        match KEPT.try_lock() {
+            Ok(kept) => return Some(kept),
+            Err(TryLockError::Poisoned(kept)) => return Some(kept.into_inner()),
+            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+        }
+    }
+    None
+}
+
+/// Whether `BATCHNORM_KEEP_MEMORY` lets memory be kept. Read once.
+pub(super) fn keeps() -> Result<bool, String> {
+    static KEEPS: OnceLock<Result<bool, String>> = OnceLock::new();
+    let read = || match std::env::var_os("BATCHNORM_KEEP_MEMORY") {
+        None => Ok(true),
+        Some(text) if text == "1" => Ok(true),
+        Some(text) if text == "0" => Ok(false),
+        Some(text) => Err(format!("BATCHNORM_KEEP_MEMORY is {text:?}; wanted 0 or 1")),
+    };
+    KEEPS.get_or_init(read).clone()
+}
+
+/// Frees all kept blocks; returns their bytes.
+pub(crate) fn release() -> usize {
+    let blocks = kept().map(|mut kept| std::mem::take(&mut *kept)).unwrap_or_default();
+    blocks.iter().map(|block| block.len()).sum()
+}
+
+/// Memory that an array lies in: the array's base.
+#[pyclass(frozen, module = "batchnorm._core")]
+pub(crate) struct Memory(Option<MmapMut>);
+
+impl Memory {
+    /// A kept block that is at most a quarter larger than it need be, the newest first; else a fresh one. `None` where
+    /// the system has no more.
+    pub(super) fn new(bytes: usize) -> Option<Self> {
+        let fits = |block: &MmapMut| (bytes..=bytes.saturating_add(bytes / 4)).contains(&block.len());
+        let reused = kept().and_then(|mut kept| kept.iter().rposition(fits).map(|i| kept.remove(i)));
+        let fresh = || map(bytes).or_else(|| (release() > 0).then(|| map(bytes)).flatten());
+        reused.or_else(fresh).map(|block| Self(Some(block)))
+    }
+
+    /// The first byte. It stays where it is for as long as this lives.
+    pub(super) fn start(&mut self) -> *mut u8 {
+        self.0.as_mut().map_or(std::ptr::null_mut(), |block| block.as_mut_ptr())
+    }
+}
+
+fn map(bytes: usize) -> Option<MmapMut> {
+    let block = MmapMut::map_anon(bytes).ok()?;
+    #[cfg(target_os = "linux")]
+    if bytes >= WORTH_HUGE_PAGES {
+        // A wish: a system without huge pages works as well.
+        let _ = block.advise(memmap2::Advice::HugePage);
+    }
+    Some(block)
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        let Some(block) = self.0.take() else { return };
+        let Some(mut kept) = kept() else { return };
+        let mut bytes = block.len() + kept.iter().map(|old| old.len()).sum::<usize>();
+        let mut oldest = 0;
+        while bytes > MOST_KEPT && oldest < kept.len() {
+            bytes -= kept[oldest].len();
+            oldest += 1;
+        }
+        let surplus: Vec<MmapMut> = kept.drain(..oldest).collect();
+        kept.push(block);
+        drop(kept); // the system takes its time to unmap: not under the lock
+        drop(surplus);
+    }
+}
