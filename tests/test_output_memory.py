@@ -1,4 +1,4 @@
-"""Memory of outputs: kept when their last view dies, bounded, and never shared by two arrays that are alive."""
+"""Memory of outputs: kept when the last view dies, bounded, never shared by two arrays that are alive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +34,7 @@ def identity(x):
 
 
 def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _COARSE_MEAN = 1e-4
 """In units of σ: where rounding moves the mean by more than this, freezing warns."""
 
+# Compared with a dtype, a type would have to be made one first, which takes longer than the comparison.
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
@@ -244,9 +247,11 @@ class FrozenBatchNorm:
             TypeError: x is not of such a dtype.
             ValueError: x or out is of the wrong shape.
         """
-        self._refuse_float64("out", out)
+        if out is not None:
+            self._refuse_float64("out", out)
         y = self._affine.infer(x, channel_axis=self.channel_axis, out=out)
-        self._refuse_float64("x", y)
+        if out is None:
+            self._refuse_float64("x", y)
         return y
 
     def backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None) -> Gradients:
@@ -261,14 +266,16 @@ class FrozenBatchNorm:
             TypeError: as for a call.
             ValueError: a tensor is of the wrong shape.
         """
-        self._refuse_float64("out", out)
+        if out is not None:
+            self._refuse_float64("out", out)
         gradients = self._affine.backward(dy, x, channel_axis=self.channel_axis, out=out)
-        self._refuse_float64("dy", gradients.dx)
+        if out is None:
+            self._refuse_float64("dy", gradients.dx)
         return gradients
 
     def _refuse_float64(self, name: str, tensor: Any) -> None:
         """The dtype rule, asked of outputs, which are NumPy's and have the dtype of x whatever x is."""
-        if self.dtype == np.float32 and getattr(tensor, "dtype", None) == np.float64:
+        if self.dtype == _FLOAT32 and getattr(tensor, "dtype", None) == _FLOAT64:
             raise TypeError(
                 f"{name}: float64 tensors want a layer with float64 parameters, and those of this one are "
                 f"float32; freeze it with dtype='float64' or convert {name}"
@@ -294,7 +301,7 @@ class FrozenBatchNorm:
 
 
 def _parameter_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    for wanted in (np.dtype(np.float32), np.dtype(np.float64)):
+    for wanted in (_FLOAT32, _FLOAT64):
         # NumPy takes None for float64, which nobody means who writes it here.
         if dtype is not None and wanted == dtype:
             return wanted

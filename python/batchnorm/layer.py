@@ -16,6 +16,7 @@ from batchnorm._checks import finite_vector
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.population import MovingAverage, Population
 
+_FLOAT64 = np.dtype(np.float64)
 _PREFIX = "population."
 
 
@@ -168,8 +169,8 @@ class BatchNorm:
         if not -len(shape) <= axis < len(shape) or shape[axis] != self.channels:
             raise ValueError(f"x: shape was {tuple(shape)}, wanted {self.channels} channels on axis {axis}")
         y, cache = _core.train_forward(x, self.gamma, self.beta, eps=self.eps, channel_axis=axis)
-        if (y.dtype == np.float64) != (self.dtype == np.float64):
-            wanted = "float64" if self.dtype == np.float64 else "float16, bfloat16 or float32"
+        if (y.dtype == _FLOAT64) != (self.dtype == _FLOAT64):
+            wanted = "float64" if self.dtype == _FLOAT64 else "float16, bfloat16 or float32"
             raise TypeError(f"x: dtype was {y.dtype}, wanted {wanted} for a {self.dtype} layer")
         self.population.update(cache.moments)
         self._last = cache

@@ -1,6 +1,6 @@
 //! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
 
-use crate::buffer::type_name;
+use crate::buffer::{floats, has_mask, type_name};
 use crate::value_error;
 use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -60,23 +60,13 @@ pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: us
 
 /// The argument as a vector of float64: a number, or a real array of one axis.
 pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
-    // `as_slice` gives only what is contiguous and aligned; NumPy copies the rest.
-    if let Ok(array) = value.cast_exact::<PyArray1<f64>>()
-        && let Ok(array) = array.try_readonly()
-        && let Ok(values) = array.as_slice()
-    {
-        return Ok(values.to_vec());
-    }
-    if let Ok(array) = value.cast_exact::<PyArray1<f32>>()
-        && let Ok(array) = array.try_readonly()
-        && let Ok(values) = array.as_slice()
-    {
-        return Ok(values.iter().map(|&v| v.into()).collect());
+    if let Some(values) = floats(value) {
+        return Ok(values);
     }
     let py = value.py();
     let wanted = "wanted real numbers, an array of shape (channels,)";
     let refusal = |found: String| PyTypeError::new_err(format!("{argument} {found}; {wanted}"));
-    if value.hasattr(intern!(py, "mask"))? {
+    if has_mask(value)? {
         return Err(refusal(format!("is {} with a mask", type_name(value))));
     }
     let array = py

@@ -10,13 +10,15 @@ use crate::value_error;
 use batchnorm::{Element, Layout, View, ViewMut};
 use memory::Memory;
 use numpy::npyffi::{
-    self, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER, PY_ARRAY_API,
+    self, NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER,
+    PY_ARRAY_API,
 };
 use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyType};
+use std::ffi::c_int;
 
 /// The element types of the core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,7 +154,7 @@ impl<'py> Tensor<'py> {
         let array = out
             .cast::<PyUntypedArray>()
             .map_err(|_| PyTypeError::new_err(format!("out is {}; wanted a NumPy array", type_name(out))))?;
-        if out.hasattr(intern!(out.py(), "mask"))? {
+        if has_mask(out)? {
             return Err(PyTypeError::new_err(format!("out is {} with a mask; wanted a NumPy array", type_name(out))));
         }
         self.check_like("out", array)?;
@@ -167,8 +169,7 @@ impl<'py> Tensor<'py> {
                 self.array.strides()
             )));
         }
-        // SAFETY: the array is alive, and its flags are plain data.
-        if unsafe { (*array.as_array_ptr()).fields.flags } & NPY_ARRAY_WRITEABLE == 0 {
+        if flags(array) & NPY_ARRAY_WRITEABLE == 0 {
             return Err(PyValueError::new_err("out is read-only; wanted an array that can be written"));
         }
         Ok(array.clone())
@@ -226,7 +227,7 @@ impl<'py> Tensor<'py> {
         // new one, or null with an error set, and so does −1.
         unsafe {
             let prototype = &(*array).fields;
-            let order = prototype.flags & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS);
+            let order = flags(&self.array) & (NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_F_CONTIGUOUS);
             let new = PY_ARRAY_API.PyArray_NewFromDescr(
                 py,
                 npyffi::get_type_object(py, npyffi::NpyTypes::PyArray_Type),
@@ -283,6 +284,11 @@ fn data(array: &Bound<'_, PyUntypedArray>) -> *mut u8 {
     unsafe { (*array.as_array_ptr()).fields.data.cast() }
 }
 
+fn flags(array: &Bound<'_, PyUntypedArray>) -> c_int {
+    // SAFETY: the array is alive, and its flags are plain data.
+    unsafe { (*array.as_array_ptr()).fields.flags }
+}
+
 /// The addresses of a dense array.
 fn memory(array: &Bound<'_, PyUntypedArray>) -> std::ops::Range<usize> {
     let start = data(array) as usize;
@@ -312,7 +318,7 @@ fn as_array<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'p
     };
     if let Ok(array) = value.cast::<PyUntypedArray>() {
         // A mask would be lost in silence; other subclasses are plain arrays underneath.
-        return if value.hasattr(intern!(py, "mask"))? { Err(refusal(" with a mask")) } else { Ok(array.clone()) };
+        return if has_mask(value)? { Err(refusal(" with a mask")) } else { Ok(array.clone()) };
     }
     let numpy = numpy_module(py)?;
     let mut why = String::new();
@@ -335,6 +341,33 @@ fn copied<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUnty
     let options = [("dtype", native), ("order", "K".into_pyobject(py)?.into_any())].into_py_dict(py)?;
     let copy = numpy_module(py)?.call_method(intern!(py, "array"), (array,), Some(&options))?;
     Ok(copy.cast_into::<PyUntypedArray>()?)
+}
+
+/// Whether a value has a mask, which plain arrays have not: the question costs as much as a small call.
+pub(crate) fn has_mask(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    Ok(!value.is_exact_instance_of::<PyUntypedArray>() && value.hasattr(intern!(value.py(), "mask"))?)
+}
+
+/// The values of a plain array of one axis that lie one after the other as float64 or float32; `None` of anything else.
+pub(crate) fn floats(value: &Bound<'_, PyAny>) -> Option<Vec<f64>> {
+    const WANTED: c_int = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED;
+    let array = value.cast_exact::<PyUntypedArray>().ok()?;
+    let descr = array.dtype();
+    if array.ndim() != 1 || flags(array) & WANTED != WANTED || descr.is_native_byteorder() != Some(true) {
+        return None;
+    }
+    // SAFETY: the array is alive, contiguous and aligned, with as many elements of this type as its axis says. Like
+    // NumPy's own functions this relies on the caller not to write it from another thread meanwhile.
+    unsafe {
+        match DType::of(&descr)? {
+            DType::F32 => {
+                let values = std::slice::from_raw_parts(data(array).cast::<f32>(), array.len());
+                Some(values.iter().map(|&value| value.into()).collect())
+            }
+            DType::F64 => Some(std::slice::from_raw_parts(data(array).cast::<f64>(), array.len()).to_vec()),
+            DType::F16 | DType::Bf16 => None,
+        }
+    }
 }
 
 fn numpy_module(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
