@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 def medians(
     calls: Mapping[str, Callable[[], object]], *, rounds: int = 15, repeat: int = 1
 ) -> dict[str, float]:
-    """Seconds of each call: medians of rounds that time every call, `repeat` times at once after one untimed."""
+    """Seconds of each call: medians of rounds, which time `repeat` runs of every call after one untimed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

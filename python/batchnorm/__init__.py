@@ -2,7 +2,8 @@
 
 Functions: `train_forward` and `backward`, `infer` and `infer_backward`; their halves `moments`, `normalize`,
 `gradient_sums` and `gradient_apply`. Layers: `BatchNorm` trains; `FrozenBatchNorm` is saved, exported
-and served.
+and served. `set_num_threads`, `set_simd_level` and `release_memory` change what a call costs, not a bit of
+its result.
 """
 
 from __future__ import annotations
