@@ -1,6 +1,7 @@
 //! The functions of the module.
 
-use crate::buffer::{Tensor, release, with_element};
+use crate::buffer::{Tensor, with_element};
+use crate::memory;
 use crate::parameters::{Parameters, affine};
 use crate::value_error;
 use crate::values::{Cache, GradientSums, Moments};
@@ -453,5 +454,5 @@ pub(crate) fn simd_levels() -> Vec<&'static str> {
 ///     Bytes freed.
 #[pyfunction]
 pub(crate) fn release_memory(py: Python<'_>) -> usize {
-    py.detach(release)
+    py.detach(memory::release)
 }

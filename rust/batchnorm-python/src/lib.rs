@@ -2,6 +2,7 @@
 
 mod buffer;
 mod functions;
+mod memory;
 mod parameters;
 mod values;
 

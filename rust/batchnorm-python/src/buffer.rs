@@ -2,13 +2,9 @@
 
 #![allow(unsafe_code, reason = "memory that NumPy owns")]
 
-mod memory;
-
-pub(crate) use memory::release;
-
+use crate::memory::Memory;
 use crate::value_error;
 use batchnorm::{Element, Layout, View, ViewMut};
-use memory::Memory;
 use numpy::npyffi::{
     self, NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER,
     PY_ARRAY_API,
@@ -125,9 +121,9 @@ impl<'py> Tensor<'py> {
             return Ok(Output { array: self.empty_like()?, dtype: self.dtype, layout: self.layout });
         };
         let array = self.check_output(out)?;
-        let place = memory(&array);
+        let place = addresses(&array);
         for (name, input) in inputs {
-            let other = memory(&input.array);
+            let other = addresses(&input.array);
             if place.start < other.end && other.start < place.end {
                 return Err(PyValueError::new_err(format!("out shares memory with {name}; wanted memory of its own")));
             }
@@ -201,10 +197,7 @@ impl<'py> Tensor<'py> {
 
     fn empty_like(&self) -> PyResult<Bound<'py, PyUntypedArray>> {
         let (py, array) = (self.array.py(), self.array.as_array_ptr());
-        if self.bytes() >= memory::WORTH_KEEPING
-            && memory::keeps().map_err(PyValueError::new_err)?
-            && let Some(memory) = Memory::new(self.bytes())
-        {
+        if let Some(memory) = Memory::worth_keeping(self.bytes())? {
             return self.array_in(memory);
         }
         // SAFETY: the prototype is alive; a null dtype stands for its own. The result is a new reference or null with
@@ -290,7 +283,7 @@ fn flags(array: &Bound<'_, PyUntypedArray>) -> c_int {
 }
 
 /// The addresses of a dense array.
-fn memory(array: &Bound<'_, PyUntypedArray>) -> std::ops::Range<usize> {
+fn addresses(array: &Bound<'_, PyUntypedArray>) -> std::ops::Range<usize> {
     let start = data(array) as usize;
     start..start + array.len() * array.dtype().itemsize()
 }

@@ -4,11 +4,12 @@
 //! thread. Blocks are mappings of their own: aligned to pages, and given back to the system for good.
 
 use memmap2::MmapMut;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 
 /// Smaller arrays come from NumPy: the C library's heap already keeps their memory.
-pub(super) const WORTH_KEEPING: usize = 128 * 1024;
+const WORTH_KEEPING: usize = 128 * 1024;
 
 /// From here on huge pages are asked for, as NumPy does: a fault each 2 MiB instead of each 4 KiB.
 #[cfg(target_os = "linux")]
@@ -37,7 +38,7 @@ fn kept() -> Option<MutexGuard<'static, Vec<MmapMut>>> {
 }
 
 /// Whether `BATCHNORM_KEEP_MEMORY` lets memory be kept. Read once.
-pub(super) fn keeps() -> Result<bool, String> {
+fn keeps() -> Result<bool, String> {
     static KEEPS: OnceLock<Result<bool, String>> = OnceLock::new();
     let read = || match std::env::var_os("BATCHNORM_KEEP_MEMORY") {
         None => Ok(true),
@@ -59,9 +60,15 @@ pub(crate) fn release() -> usize {
 pub(crate) struct Memory(Option<MmapMut>);
 
 impl Memory {
-    /// A kept block that is at most a quarter larger than it need be, the newest first; else a fresh one. `None` where
-    /// the system has no more.
-    pub(super) fn new(bytes: usize) -> Option<Self> {
+    /// Memory for an output of so many bytes, or `None` where it may as well be NumPy's: it is small, none is to be kept,
+    /// or the system has no more.
+    pub(crate) fn worth_keeping(bytes: usize) -> PyResult<Option<Self>> {
+        let worth = bytes >= WORTH_KEEPING && keeps().map_err(PyValueError::new_err)?;
+        Ok(if worth { Self::new(bytes) } else { None })
+    }
+
+    /// A kept block that is at most a quarter larger than it need be, the newest first; else a fresh one.
+    fn new(bytes: usize) -> Option<Self> {
         let fits = |block: &MmapMut| (bytes..=bytes.saturating_add(bytes / 4)).contains(&block.len());
         let reused = kept().and_then(|mut kept| kept.iter().rposition(fits).map(|i| kept.remove(i)));
         let fresh = || map(bytes).or_else(|| (release() > 0).then(|| map(bytes)).flatten());
@@ -69,7 +76,7 @@ impl Memory {
     }
 
     /// The first byte. It stays where it is for as long as this lives.
-    pub(super) fn start(&mut self) -> *mut u8 {
+    pub(crate) fn start(&mut self) -> *mut u8 {
         self.0.as_mut().map_or(std::ptr::null_mut(), |block| block.as_mut_ptr())
     }
 }
