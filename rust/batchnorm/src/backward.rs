@@ -166,27 +166,17 @@ fn check(layout: Layout, others: &[(&'static str, Layout)], affine: &Affine) -> 
 }
 
 fn sums_planar<T: Element>(dy: View<'_, T>, x: View<'_, T>, planar: Planar, affine: &Affine) -> Vec<(f64, f64)> {
-    let sums = planar.map_channels(2 * x.bytes(), |channel, blocks| {
-        let mean = affine.mean()[channel.cols.start / planar.inner];
-        let width = planar.width();
-        sums_of_blocks(&planar, dy.tile(width, &channel), x.tile(width, &channel), mean, blocks)
+    let width = planar.width();
+    let sums = planar.map_channels(2 * x.bytes(), |c, block| {
+        let place = planar.rect(c, block);
+        sums_of_block(dy.tile(width, &place), x.tile(width, &place), affine.mean()[c])
     });
     sums.into_iter().map(|Scalar(dbeta, products)| (dbeta, products)).collect()
 }
 
-fn sums_of_blocks<T: Element>(
-    planar: &Planar,
-    dy: Tile<'_, T>,
-    x: Tile<'_, T>,
-    mean: f64,
-    blocks: Range<usize>,
-) -> Option<Scalar> {
-    Tree::of(blocks.map(|b| {
-        let (runs, part) = planar.block(b);
-        let (dy, x) = (dy.part(runs.clone(), part.clone()), x.part(runs, part));
-        let (dbeta, products) = dispatch(SumRuns { dy, x, mean });
-        Scalar(dbeta, products)
-    }))
+fn sums_of_block<T: Element>(dy: Tile<'_, T>, x: Tile<'_, T>, mean: f64) -> Scalar {
+    let (dbeta, products) = dispatch(SumRuns { dy, x, mean });
+    Scalar(dbeta, products)
 }
 
 fn sums_interleaved<T: Element>(
@@ -299,20 +289,32 @@ fn fused<T: Element>(
     dx: &mut ViewMut<'_, T>,
 ) -> GradientSums {
     let count = (planar.outer * planar.inner) as f64;
-    let groups = dx.map_tiles(&planar.groups(), |rect, dx| {
+    let groups = dx.map_tiles(&planar.groups(2 * size_of::<T>()), |rect, dx| {
         let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.width(), rect));
         let x = x.tile(planar.width(), rect);
-        let channel = |(c, cols): (usize, Range<usize>)| {
-            let (dy, x) = (dy.part(0..planar.outer, cols.clone()), x.part(0..planar.outer, cols.clone()));
-            let Scalar(dbeta, products) =
-                sums_of_blocks(&planar, dy, x, affine.mean()[c], 0..planar.blocks()).unwrap_or(Scalar(0.0, 0.0));
-            let coefficients = apply(affine, c, products * affine.invstd()[c], dbeta, count);
-            dispatch(ApplyRuns { dy, x, dx: &dx.part(0..planar.outer, cols), coefficients: |_| coefficients });
-            (dbeta, products)
+        let channels = planar.channels_of(rect);
+        let means = &affine.mean()[channels.clone()];
+        let block = |c: usize, block| {
+            let place = planar.rect(c, block);
+            sums_of_block(dy.part(&place), x.part(&place), means[c])
         };
-        planar.channels_of(rect).map(channel).collect::<Vec<_>>()
+        let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block);
+        let coefficients: Vec<Apply<f64>> = (channels.zip(&sums))
+            .map(|(c, &Scalar(dbeta, products))| apply(affine, c, products * affine.invstd()[c], dbeta, count))
+            .collect();
+        // Last runs first: they are still in the nearest cache.
+        for r in (0..planar.outer).rev() {
+            let (dy, x, dx) =
+                (dy.split_row(r, planar.inner), x.split_row(r, planar.inner), dx.split_row(r, planar.inner));
+            dispatch(ApplyRuns { dy, x, dx: &dx, coefficients: |c: usize| coefficients[c] });
+        }
+        sums
     });
-    GradientSums::of(x.layout(), affine, groups.into_iter().flatten().collect())
+    GradientSums::of(
+        x.layout(),
+        affine,
+        groups.into_iter().flatten().map(|Scalar(dbeta, products)| (dbeta, products)).collect(),
+    )
 }
 
 /// dx, dγ and dβ with frozen statistics: dx = γ/√(var+ε)·dy. Without dy, dx holds it and is written over it.

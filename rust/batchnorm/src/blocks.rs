@@ -22,6 +22,12 @@ const TASKS: usize = 64;
 /// With fewer channels than this, tasks of whole channels would leave threads idle.
 const FUSED_CHANNELS: usize = 16;
 
+/// Most bytes of x in a group of channels that is passed over twice: the second pass finds them in cache.
+const SLAB: usize = 4 << 20;
+/// Groups that channels are cut into where that bound allows: a group's runs are adjacent, and long runs are read faster
+/// than short ones.
+const GROUPS: usize = 32;
+
 /// Bytes that one task of a pass over every element writes.
 pub(crate) const TILE: usize = 256 * 1024;
 
@@ -87,9 +93,9 @@ impl Planar {
         self.channels * self.inner
     }
 
-    /// Where a channel lies in that matrix.
-    pub(crate) fn channel(&self, c: usize) -> Rect {
-        Rect { rows: 0..self.outer, cols: c * self.inner..(c + 1) * self.inner }
+    /// Where a part of some runs of a channel lies in that matrix.
+    pub(crate) fn rect(&self, c: usize, (runs, part): (Range<usize>, Range<usize>)) -> Rect {
+        Rect { rows: runs, cols: c * self.inner + part.start..c * self.inner + part.end }
     }
 
     /// Whether there are channels enough to give each task whole ones, and so to make both passes over a channel while it
@@ -98,15 +104,34 @@ impl Planar {
         self.channels >= FUSED_CHANNELS
     }
 
-    /// The matrix cut into groups of whole channels.
-    pub(crate) fn groups(&self) -> Grid {
-        Grid::new(self.outer, self.width(), self.outer, self.group() * self.inner)
+    /// The matrix cut into groups of whole channels, for work that passes over a group twice: `element` bytes each.
+    pub(crate) fn groups(&self, element: usize) -> Grid {
+        let most = SLAB / (self.outer * self.inner * element).max(1);
+        Grid::new(self.outer, self.width(), self.outer, self.channels.div_ceil(GROUPS).min(most).max(1) * self.inner)
     }
 
-    /// The channels of a rectangle of [`Planar::groups`], each with its columns there.
-    pub(crate) fn channels_of(&self, rect: &Rect) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-        let (first, inner) = (rect.cols.start / self.inner, self.inner);
-        (0..rect.cols.len() / inner).map(move |i| (first + i, i * inner..(i + 1) * inner))
+    /// The trees of some adjacent channels over `f(place of the channel, block)`, in the order in which memory lies as far
+    /// as blocks allow: the same runs of channel after channel, then the next runs. There is at least one block.
+    pub(crate) fn fold<P: Merge>(
+        &self,
+        channels: Range<usize>,
+        blocks: Range<usize>,
+        f: impl Fn(usize, (Range<usize>, Range<usize>)) -> P,
+    ) -> Vec<P> {
+        let parts = self.parts();
+        let mut trees: Vec<Tree<P>> = channels.clone().map(|_| Tree::new()).collect();
+        for band in blocks.start / parts..blocks.end.div_ceil(parts) {
+            let blocks = blocks.start.max(band * parts)..blocks.end.min((band + 1) * parts);
+            for (tree, c) in trees.iter_mut().zip(channels.clone()) {
+                blocks.clone().for_each(|b| tree.push(f(c, self.block(b))));
+            }
+        }
+        trees.into_iter().filter_map(Tree::finish).collect()
+    }
+
+    /// The channels of a rectangle of [`Planar::groups`].
+    pub(crate) fn channels_of(&self, rect: &Rect) -> Range<usize> {
+        rect.cols.start / self.inner..rect.cols.end / self.inner
     }
 
     /// The same memory as planes, each of one channel, in rectangles of about `elements`: plane p is of channel
@@ -115,19 +140,14 @@ impl Planar {
         Grid::new(self.outer * self.channels, self.inner, elements / self.inner, elements)
     }
 
-    /// Adjacent channels that one task takes, so that there are not many more tasks than serve.
-    fn group(&self) -> usize {
-        self.channels.div_ceil(TASKS)
-    }
-
-    /// A partial result of every channel: the tree over `f(place of the channel, some of its blocks)`. With few channels
-    /// each is cut into spans of blocks.
+    /// A partial result of every channel: the tree over `f(channel, block)`. With few channels each is cut into spans of
+    /// blocks.
     pub(crate) fn map_channels<P: Merge + Send + Sync>(
         &self,
         bytes: usize,
-        f: impl Fn(Rect, Range<usize>) -> Option<P> + Sync,
+        f: impl Fn(usize, (Range<usize>, Range<usize>)) -> P + Sync,
     ) -> Vec<P> {
-        let (blocks, group) = (self.blocks(), self.group());
+        let (blocks, group) = (self.blocks(), self.channels.div_ceil(TASKS));
         let span = span_of(blocks, TASKS / self.channels);
         let spans = blocks.div_ceil(span);
         // Task by task the spans of one group of channels, then the next group.
@@ -135,9 +155,9 @@ impl Planar {
             let (g, s) = (task / spans, task % spans);
             let channels = g * group..self.channels.min((g + 1) * group);
             let blocks = s * span..blocks.min((s + 1) * span);
-            channels.map(|c| f(self.channel(c), blocks.clone())).collect::<Vec<_>>().into_iter()
+            self.fold(channels, blocks, &f).into_iter()
         });
-        transposed(parts, spans, group).filter_map(|spans| Tree::of(spans.into_iter().flatten())).collect()
+        transposed(parts, spans, group).filter_map(Tree::of).collect()
     }
 }
 

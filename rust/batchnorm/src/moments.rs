@@ -207,22 +207,20 @@ pub fn moments<T: Element>(x: View<'_, T>) -> Result<Moments, Error> {
 }
 
 fn of_planar<T: Element>(x: View<'_, T>, planar: Planar) -> (Vec<f64>, Vec<f64>) {
-    let channels =
-        planar.map_channels(x.bytes(), |channel, blocks| of_blocks(&planar, x.tile(planar.width(), &channel), blocks));
+    let channels = planar.map_channels(x.bytes(), |c, block| of_block(x.tile(planar.width(), &planar.rect(c, block))));
     channels.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).unzip()
 }
 
-fn of_blocks<T: Element>(planar: &Planar, channel: Tile<'_, T>, blocks: Range<usize>) -> Option<Scalar> {
-    Tree::of(blocks.map(|b| {
-        let (runs, part) = planar.block(b);
-        let (count, mean, m2) = dispatch(MomentRuns { x: channel.part(runs, part) });
-        Scalar(count, mean, m2)
-    }))
+fn of_block<T: Element>(x: Tile<'_, T>) -> Scalar {
+    let (count, mean, m2) = dispatch(MomentRuns { x });
+    Scalar(count, mean, m2)
 }
 
-/// Mean and M2 of one channel that has at least one value, given as a tile of all its runs.
-pub(crate) fn of_channel<T: Element>(planar: &Planar, channel: Tile<'_, T>) -> (f64, f64) {
-    of_blocks(planar, channel, 0..planar.blocks()).map_or((0.0, 0.0), |Scalar(_, mean, m2)| (mean, m2))
+/// Mean and M2 of each channel of a group that has at least one value, given as a tile of all its runs.
+pub(crate) fn of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Vec<(f64, f64)> {
+    let channels = 0..group.cols() / planar.inner;
+    let sums = planar.fold(channels, 0..planar.blocks(), |c, block| of_block(group.part(&planar.rect(c, block))));
+    sums.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).collect()
 }
 
 fn of_interleaved<T: Element>(x: View<'_, T>, rows: Interleaved) -> (Vec<f64>, Vec<f64>) {

@@ -5,7 +5,7 @@ use crate::blocks::{Family, Planar};
 use crate::element::Element;
 use crate::error::Error;
 use crate::infer::{infer, infer_in_place};
-use crate::moments::{Moments, moments, of_channel};
+use crate::moments::{Moments, moments, of_group};
 use crate::simd::{AffineRuns, dispatch};
 use crate::view::{View, ViewMut};
 
@@ -100,17 +100,21 @@ fn fused<T: Element>(
 ) -> Moments {
     let count = planar.outer * planar.inner;
     let at = |values: Option<&[f64]>, c: usize, absent| values.map_or(absent, |values| values[c]);
-    let groups = y.map_tiles(&planar.groups(), |rect, y| {
+    let groups = y.map_tiles(&planar.groups(size_of::<T>()), |rect, y| {
         let x = x.map_or_else(|| y.as_tile(), |x| x.tile(planar.width(), rect));
-        let channel = |(c, cols): (usize, std::ops::Range<usize>)| {
-            let x = x.part(0..planar.outer, cols.clone());
-            let (mean, m2) = of_channel(&planar, x);
-            let scale = affine::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
-            let coefficients = affine::coefficients::<T>(mean, scale, at(beta, c, 0.0));
-            dispatch(AffineRuns { x, y: &y.part(0..planar.outer, cols), coefficients: |_| coefficients });
-            (mean, m2)
-        };
-        planar.channels_of(rect).map(channel).collect::<Vec<_>>()
+        let statistics = of_group(&planar, x);
+        let coefficients: Vec<[T::Wide; 4]> = (planar.channels_of(rect).zip(&statistics))
+            .map(|(c, &(mean, m2))| {
+                let scale = affine::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
+                affine::coefficients::<T>(mean, scale, at(beta, c, 0.0))
+            })
+            .collect();
+        // Last runs first: they are still in the nearest cache.
+        for r in (0..planar.outer).rev() {
+            let (x, y) = (x.split_row(r, planar.inner), y.split_row(r, planar.inner));
+            dispatch(AffineRuns { x, y: &y, coefficients: |c: usize| coefficients[c] });
+        }
+        statistics
     });
     let (mean, m2) = groups.into_iter().flatten().unzip();
     Moments::of_equal_count(count, mean, m2)

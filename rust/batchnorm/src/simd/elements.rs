@@ -1,8 +1,6 @@
 //! Elements as vectors: how each type is loaded, computed with and stored, eight at a time.
 
 use super::lanes::Lanes;
-use crate::element::Element;
-use crate::view::{Row, RowMut};
 use half::{bf16, f16};
 
 /// Elements in a vector.
@@ -17,30 +15,23 @@ pub trait Vectors: Copy + Sized {
 
     #[doc(hidden)]
     fn splat<L: Lanes>(value: Self::Wide) -> Self::Vector<L>;
-    /// The first eight of `values`.
     #[doc(hidden)]
-    fn column<L: Lanes>(values: &[Self::Wide]) -> Self::Vector<L>;
-    /// Elements `i .. i + 8`, exact.
+    fn column<L: Lanes>(values: [Self::Wide; WIDTH]) -> Self::Vector<L>;
+    /// Exact.
     #[doc(hidden)]
-    fn load<L: Lanes>(row: &Row<'_, Self>, i: usize) -> Self::Vector<L>;
-    /// Rounds and writes elements `i .. i + 8`.
+    fn load<L: Lanes>(values: [Self; WIDTH]) -> Self::Vector<L>;
+    /// Rounded.
     #[doc(hidden)]
-    fn store<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: Self::Vector<L>, streaming: bool);
+    fn store<L: Lanes>(vector: Self::Vector<L>) -> [Self; WIDTH];
     /// (x − mean)·s + β, each operation rounded; the mean in two parts where one would not hold it.
     #[doc(hidden)]
     fn affine<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
-    /// Elements `i .. i + 8` in float64, exact.
+    /// In float64, exact.
     #[doc(hidden)]
-    fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2];
-    /// Rounds (16-bit types by way of float32) and writes elements `i .. i + 8`.
+    fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2];
+    /// Rounded; 16-bit types by way of float32.
     #[doc(hidden)]
-    fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: [L::D; 2], streaming: bool);
-}
-
-/// Writes adjacent elements, past the caches where asked to.
-#[inline(always)]
-pub(super) fn put<T: Element, const N: usize>(row: &RowMut<'_, T>, i: usize, values: [T; N], streaming: bool) {
-    if streaming { row.stream(i, values) } else { row.store(i, values) }
+    fn store_wide<L: Lanes>(vector: [L::D; 2]) -> [Self; WIDTH];
 }
 
 /// The types whose affine form is in float64.
@@ -55,33 +46,31 @@ macro_rules! in_float64 {
                 [L::splat(value); 2]
             }
             #[inline(always)]
-            fn column<L: Lanes>(values: &[f64]) -> [L::D; 2] {
-                let (columns, _) = values.as_chunks::<4>();
-                [L::get(columns[0]), L::get(columns[1])]
+            fn column<L: Lanes>(values: [f64; WIDTH]) -> [L::D; 2] {
+                <f64 as Vectors>::load_wide::<L>(values)
             }
             #[inline(always)]
-            fn load<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
-                Self::load_wide::<L>(row, i)
+            fn load<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {
+                Self::load_wide::<L>(values)
             }
             #[inline(always)]
-            fn store<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: [L::D; 2], streaming: bool) {
-                Self::store_wide::<L>(row, i, vector, streaming);
+            fn store<L: Lanes>(vector: [L::D; 2]) -> [Self; WIDTH] {
+                Self::store_wide::<L>(vector)
             }
             #[inline(always)]
             fn affine<L: Lanes>(x: [L::D; 2], [mean, _, s, beta]: [[L::D; 2]; 4]) -> [L::D; 2] {
                 std::array::from_fn(|h| L::add(L::mul(L::sub(x[h], mean[h]), s[h]), beta[h]))
             }
             #[inline(always)]
-            fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
-                let values: [Self; WIDTH] = row.load(i);
+            fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {
                 let (halves, _) = values.as_chunks::<4>();
                 [$load(halves[0]), $load(halves[1])]
             }
             #[inline(always)]
-            fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, [low, high]: [L::D; 2], streaming: bool) {
+            fn store_wide<L: Lanes>([low, high]: [L::D; 2]) -> [Self; WIDTH] {
                 let halves: [[Self; 4]; 2] = [$store(low), $store(high)];
                 let (values, _) = halves.as_flattened().as_chunks::<WIDTH>();
-                put(row, i, values[0], streaming);
+                values[0]
             }
         }
     };
@@ -102,29 +91,28 @@ macro_rules! in_float32 {
                 L::splat_s(value)
             }
             #[inline(always)]
-            fn column<L: Lanes>(values: &[f32]) -> L::S {
-                let (columns, _) = values.as_chunks();
-                L::get_s(columns[0])
+            fn column<L: Lanes>(values: [f32; WIDTH]) -> L::S {
+                L::get_s(values)
             }
             #[inline(always)]
-            fn load<L: Lanes>(row: &Row<'_, Self>, i: usize) -> L::S {
-                $load(row.load::<8>(i))
+            fn load<L: Lanes>(values: [Self; WIDTH]) -> L::S {
+                $load(values)
             }
             #[inline(always)]
-            fn store<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: L::S, streaming: bool) {
-                put::<_, 8>(row, i, $store(vector), streaming);
+            fn store<L: Lanes>(vector: L::S) -> [Self; WIDTH] {
+                $store(vector)
             }
             #[inline(always)]
             fn affine<L: Lanes>(x: L::S, [high, low, s, beta]: [L::S; 4]) -> L::S {
                 L::add_s(L::mul_s(L::sub_s(L::sub_s(x, high), low), s), beta)
             }
             #[inline(always)]
-            fn load_wide<L: Lanes>(row: &Row<'_, Self>, i: usize) -> [L::D; 2] {
-                L::widen(Self::load::<L>(row, i))
+            fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {
+                L::widen($load(values))
             }
             #[inline(always)]
-            fn store_wide<L: Lanes>(row: &RowMut<'_, Self>, i: usize, vector: [L::D; 2], streaming: bool) {
-                Self::store::<L>(row, i, L::narrow(vector), streaming);
+            fn store_wide<L: Lanes>(vector: [L::D; 2]) -> [Self; WIDTH] {
+                $store(L::narrow(vector))
             }
         }
     };

@@ -6,14 +6,16 @@
 
 use super::elements::{Vectors, WIDTH};
 use super::lanes::Lanes;
-use super::map::{Apply, Map, affine, write};
-use super::{Kernel, close};
+use super::map::{Apply, Map, affine, affine_eight, write};
+use super::{Kernel, LANES, close};
 use crate::element::Element;
-use crate::view::{Row, RowMut, Tile, TileMut};
+use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
 use std::array::from_fn;
 
 /// Rows in a step of a sum: its columns are loaded and stored once for all of them.
 const ROWS: usize = 4;
+/// Bytes by which memory is asked for ahead of its use, at least.
+const AHEAD: usize = 4096;
 
 /// Adds up to four rows in a fixed tree.
 #[inline(always)]
@@ -21,18 +23,50 @@ fn pairwise<V: Copy, const R: usize>(d: [V; R], add: impl Fn(V, V) -> V) -> V {
     if R == ROWS { add(add(d[0], d[1]), add(d[2], d[R - 1])) } else { d[0] }
 }
 
-/// Eight values of a column array, from `j` on.
 #[inline(always)]
-fn get<L: Lanes>(values: &[f64], j: usize) -> [L::D; 2] {
-    f64::column::<L>(&values[j..j + WIDTH])
+fn add_eight<L: Lanes>(a: [L::D; 2], b: [L::D; 2]) -> [L::D; 2] {
+    from_fn(|h| L::add(a[h], b[h]))
 }
 
-/// Adds to eight sums, from `j` on.
+/// Columns `j .. j + 8` of a row in float64.
 #[inline(always)]
-fn add_to<L: Lanes>(sums: &mut [f64], j: usize, terms: [L::D; 2]) {
-    let (eight, _) = sums[j..j + WIDTH].as_chunks_mut::<4>();
-    for (sum, term) in eight.iter_mut().zip(terms) {
-        *sum = L::put(L::add(L::get(*sum), term));
+fn eight<L: Lanes, T: Element>(row: &Row<'_, T>, j: usize) -> [L::D; 2] {
+    T::load_wide::<L>(row.chunk::<WIDTH>(j).part(0))
+}
+
+/// Adds to eight sums.
+#[inline(always)]
+fn add_to<L: Lanes>(sums: &mut [f64; WIDTH], terms: [L::D; 2]) {
+    *sums = f64::store_wide::<L>(add_eight::<L>(f64::load_wide::<L>(*sums), terms));
+}
+
+/// How memory is asked for ahead of its use. Four rows at a time are an order that no processor foresees; where rows are
+/// adjacent, they are asked for in the order in which they lie, which is three times faster than column by column.
+#[derive(Clone, Copy)]
+struct Ahead {
+    elements: usize,
+    adjacent: bool,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn of<T: Element>(x: &Tile<'_, T>) -> Self {
+        let step = ROWS * x.stride();
+        Self { elements: step.max(AHEAD / size_of::<T>()), adjacent: x.stride() == x.cols() }
+    }
+
+    /// Asks for as much as a step over columns `j .. j + 8` loads.
+    #[inline(always)]
+    fn prefetch<T: Element, const R: usize>(self, rows: &[Row<'_, T>; R], j: usize) {
+        if R < ROWS {
+            return;
+        }
+        let line = LINE / size_of::<T>();
+        if self.adjacent {
+            (0..ROWS * WIDTH).step_by(line).for_each(|i| rows[0].prefetch(self.elements + ROWS * j + i));
+        } else if j.is_multiple_of(line) {
+            rows.iter().for_each(|row| row.prefetch(self.elements + j));
+        }
     }
 }
 
@@ -53,81 +87,114 @@ impl<T: Element> Kernel for MomentRows<'_, T> {
     fn run<L: Lanes>(self) {
         let Self { x, mean, m2, sum } = self;
         let n = x.rows() as f64;
-        pivots(x, mean);
+        pivots::<L, T>(x, mean);
         sum.fill(0.0);
         m2.fill(0.0);
         add_deviations::<L, T>(x, mean, sum, m2);
-        for j in 0..x.cols() {
-            let (m, s, cancelled) = close(mean[j], sum[j], m2[j], n);
-            (mean[j], m2[j]) = (m, s);
-            if cancelled {
-                let (mut sum, mut squares) = ([0.0], [0.0]);
-                add_deviations::<L, T>(x.part(0..x.rows(), j..j + 1), &[m], &mut sum, &mut squares);
-                (mean[j], m2[j], _) = close(m, sum[0], squares[0], n);
-            }
+        let mut any = false;
+        for ((mean, m2), sum) in mean.iter_mut().zip(m2.iter_mut()).zip(sum.iter_mut()) {
+            let cancelled;
+            (*mean, *m2, cancelled) = close(*mean, *sum, *m2, n);
+            *sum = f64::from(u8::from(cancelled));
+            any |= cancelled;
+        }
+        if !any {
+            return;
+        }
+        for j in (0..x.cols()).filter(|&j| sum[j] != 0.0) {
+            let (mut sum, mut squares) = ([0.0], [0.0]);
+            add_deviations::<L, T>(
+                x.part(&Rect { rows: 0..x.rows(), cols: j..j + 1 }),
+                &mean[j..=j],
+                &mut sum,
+                &mut squares,
+            );
+            (mean[j], m2[j], _) = close(mean[j], sum[0], squares[0], n);
         }
     }
 }
 
 /// The mean of each column's first rows: a power of two of them, scaled before they are added.
 #[inline(always)]
-fn pivots<T: Element>(x: Tile<'_, T>, pivot: &mut [f64]) {
-    let rows = 1usize << x.rows().min(2 * ROWS).ilog2();
-    let part = 1.0 / rows as f64;
-    // Pairwise for eight rows: ((r0+r1)+(r2+r3)) + ((r4+r5)+(r6+r7)); equal values then add up without rounding.
-    let at = |r: usize, j: usize| {
-        let [value] = x.row(r).load(j);
-        value.to_f64() * part
-    };
-    let four = |r: usize, j: usize| (at(r, j) + at(r + 1, j)) + (at(r + 2, j) + at(r + 3, j));
-    for (j, p) in pivot.iter_mut().enumerate() {
-        *p = match rows {
-            1 => at(0, j),
-            2 => at(0, j) + at(1, j),
-            4 => four(0, j),
-            _ => four(0, j) + four(4, j),
-        };
+fn pivots<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: &mut [f64]) {
+    match x.rows() {
+        0 | 1 => pivots_of::<L, T, 1>(x, pivot),
+        2 | 3 => pivots_of::<L, T, 2>(x, pivot),
+        4..8 => pivots_of::<L, T, 4>(x, pivot),
+        _ => pivots_of::<L, T, 8>(x, pivot),
     }
 }
 
 #[inline(always)]
+fn pivots_of<L: Lanes, T: Element, const R: usize>(x: Tile<'_, T>, pivot: &mut [f64]) {
+    let rows: [Row<'_, T>; R] = from_fn(|r| x.row(r));
+    let part = 1.0 / R as f64;
+    let (eights, rest) = pivot.as_chunks_mut::<WIDTH>();
+    let start = eights.len() * WIDTH;
+    for (k, pivot) in eights.iter_mut().enumerate() {
+        let scaled: [_; R] = from_fn(|r| eight::<L, T>(&rows[r], k * WIDTH).map(|v| L::mul(v, L::splat(part))));
+        *pivot = f64::store_wide::<L>(halves(scaled, add_eight::<L>));
+    }
+    for (k, pivot) in rest.iter_mut().enumerate() {
+        *pivot = halves::<_, R>(from_fn(|r| rows[r].one(start + k).to_f64() * part), |a, b| a + b);
+    }
+}
+
+/// Adds R = 2^k values in pairs, ((0+1)+(2+3)) + ((4+5)+(6+7)): equal values then add up without rounding.
+#[inline(always)]
+fn halves<V: Copy, const R: usize>(mut values: [V; R], add: impl Fn(V, V) -> V) -> V {
+    let mut n = R;
+    while n > 1 {
+        n /= 2;
+        for i in 0..n {
+            values[i] = add(values[2 * i], values[2 * i + 1]);
+        }
+    }
+    values[0]
+}
+
+#[inline(always)]
 fn add_deviations<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: &[f64], sum: &mut [f64], squares: &mut [f64]) {
-    let whole = x.rows() - x.rows() % ROWS;
+    let (whole, ahead) = (x.rows() - x.rows() % ROWS, Ahead::of(&x));
     for r in (0..whole).step_by(ROWS) {
-        add_deviations_of::<L, T, ROWS>(from_fn(|i| x.row(r + i)), pivot, sum, squares);
+        add_deviations_of::<L, T, ROWS>(from_fn(|i| x.row(r + i)), ahead, pivot, sum, squares);
     }
     for r in whole..x.rows() {
-        add_deviations_of::<L, T, 1>([x.row(r)], pivot, sum, squares);
+        add_deviations_of::<L, T, 1>([x.row(r)], ahead, pivot, sum, squares);
     }
 }
 
 #[inline(always)]
 fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
     rows: [Row<'_, T>; R],
+    ahead: Ahead,
     pivot: &[f64],
     sum: &mut [f64],
     squares: &mut [f64],
 ) {
-    let add = |a: [L::D; 2], b: [L::D; 2]| from_fn(|h| L::add(a[h], b[h]));
-    let mut j = 0;
-    while j + WIDTH <= pivot.len() {
-        let about = get::<L>(pivot, j);
+    let start = pivot.len() / WIDTH * WIDTH;
+    let eights = pivot.as_chunks().0.iter().zip(sum.as_chunks_mut().0).zip(squares.as_chunks_mut().0);
+    for (k, ((pivot, sum), squares)) in eights.enumerate() {
+        ahead.prefetch(&rows, k * WIDTH);
+        let about = f64::load_wide::<L>(*pivot);
         let d: [[L::D; 2]; R] = from_fn(|i| {
-            let x = T::load_wide::<L>(&rows[i], j);
+            let x = eight::<L, T>(&rows[i], k * WIDTH);
             from_fn(|h| L::sub(x[h], about[h]))
         });
-        add_to::<L>(sum, j, pairwise(d, add));
-        add_to::<L>(squares, j, pairwise(d.map(|d| d.map(|d| L::mul(d, d))), add));
-        j += WIDTH;
+        add_to::<L>(sum, pairwise(d, add_eight::<L>));
+        add_to::<L>(squares, pairwise(d.map(|d| d.map(|d| L::mul(d, d))), add_eight::<L>));
     }
-    for j in j..pivot.len() {
-        let d: [f64; R] = from_fn(|i| {
-            let [x] = rows[i].load(j);
-            x.to_f64() - pivot[j]
-        });
+    for j in start..pivot.len() {
+        let d: [f64; R] = from_fn(|i| rows[i].one(j).to_f64() - pivot[j]);
         sum[j] += pairwise(d, |a, b| a + b);
         squares[j] += pairwise(d.map(|d| d * d), |a, b| a + b);
     }
+}
+
+/// Of sixteen columns from `j` on.
+#[inline(always)]
+fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
+    column[j..j + LANES].as_chunks().0
 }
 
 /// y = (x − mean)·s + β, with coefficients a column.
@@ -158,14 +225,15 @@ impl<'a, T: Element> Map<T> for AffineRows<'a, '_, T> {
         self.x.row(r)
     }
     #[inline(always)]
-    fn eight<L: Lanes>(&self, x: Row<'a, T>, y: &RowMut<'_, T>, i: usize, j: usize, streaming: bool) {
-        let c = self.coefficients.map(|column| T::column::<L>(&column[j..j + WIDTH]));
-        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c), streaming);
+    fn sixteen<L: Lanes, const S: bool>(&self, x: Row<'a, T>, i: usize, j: usize, y: ChunkMut<'_, T, LANES, S>) {
+        let (x, c) = (x.chunk::<LANES>(i), self.coefficients.map(|column| columns(column, j)));
+        let c = [c.map(|c| T::column::<L>(c[0])), c.map(|c| T::column::<L>(c[1]))];
+        y.put(0, affine_eight::<L, T>(x.part(0), c[0]));
+        y.put(1, affine_eight::<L, T>(x.part(1), c[1]));
     }
     #[inline(always)]
     fn one(&self, x: Row<'a, T>, i: usize, j: usize) -> T {
-        let [x] = x.load(i);
-        affine(x, self.coefficients.map(|column| column[j]))
+        affine(x.one(i), self.coefficients.map(|column| column[j]))
     }
 }
 
@@ -184,13 +252,13 @@ impl<T: Element> Kernel for SumRows<'_, T> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { dy, x, mean, dbeta, products } = self;
-        let whole = x.rows() - x.rows() % ROWS;
+        let (whole, ahead) = (x.rows() - x.rows() % ROWS, Ahead::of(&x));
         for r in (0..whole).step_by(ROWS) {
             let (dys, xs) = (from_fn(|i| dy.row(r + i)), from_fn(|i| x.row(r + i)));
-            add_products_of::<L, T, ROWS>(dys, xs, mean, dbeta, products);
+            add_products_of::<L, T, ROWS>(dys, xs, ahead, mean, dbeta, products);
         }
         for r in whole..x.rows() {
-            add_products_of::<L, T, 1>([dy.row(r)], [x.row(r)], mean, dbeta, products);
+            add_products_of::<L, T, 1>([dy.row(r)], [x.row(r)], ahead, mean, dbeta, products);
         }
     }
 }
@@ -199,30 +267,30 @@ impl<T: Element> Kernel for SumRows<'_, T> {
 fn add_products_of<L: Lanes, T: Element, const R: usize>(
     dys: [Row<'_, T>; R],
     xs: [Row<'_, T>; R],
+    ahead: Ahead,
     mean: &[f64],
     dbeta: &mut [f64],
     products: &mut [f64],
 ) {
-    let add = |a: [L::D; 2], b: [L::D; 2]| from_fn(|h| L::add(a[h], b[h]));
-    let mut j = 0;
-    while j + WIDTH <= mean.len() {
-        let about = get::<L>(mean, j);
-        let dy: [[L::D; 2]; R] = from_fn(|i| T::load_wide::<L>(&dys[i], j));
+    let start = mean.len() / WIDTH * WIDTH;
+    let eights = mean.as_chunks().0.iter().zip(dbeta.as_chunks_mut().0).zip(products.as_chunks_mut().0);
+    for (k, ((mean, dbeta), products)) in eights.enumerate() {
+        let j = k * WIDTH;
+        ahead.prefetch(&dys, j);
+        ahead.prefetch(&xs, j);
+        let about = f64::load_wide::<L>(*mean);
+        let dy: [[L::D; 2]; R] = from_fn(|i| eight::<L, T>(&dys[i], j));
         let product = |i: usize| {
-            let x = T::load_wide::<L>(&xs[i], j);
+            let x = eight::<L, T>(&xs[i], j);
             from_fn(|h| L::mul(dy[i][h], L::sub(x[h], about[h])))
         };
-        add_to::<L>(dbeta, j, pairwise(dy, add));
-        add_to::<L>(products, j, pairwise::<_, R>(from_fn(product), add));
-        j += WIDTH;
+        add_to::<L>(dbeta, pairwise(dy, add_eight::<L>));
+        add_to::<L>(products, pairwise::<_, R>(from_fn(product), add_eight::<L>));
     }
-    for j in j..mean.len() {
-        let value = |row: &Row<'_, T>| {
-            let [v] = row.load(j);
-            v.to_f64()
-        };
-        dbeta[j] += pairwise::<_, R>(from_fn(|i| value(&dys[i])), |a, b| a + b);
-        products[j] += pairwise::<_, R>(from_fn(|i| value(&dys[i]) * (value(&xs[i]) - mean[j])), |a, b| a + b);
+    for j in start..mean.len() {
+        let dy: [f64; R] = from_fn(|i| dys[i].one(j).to_f64());
+        dbeta[j] += pairwise(dy, |a, b| a + b);
+        products[j] += pairwise::<_, R>(from_fn(|i| dy[i] * (xs[i].one(j).to_f64() - mean[j])), |a, b| a + b);
     }
 }
 
@@ -254,13 +322,21 @@ impl<'a, T: Element> Map<T> for ApplyRows<'a, '_, T> {
         (self.dy.row(r), self.x.row(r))
     }
     #[inline(always)]
-    fn eight<L: Lanes>(&self, (dy, x): Self::Inputs, dx: &RowMut<'_, T>, i: usize, j: usize, streaming: bool) {
-        let c = self.coefficients.map(|column| get::<L>(column, j));
-        T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
+    fn sixteen<L: Lanes, const S: bool>(
+        &self,
+        (dy, x): Self::Inputs,
+        i: usize,
+        j: usize,
+        dx: ChunkMut<'_, T, LANES, S>,
+    ) {
+        let (dy, x) = (dy.chunk::<LANES>(i), x.chunk::<LANES>(i));
+        let c = self.coefficients.map(|column| columns(column, j));
+        let c = [c.map(|c| f64::load_wide::<L>(c[0])), c.map(|c| f64::load_wide::<L>(c[1]))];
+        dx.put(0, c[0].eight::<L, T>(dy.part(0), x.part(0)));
+        dx.put(1, c[1].eight::<L, T>(dy.part(1), x.part(1)));
     }
     #[inline(always)]
     fn one(&self, (dy, x): Self::Inputs, i: usize, j: usize) -> T {
-        let ([dy], [x]) = (dy.load(i), x.load(i));
-        self.coefficients.map(|column| column[j]).one(dy, x)
+        self.coefficients.map(|column| column[j]).one(dy.one(i), x.one(i))
     }
 }

@@ -26,6 +26,8 @@ pub trait Lanes: Copy + 'static {
     fn sub(a: Self::D, b: Self::D) -> Self::D;
     /// a · b
     fn mul(a: Self::D, b: Self::D) -> Self::D;
+    /// The bits that the mask has.
+    fn keep(d: Self::D, mask: [u64; 4]) -> Self::D;
     /// Exact.
     fn of_f32(values: [f32; 4]) -> Self::D;
     /// Rounds to nearest.
@@ -93,6 +95,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn mul(a: Self::D, b: Self::D) -> Self::D {
         zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn keep(d: Self::D, mask: [u64; 4]) -> Self::D {
+        from_fn(|lane| f64::from_bits(d[lane].to_bits() & mask[lane]))
     }
     #[inline(always)]
     fn of_f32(values: [f32; 4]) -> Self::D {
@@ -202,6 +208,10 @@ mod avx2 {
         #[inline(always)]
         fn mul(a: __m256d, b: __m256d) -> __m256d {
             avx2!(_mm256_mul_pd(a, b))
+        }
+        #[inline(always)]
+        fn keep(d: __m256d, mask: [u64; 4]) -> __m256d {
+            avx2!(_mm256_and_pd(d, std::mem::transmute::<[u64; 4], __m256d>(mask)))
         }
         #[inline(always)]
         fn of_f32(values: [f32; 4]) -> __m256d {

@@ -1,47 +1,72 @@
 //! Kernels that compute each element from elements at the same place: the loop around them, what they compute, a copy.
 
-use super::elements::{WIDTH, put};
+use super::elements::WIDTH;
 use super::lanes::Lanes;
 use super::{Kernel, LANES};
 use crate::element::Element;
-use crate::view::{Row, RowMut, Tile, TileMut};
+use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
 
 /// What is written to the rows of a tile.
 pub(super) trait Map<T: Element> {
     /// What a row is computed from.
-    type Inputs: std::marker::Copy;
+    type Inputs: Copy;
 
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// Computes and writes elements `i .. i + 8`, of columns `j .. j + 8`.
-    fn eight<L: Lanes>(&self, inputs: Self::Inputs, y: &RowMut<'_, T>, i: usize, j: usize, streaming: bool);
-    /// Computes element `i`, of column `j`.
+    /// Writes elements `i .. i + 16`, of columns `j .. j + 16`.
+    fn sixteen<L: Lanes, const S: bool>(&self, inputs: Self::Inputs, i: usize, j: usize, y: ChunkMut<'_, T, LANES, S>);
+    /// Element `i`, of column `j`.
     fn one(&self, inputs: Self::Inputs, i: usize, j: usize) -> T;
 }
 
-/// Writes a tile, last row first: after a pass for statistics it is still in cache. Past the caches, in whole cache
-/// lines, where asked to. Columns start again after `period` elements.
+/// Writes a tile; past the caches, in whole cache lines, where asked to. Columns start again after `period` elements.
 #[inline(always)]
 pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, period: usize, streaming: bool, map: &M) {
-    for r in (0..y.rows()).rev() {
-        let (inputs, y) = (map.inputs(r), y.row(r));
-        let first = if streaming { y.before_line() } else { 0 };
-        for i in 0..first {
-            y.store(i, [map.one(inputs, i, i % period)]);
+    for r in 0..y.rows() {
+        if streaming {
+            write_row::<L, T, M, true>(&y.row(r), period, map, map.inputs(r));
+        } else {
+            write_row::<L, T, M, false>(&y.row(r), period, map, map.inputs(r));
         }
-        let (mut i, mut j) = (first, first % period);
-        while i + LANES <= y.len() {
-            map.eight::<L>(inputs, &y, i, j, streaming);
-            map.eight::<L>(inputs, &y, i + WIDTH, j + WIDTH, streaming);
-            i += LANES;
-            j += LANES;
-            while j >= period {
-                j -= period;
-            }
+    }
+}
+
+#[inline(always)]
+fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
+    y: &RowMut<'_, T>,
+    period: usize,
+    map: &M,
+    inputs: M::Inputs,
+) {
+    let len = y.len();
+    if len < LANES {
+        for i in 0..len {
+            y.put_one(i, map.one(inputs, i, i % period));
         }
-        for i in i..y.len() {
-            y.store(i, [map.one(inputs, i, i % period)]);
+        return;
+    }
+    let first = if STREAMING { y.before_line().min(len) } else { 0 };
+    let whole = (len - first) / LANES * LANES;
+    // What is left after whole steps is computed in a step that overlaps the last of them; before them, since in place
+    // they write what it reads.
+    let over = first + whole < len;
+    let mut last = Buffer::<T, LANES>::new();
+    if over {
+        map.sixteen::<L, false>(inputs, len - LANES, (len - LANES) % period, last.chunk());
+    }
+    for i in 0..first {
+        y.put_one(i, map.one(inputs, i, i % period));
+    }
+    let mut j = first % period;
+    for i in (first..first + whole).step_by(LANES) {
+        map.sixteen::<L, STREAMING>(inputs, i, j, y.chunk(i));
+        j += LANES;
+        while j >= period {
+            j -= period;
         }
+    }
+    if over {
+        last.copy_to(y, len - LANES);
     }
 }
 
@@ -51,6 +76,12 @@ pub(super) fn affine<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T 
     let d = x.widen() - high;
     let d = if T::SPLIT_MEAN { d - low } else { d };
     T::narrow(d * s + beta)
+}
+
+/// The same of eight.
+#[inline(always)]
+pub(super) fn affine_eight<L: Lanes, T: Element>(x: [T; WIDTH], coefficients: [T::Vector<L>; 4]) -> [T; WIDTH] {
+    T::store::<L>(T::affine::<L>(T::load::<L>(x), coefficients))
 }
 
 /// What dx needs of a channel: dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64. A number a
@@ -83,11 +114,12 @@ impl<V: Copy> Apply<V> {
 
 impl<D: Copy> Apply<[D; 2]> {
     #[inline(always)]
-    pub(super) fn lanes<L: Lanes<D = D>>(self, dy: [D; 2], x: [D; 2]) -> [D; 2] {
-        from_fn(|h| {
+    pub(super) fn eight<L: Lanes<D = D>, T: Element>(self, dy: [T; WIDTH], x: [T; WIDTH]) -> [T; WIDTH] {
+        let (dy, x) = (T::load_wide::<L>(dy), T::load_wide::<L>(x));
+        T::store_wide::<L>(from_fn(|h| {
             let through_statistics = L::mul(L::sub(x[h], self.mean[h]), self.slope[h]);
             L::mul(L::sub(L::sub(dy[h], self.offset[h]), through_statistics), self.scale[h])
-        })
+        }))
     }
 }
 
@@ -102,13 +134,14 @@ impl<'a, T: Element> Map<T> for Same<'a, T> {
         self.0.row(r)
     }
     #[inline(always)]
-    fn eight<L: Lanes>(&self, x: Row<'a, T>, y: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
-        put::<T, WIDTH>(y, i, x.load(i), streaming);
+    fn sixteen<L: Lanes, const S: bool>(&self, x: Row<'a, T>, i: usize, _: usize, y: ChunkMut<'_, T, LANES, S>) {
+        let x = x.chunk::<LANES>(i);
+        y.put::<WIDTH>(0, x.part(0));
+        y.put::<WIDTH>(1, x.part(1));
     }
     #[inline(always)]
     fn one(&self, x: Row<'a, T>, i: usize, _: usize) -> T {
-        let [x] = x.load(i);
-        x
+        x.one(i)
     }
 }
 
@@ -123,15 +156,21 @@ impl<'a, T: Element> Map<T> for Plus<'a, T> {
         (self.0.row(r), self.1.row(r))
     }
     #[inline(always)]
-    fn eight<L: Lanes>(&self, (a, b): Self::Inputs, y: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
-        let (a, b) = (T::load_wide::<L>(&a, i), T::load_wide::<L>(&b, i));
-        T::store_wide::<L>(y, i, from_fn(|h| L::add(a[h], b[h])), streaming);
+    fn sixteen<L: Lanes, const S: bool>(&self, (a, b): Self::Inputs, i: usize, _: usize, y: ChunkMut<'_, T, LANES, S>) {
+        let (a, b) = (a.chunk::<LANES>(i), b.chunk::<LANES>(i));
+        y.put(0, plus::<L, T>(a.part(0), b.part(0)));
+        y.put(1, plus::<L, T>(a.part(1), b.part(1)));
     }
     #[inline(always)]
     fn one(&self, (a, b): Self::Inputs, i: usize, _: usize) -> T {
-        let ([a], [b]) = (a.load(i), b.load(i));
-        T::from_f64(a.to_f64() + b.to_f64())
+        T::from_f64(a.one(i).to_f64() + b.one(i).to_f64())
     }
+}
+
+#[inline(always)]
+fn plus<L: Lanes, T: Element>(a: [T; WIDTH], b: [T; WIDTH]) -> [T; WIDTH] {
+    let (a, b) = (T::load_wide::<L>(a), T::load_wide::<L>(b));
+    T::store_wide::<L>(from_fn(|h| L::add(a[h], b[h])))
 }
 
 /// The least that a pass over memory costs: y = x, or y = x + z.

@@ -1,34 +1,49 @@
 //! Kernels over runs of adjacent values of one channel.
 
-use super::elements::WIDTH;
 use super::lanes::Lanes;
-use super::map::{Apply, Map, affine, write};
+use super::map::{Apply, Map, affine, affine_eight, write};
 use super::{Kernel, LANES, Sum, close, total};
 use crate::element::Element;
-use crate::view::{Row, RowMut, Tile, TileMut};
+use crate::view::{ChunkMut, Row, Tile, TileMut};
 use std::array::from_fn;
 
 /// Elements `i .. i + 16` in float64, as the lanes that they are summed in.
 #[inline(always)]
 fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
-    let ([a, b], [c, d]) = (T::load_wide::<L>(row, i), T::load_wide::<L>(row, i + WIDTH));
+    let x = row.chunk::<LANES>(i);
+    let ([a, b], [c, d]) = (T::load_wide::<L>(x.part(0)), T::load_wide::<L>(x.part(1)));
     [a, b, c, d]
 }
 
+/// The last elements of a row, fewer than 16, in the last lanes; the others are as `sixteen` gives them where the row is
+/// long enough, and else 0: [`last`] clears them.
 #[inline(always)]
-fn value<T: Element>(row: &Row<'_, T>, i: usize) -> f64 {
-    let [value] = row.load(i);
-    value.to_f64()
+fn ending<L: Lanes, T: Element>(row: &Row<'_, T>) -> Sum<L> {
+    if row.len() >= LANES {
+        return sixteen::<L, T>(row, row.len() - LANES);
+    }
+    let mut lanes = [0.0; LANES];
+    for i in 0..row.len() {
+        lanes[LANES - row.len() + i] = row.one(i).to_f64();
+    }
+    let (lanes, _) = lanes.as_chunks::<4>();
+    from_fn(|k| L::get(lanes[k]))
 }
 
-/// What is left of a row after whole sixteens, as lanes: `f` of each element, then zeros, which change no sum.
+/// The last `count` lanes; zeros, which change no sum, in the others.
 #[inline(always)]
-fn rest<L: Lanes>(start: usize, end: usize, f: impl Fn(usize) -> f64) -> Sum<L> {
-    let mut lanes = [[0.0; 4]; LANES / 4];
-    for i in start..end {
-        lanes[(i - start) / 4][(i - start) % 4] = f(i);
-    }
-    lanes.map(L::get)
+fn last<L: Lanes>(lanes: Sum<L>, count: usize) -> Sum<L> {
+    const MASKS: [u64; 2 * LANES] = {
+        let mut masks = [0; 2 * LANES];
+        let mut lane = LANES;
+        while lane < 2 * LANES {
+            masks[lane] = u64::MAX;
+            lane += 1;
+        }
+        masks
+    };
+    let (masks, _) = MASKS[count..count + LANES].as_chunks::<4>();
+    from_fn(|k| L::keep(lanes[k], masks[k]))
 }
 
 /// Two sums in the making.
@@ -84,7 +99,7 @@ impl<T: Element> Kernel for MomentRuns<'_, T> {
 #[inline(always)]
 fn pivot<L: Lanes, T: Element>(row: &Row<'_, T>) -> f64 {
     if row.len() < LANES {
-        return value(row, 0);
+        return row.one(0).to_f64();
     }
     let part = L::splat(1.0 / LANES as f64);
     total::<L>(sixteen::<L, T>(row, 0).map(|v| L::mul(v, part)))
@@ -97,15 +112,14 @@ fn about<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: f64, n: f64) -> (f64, f64,
     let about = L::splat(pivot);
     for r in 0..x.rows() {
         let row = x.row(r);
-        let whole = row.len() - row.len() % LANES;
-        let mut i = 0;
-        while i < whole {
-            let d = sixteen::<L, T>(&row, i).map(|v| L::sub(v, about));
+        let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
+        let over = row.len() % LANES;
+        for i in (0..row.len() - over).step_by(LANES) {
+            let d = deviations(sixteen::<L, T>(&row, i));
             sums.add(d, d);
-            i += LANES;
         }
-        if whole < row.len() {
-            let d = rest::<L>(whole, row.len(), |i| value(&row, i) - pivot);
+        if over > 0 {
+            let d = last::<L>(deviations(ending::<L, T>(&row)), over);
             sums.add(d, d);
         }
     }
@@ -138,13 +152,14 @@ impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4]> Map<T> for AffineRuns<'a, '_,
         (self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn eight<L: Lanes>(&self, (x, c): Self::Inputs, y: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
-        T::store::<L>(y, i, T::affine::<L>(T::load::<L>(&x, i), c.map(T::splat::<L>)), streaming);
+    fn sixteen<L: Lanes, const S: bool>(&self, (x, c): Self::Inputs, i: usize, _: usize, y: ChunkMut<'_, T, LANES, S>) {
+        let (x, c) = (x.chunk::<LANES>(i), c.map(T::splat::<L>));
+        y.put(0, affine_eight::<L, T>(x.part(0), c));
+        y.put(1, affine_eight::<L, T>(x.part(1), c));
     }
     #[inline(always)]
     fn one(&self, (x, c): Self::Inputs, i: usize, _: usize) -> T {
-        let [x] = x.load(i);
-        affine(x, c)
+        affine(x.one(i), c)
     }
 }
 
@@ -164,16 +179,14 @@ impl<T: Element> Kernel for SumRuns<'_, T> {
         let about = L::splat(self.mean);
         for r in 0..self.dy.rows() {
             let (dy, x) = (self.dy.row(r), self.x.row(r));
-            let whole = dy.len() - dy.len() % LANES;
-            let mut i = 0;
-            while i < whole {
-                let deviation = sixteen::<L, T>(&x, i).map(|v| L::sub(v, about));
-                sums.add(sixteen::<L, T>(&dy, i), deviation);
-                i += LANES;
+            let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
+            let over = dy.len() % LANES;
+            for i in (0..dy.len() - over).step_by(LANES) {
+                sums.add(sixteen::<L, T>(&dy, i), deviations(sixteen::<L, T>(&x, i)));
             }
-            if whole < dy.len() {
-                let deviation = rest::<L>(whole, x.len(), |i| value(&x, i) - self.mean);
-                sums.add(rest::<L>(whole, dy.len(), |i| value(&dy, i)), deviation);
+            if over > 0 {
+                let deviations = deviations(ending::<L, T>(&x));
+                sums.add(last::<L>(ending::<L, T>(&dy), over), last::<L>(deviations, over));
             }
         }
         sums.totals()
@@ -205,13 +218,19 @@ impl<'a, T: Element, F: Fn(usize) -> Apply<f64>> Map<T> for ApplyRuns<'a, '_, T,
         (self.dy.row(r), self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn eight<L: Lanes>(&self, (dy, x, c): Self::Inputs, dx: &RowMut<'_, T>, i: usize, _: usize, streaming: bool) {
-        let c = c.map(|v| [L::splat(v); 2]);
-        T::store_wide::<L>(dx, i, c.lanes::<L>(T::load_wide::<L>(&dy, i), T::load_wide::<L>(&x, i)), streaming);
+    fn sixteen<L: Lanes, const S: bool>(
+        &self,
+        (dy, x, c): Self::Inputs,
+        i: usize,
+        _: usize,
+        dx: ChunkMut<'_, T, LANES, S>,
+    ) {
+        let (dy, x, c) = (dy.chunk::<LANES>(i), x.chunk::<LANES>(i), c.map(|v| [L::splat(v); 2]));
+        dx.put(0, c.eight::<L, T>(dy.part(0), x.part(0)));
+        dx.put(1, c.eight::<L, T>(dy.part(1), x.part(1)));
     }
     #[inline(always)]
     fn one(&self, (dy, x, c): Self::Inputs, i: usize, _: usize) -> T {
-        let ([dy], [x]) = (dy.load(i), x.load(i));
-        c.one(dy, x)
+        c.one(dy.one(i), x.one(i))
     }
 }

@@ -1,0 +1,291 @@
+//! Rectangles of tensors, and the elements of their rows.
+
+use super::Rect;
+use crate::element::Element;
+use std::{marker::PhantomData, mem::MaybeUninit};
+
+/// Bytes of a cache line.
+pub(crate) const LINE: usize = 64;
+/// Bytes of a vector that is written past the caches.
+#[cfg(target_arch = "x86_64")]
+const VECTOR: usize = 16;
+/// Elsewhere there is no such store.
+#[cfg(not(target_arch = "x86_64"))]
+const VECTOR: usize = 1;
+
+/// A rectangle of a tensor to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<'a, T: Copy> {
+    pub(super) data: *const T,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) stride: usize,
+    pub(super) memory: PhantomData<&'a [T]>,
+}
+
+impl<'a, T: Element> Tile<'a, T> {
+    #[inline(always)]
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Elements from the beginning of a row to that of the next.
+    #[inline(always)]
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> Row<'a, T> {
+        assert!(r < self.rows);
+        // SAFETY: row `r` lies within the rectangle.
+        let data = unsafe { self.data.add(r * self.stride) };
+        Row { data, len: self.cols, memory: PhantomData }
+    }
+
+    /// The same elements as one row, where rows are adjacent.
+    #[inline(always)]
+    pub(crate) fn flat(&self) -> Self {
+        let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
+        Self { rows, cols, ..*self }
+    }
+
+    /// The part of this rectangle in the given rows and columns.
+    #[inline(always)]
+    pub(crate) fn part(&self, Rect { rows, cols }: &Rect) -> Self {
+        assert!(rows.start < rows.end && rows.end <= self.rows && cols.start < cols.end && cols.end <= self.cols);
+        // SAFETY: the part lies within this rectangle.
+        let data = unsafe { self.data.add(rows.start * self.stride + cols.start) };
+        Self { data, rows: rows.len(), cols: cols.len(), ..*self }
+    }
+
+    /// Row `r` as a rectangle of its own, of rows of `width` elements.
+    #[inline(always)]
+    pub(crate) fn split_row(&self, r: usize, width: usize) -> Self {
+        assert!(r < self.rows && self.cols.is_multiple_of(width));
+        // SAFETY: row `r` lies within the rectangle.
+        let data = unsafe { self.data.add(r * self.stride) };
+        Self { data, rows: self.cols / width, cols: width, stride: width, memory: PhantomData }
+    }
+}
+
+/// A rectangle of a tensor to be written. It belongs to one thread (raw pointers are not `Sync`), so reading it through
+/// [`TileMut::as_tile`] between writes is no race.
+pub(crate) struct TileMut<'a, T: Copy> {
+    pub(super) data: *mut T,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) stride: usize,
+    /// Whether the tensor is so large that what is written should not push out of the caches what is still to be read.
+    pub(super) streaming: bool,
+    pub(super) memory: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element> TileMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    #[inline(always)]
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The same elements as one row, where rows are adjacent.
+    #[inline(always)]
+    pub(crate) fn flat(&self) -> TileMut<'_, T> {
+        let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
+        TileMut { rows, cols, ..*self }
+    }
+
+    /// Whether to write past the caches.
+    #[inline(always)]
+    pub(crate) fn streaming(&self) -> bool {
+        self.streaming && self.is_aligned()
+    }
+
+    /// Whether elements are aligned, so that some begin a cache line.
+    #[inline(always)]
+    pub(crate) fn is_aligned(&self) -> bool {
+        (self.data as usize).is_multiple_of(size_of::<T>())
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> RowMut<'_, T> {
+        assert!(r < self.rows);
+        // SAFETY: row `r` lies within the rectangle.
+        let data = unsafe { self.data.add(r * self.stride) };
+        RowMut { data, len: self.cols, memory: PhantomData }
+    }
+
+    /// Row `r` as a rectangle of its own, of rows of `width` elements.
+    #[inline(always)]
+    pub(crate) fn split_row(&self, r: usize, width: usize) -> TileMut<'_, T> {
+        assert!(r < self.rows && self.cols.is_multiple_of(width));
+        // SAFETY: row `r` lies within the rectangle.
+        let data = unsafe { self.data.add(r * self.stride) };
+        TileMut { data, rows: self.cols / width, cols: width, stride: width, ..*self }
+    }
+
+    /// The same memory to be read: the input of a kernel that works in place.
+    #[inline(always)]
+    pub(crate) fn as_tile(&self) -> Tile<'_, T> {
+        Tile { data: self.data, rows: self.rows, cols: self.cols, stride: self.stride, memory: PhantomData }
+    }
+}
+
+/// Adjacent elements to be read. It holds a pointer and no slice, since in place the same elements are being written.
+#[derive(Clone, Copy)]
+pub(crate) struct Row<'a, T: Copy> {
+    data: *const T,
+    len: usize,
+    memory: PhantomData<&'a [T]>,
+}
+
+impl<'a, T: Element> Row<'a, T> {
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Element `i`.
+    #[inline(always)]
+    pub(crate) fn one(&self, i: usize) -> T {
+        assert!(i < self.len);
+        // SAFETY: element `i` lies within the row, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(i).read_unaligned() }
+    }
+
+    /// Elements `i .. i + N`: checked here once, and not again where they are loaded.
+    #[inline(always)]
+    pub(crate) fn chunk<const N: usize>(&self, i: usize) -> Chunk<'a, T, N> {
+        assert!(N <= self.len && i <= self.len - N);
+        Chunk { data: self.data.wrapping_add(i), memory: PhantomData }
+    }
+
+    /// Asks for the cache line of element `i`, which need not be within the row.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, i: usize) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing that the program sees, and no address makes it fail.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(self.data.wrapping_add(i).cast());
+        }
+    }
+}
+
+/// `N` adjacent elements to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct Chunk<'a, T: Copy, const N: usize> {
+    data: *const T,
+    memory: PhantomData<&'a [T]>,
+}
+
+impl<T: Element, const N: usize> Chunk<'_, T, N> {
+    /// Part `k` of `M` elements.
+    #[inline(always)]
+    pub(crate) fn part<const M: usize>(&self, k: usize) -> [T; M] {
+        assert!((k + 1) * M <= N); // of constants
+        // SAFETY: the part lies within the chunk, whose elements `Row::chunk` has found in its row.
+        unsafe { self.data.add(k * M).cast::<[T; M]>().read_unaligned() }
+    }
+}
+
+/// Adjacent elements to be written.
+pub(crate) struct RowMut<'a, T: Copy> {
+    data: *mut T,
+    len: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element> RowMut<'_, T> {
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Writes element `i`.
+    #[inline(always)]
+    pub(crate) fn put_one(&self, i: usize, value: T) {
+        assert!(i < self.len);
+        // SAFETY: element `i` lies within the row, as just checked; `T` is plain data, at any address.
+        unsafe { self.data.add(i).write_unaligned(value) }
+    }
+
+    /// Elements before the first that begins a cache line, of aligned elements.
+    #[inline(always)]
+    pub(crate) fn before_line(&self) -> usize {
+        self.len.min((self.data as usize).wrapping_neg() % LINE / size_of::<T>())
+    }
+
+    /// Elements `i .. i + N`: checked here once, and not again where they are written. Of a `STREAMING` chunk whole
+    /// vectors are written past the caches; [`super::fence`] must follow before another thread reads them.
+    #[inline(always)]
+    pub(crate) fn chunk<const N: usize, const STREAMING: bool>(&self, i: usize) -> ChunkMut<'_, T, N, STREAMING> {
+        assert!(N <= self.len && i <= self.len - N);
+        let data = self.data.wrapping_add(i);
+        assert!(!STREAMING || (data as usize).is_multiple_of(VECTOR));
+        ChunkMut { data, memory: PhantomData }
+    }
+}
+
+/// `N` adjacent elements to be written.
+pub(crate) struct ChunkMut<'a, T: Copy, const N: usize, const STREAMING: bool> {
+    data: *mut T,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element, const N: usize, const STREAMING: bool> ChunkMut<'_, T, N, STREAMING> {
+    /// Writes part `k` of `M` elements.
+    #[inline(always)]
+    pub(crate) fn put<const M: usize>(&self, k: usize, values: [T; M]) {
+        assert!((k + 1) * M <= N); // of constants
+        #[cfg(target_arch = "x86_64")]
+        if STREAMING {
+            use std::arch::x86_64::{__m128i, _mm_stream_si128};
+            const { assert!((M * size_of::<T>()).is_multiple_of(VECTOR)) };
+            for v in 0..M * size_of::<T>() / VECTOR {
+                // SAFETY: the vector lies within `values` and within the part, which lies within the chunk, whose elements
+                // `RowMut::chunk` has found in its row and aligned.
+                unsafe {
+                    let value = values.as_ptr().cast::<__m128i>().add(v).read_unaligned();
+                    _mm_stream_si128(self.data.add(k * M).cast::<__m128i>().add(v), value);
+                }
+            }
+            return;
+        }
+        // SAFETY: the part lies within the chunk, whose elements `RowMut::chunk` or `Buffer::chunk` has found.
+        unsafe { self.data.add(k * M).cast::<[T; M]>().write_unaligned(values) }
+    }
+}
+
+/// Elements that wait to be written.
+pub(crate) struct Buffer<T: Copy, const N: usize>(MaybeUninit<[T; N]>);
+
+impl<T: Element, const N: usize> Buffer<T, N> {
+    #[inline(always)]
+    pub(crate) fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    #[inline(always)]
+    pub(crate) fn chunk(&mut self) -> ChunkMut<'_, T, N, false> {
+        ChunkMut { data: self.0.as_mut_ptr().cast(), memory: PhantomData }
+    }
+
+    /// Writes all that it holds to elements `i .. i + N` of a row.
+    #[inline(always)]
+    pub(crate) fn copy_to(&self, row: &RowMut<'_, T>, i: usize) {
+        assert!(N <= row.len && i <= row.len - N);
+        // SAFETY: the elements lie within the row, as just checked. What of the buffer was not written is copied as it
+        // is, without being read as a value.
+        unsafe { row.data.add(i).cast::<MaybeUninit<[T; N]>>().write_unaligned(self.0) }
+    }
+}
