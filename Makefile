@@ -71,9 +71,20 @@ test-all: test ## What needs system packages or time as well
 	$(call step,Testing the long forms)
 	@$(BIN)/python -m pytest -q -m long --durations=5
 
+$(VENV)/.peers: $(VENV)/.packages tests/requirements-peers.txt tests/constraints-peers.txt
+	$(call step,Installing the peers to compare with)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-peers.txt \
+	  -c tests/constraints.txt -c tests/constraints-peers.txt
+	@touch $@
+
 .PHONY: bench
-bench: setup ## Time us and NumPy's two-pass expression side by side, with the floor of a copy
-	@$(BIN)/python tests/bench.py
+bench: setup $(VENV)/.peers ## Time us, the floor of a copy and the peers (writes bench-output/; ONLY=56x56 for a part)
+	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(ONLY),--only "$(ONLY)")
+
+.PHONY: bench-check
+bench-check: setup ## Fail where we are far behind the goals over the floor of a copy
+	$(call step,Checking speed against the floor of a copy)
+	@PYTHONPATH=tests $(BIN)/python -m bench.check
 
 .PHONY: clean
 clean: ## Remove what was built

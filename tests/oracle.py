@@ -93,3 +93,9 @@ def share_of_bound(y, f, *, trained):
     else:
         allowed = ulp(s, y.dtype) + trained * LONG(2) ** -49 * kappa * abs(f.gamma)
     return float((abs(long(y) - f.y) / allowed).max())
+
+
+def error_in_ulps(y, f):
+    """The worst error of y against `f`, in ulps of y's dtype at S, as contract 2 counts them."""
+    s = np.maximum(np.maximum(abs(f.gamma * f.xhat), abs(f.beta)), abs(f.y))
+    return float((abs(long(y) - f.y) / ulp(s, y.dtype)).max())
