@@ -96,6 +96,8 @@ def share_of_bound(y, f, *, trained):
 
 
 def error_in_ulps(y, f):
-    """The worst error of y against `f`, in ulps of y's dtype at S, as contract 2 counts them."""
+    """The worst error of y against `f` in ulps of its dtype at S; in float64 at γ where that is more."""
     s = np.maximum(np.maximum(abs(f.gamma * f.xhat), abs(f.beta)), abs(f.y))
+    if y.dtype == np.float64:
+        s = np.maximum(s, abs(f.gamma))
     return float((abs(long(y) - f.y) / ulp(s, y.dtype)).max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,6 @@ class Case:
         """Our three passes, into `out` or into fresh memory."""
         options = {"eps": EPS, "channel_axis": self.row.axis}
         out = None if fresh else self.out
-        _, cache = bn.train_forward(self.x, self.gamma, self.beta, **options)
 
         def forward() -> Array:
             return bn.train_forward(self.x, self.gamma, self.beta, out=out, **options)[0]
@@ -81,12 +81,17 @@ class Case:
             return bn.infer(self.x, self.mean, self.var, self.gamma, self.beta, out=out, **options)
 
         def backward() -> Array:
-            return bn.backward(self.dy, cache, out=out).dx
+            return bn.backward(self.dy, self.cache, out=out).dx
 
         return {FORWARD: forward, INFERENCE: infer, BACKWARD: backward}
 
+    @functools.cached_property
+    def cache(self) -> bn.Cache:
+        """What our backward pass needs."""
+        return bn.train_forward(self.x, self.gamma, self.beta, eps=EPS, channel_axis=self.row.axis)[1]
+
     def floors(self, direction: str) -> dict[str, Call]:
-        """Copies of the same bytes on the same threads; of 16-bit elements in pairs, so that x + z is cheap."""
+        """Copies of the same bytes on the same threads; 16-bit elements in pairs: x + z is cheap."""
         x, dy, out = (a.view(np.float32) if self.narrow else a for a in (self.x, self.dy, self.out))
         inputs = {"z": dy} if direction == BACKWARD else {}
         return {

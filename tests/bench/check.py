@@ -1,7 +1,7 @@
 """Fails where we are far from the goals over the floor of a copy; `make bench-check`.
 
-A handful of rows, each measured three times: it fails only where the median of the three ratios is above three
-times the goal, so that other work on the machine does not decide.
+A handful of rows, each measured three times: it fails only where the median of the three is above three times
+the goal, so that other work on the machine does not decide.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> int:
                 table.add_row(row.name, direction, text, f"{limit:.2f}", "passes" if ok else "FAILS")
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
-    console.print(f"{table.row_count} ratios, {bn.get_num_threads()} threads, {bn.simd_level()}; {failed} failed")
+    console.print(
+        f"{table.row_count} ratios, {bn.get_num_threads()} threads, {bn.simd_level()}; {failed} failed"
+    )
     return 1 if failed or not table.row_count else 0
 
 
