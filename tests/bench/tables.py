@@ -120,8 +120,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     ]
     if results["absent"]:
         lines.append(
-            f"absent: {', '.join(results['absent'])}. An absent peer was not measured and is not beaten: where "
-            "its time over that of a streaming copy is known from another machine, that quotient times "
+            f"absent: {', '.join(results['absent'])}. An absent peer was not measured and is not beaten: "
+            "where its time over that of a streaming copy is known from another machine, that quotient times "
             "the streaming copy's time here stands for it, marked *"
         )
     wrong = [
