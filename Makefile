@@ -86,6 +86,10 @@ bench-check: setup ## Fail where we are far behind the goals over the floor of a
 	$(call step,Checking speed against the floor of a copy)
 	@PYTHONPATH=tests $(BIN)/python -m bench.check
 
+.PHONY: accuracy
+accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours and the peers' (updates docs/accuracy.md)
+	@PYTHONPATH=tests $(BIN)/python -m accuracy docs/accuracy.md
+
 .PHONY: clean
 clean: ## Remove what was built
 	rm -rf $(VENV) target demo-output bench-output

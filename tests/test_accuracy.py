@@ -47,20 +47,13 @@ def assert_within_bounds(errors):
     assert not shares, f"errors as shares of what the contract allows: {shares}"
 
 
-SMALL = [count for count in accuracy.COUNTS if count < accuracy.LARGE]
-
-
-@pytest.mark.parametrize("planar", [False, True], ids=["interleaved", "planar"])
-@pytest.mark.parametrize("count", SMALL)
-def test_everything_at_any_count(rng, dtype, mu, count, planar):
-    assert_within_bounds(accuracy.normal(rng, dtype, mu, count, planar=planar))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("planar", [False, True], ids=["interleaved", "planar"])
-@pytest.mark.parametrize("count", sorted(set(accuracy.COUNTS) - set(SMALL)))
-def test_everything_at_large_counts(rng, dtype, mu, count, planar):
-    assert_within_bounds(accuracy.normal(rng, dtype, mu, count, planar=planar))
+@pytest.mark.parametrize(
+    "setting",
+    [*accuracy.SETTINGS, *(pytest.param(s, marks=pytest.mark.long) for s in accuracy.LARGE)],
+    ids=lambda s: f"mean {s[0]:g}, {s[1]} values, {'planar' if s[2] else 'interleaved'}",
+)
+def test_everything_over_means_and_counts(rng, dtype, setting):
+    assert_within_bounds(accuracy.normal(rng, dtype, *setting))
 
 
 @pytest.mark.parametrize("scales", [accuracy.TINY, accuracy.HUGE], ids=["subnormal", "near overflow"])
