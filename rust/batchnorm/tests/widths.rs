@@ -34,5 +34,11 @@ fn every_width_of_every_type() {
     set_num_threads(2).unwrap();
     let compared = [widths::<f32>(), widths::<f64>(), widths::<f16>(), widths::<bf16>()];
     assert_eq!(compared, [4 * LONGEST * simd_levels().len(); 4]);
+    // Past the caches, where outputs are streamed, by two threads.
+    let large = Layout::new(32_813, 64, 1).unwrap();
+    set_simd_level(Some("baseline")).unwrap();
+    let wanted = everything::<f64>(large, 3.0);
     set_simd_level(None).unwrap();
+    assert!(everything::<f64>(large, 3.0) == wanted);
+    println!("levels: {:?}", simd_levels());
 }
