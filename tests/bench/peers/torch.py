@@ -1,7 +1,11 @@
-"""PyTorch's kernels in their `out=` forms; channels-last tensors in its channels-last memory format."""
+"""PyTorch: the kernel behind F.batch_norm, into given memory; channels-last tensors in that memory format.
+
+Its backward pass has no kernel that writes into given memory, so it allocates dx, as training with PyTorch does.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from bench.case import EPS, Call, Case
@@ -14,35 +18,42 @@ def version() -> str:
 
 def calls(case: Case, threads: int) -> dict[str, Call]:
     if case.row.dtype == "bfloat16":
-        return {}  # NumPy's bfloat16 is not one that PyTorch takes
+        return {}  # NumPy has no bfloat16 that PyTorch could take
     torch.set_num_threads(threads)
+    channels_last = case.row.axis == -1
 
     def tensor(a):
-        t = torch.from_dlpack(a)
-        return t.movedim(-1, 1) if case.row.axis == -1 and t.ndim == 4 else t
+        return torch.from_dlpack(a).movedim(-1, 1) if channels_last else torch.from_dlpack(a)
 
     x, dy, out = (tensor(a) for a in (case.x, case.dy, case.out))
     gamma, beta, mean, var = (torch.from_dlpack(p) for p in (case.gamma, case.beta, case.mean, case.var))
-    saved, spare, given = ([torch.empty_like(gamma) for _ in range(2)] for _ in range(3))
-    norm, backward = torch.ops.aten.native_batch_norm, torch.ops.aten.native_batch_norm_backward
-    norm.out(x, gamma, beta, None, None, True, 0.1, EPS, out=out, save_mean=saved[0], save_invstd=saved[1])
+    spare = {"save_mean": torch.empty_like(gamma), "save_invstd": torch.empty_like(gamma)}
+    norm = torch.ops.aten.native_batch_norm
+    training, population = (
+        (gamma, beta, None, None, True, 0.1, EPS),
+        (gamma, beta, mean, var, False, 0.1, EPS),
+    )
+    try:
+        _, *saved = torch.native_batch_norm(x, *training)
+        norm.out(x, *training, out=out, **spare)
+    except RuntimeError:
+        return {}  # this version has no kernel for the dtype, or none that writes into given memory
 
     def forward():
-        norm.out(
-            x, gamma, beta, None, None, True, 0.1, EPS, out=out, save_mean=spare[0], save_invstd=spare[1]
-        )
+        norm.out(x, *training, out=out, **spare)
         return case.out
 
     def infer():
-        norm.out(
-            x, gamma, beta, mean, var, False, 0.1, EPS, out=out, save_mean=spare[0], save_invstd=spare[1]
-        )
+        norm.out(x, *population, out=out, **spare)
         return case.out
 
-    def back():
-        wanted = [True, True, True]
-        memory = {"out0": out, "out1": given[0], "out2": given[1]}
-        backward.out(dy, x, gamma, None, None, *saved, True, EPS, wanted, **memory)
-        return case.out
+    def backward():
+        return torch.ops.aten.native_batch_norm_backward(
+            dy, x, gamma, None, None, *saved, True, EPS, [True, True, True]
+        )[0]
 
-    return {FORWARD: forward, INFERENCE: infer, BACKWARD: back}
+    def finished(dx):
+        return np.from_dlpack((dx.movedim(1, -1) if channels_last else dx).contiguous())
+
+    backward.finished = finished
+    return {FORWARD: forward, INFERENCE: infer, BACKWARD: backward}
