@@ -130,12 +130,10 @@ def goals(row: Row, direction: str) -> list[Goal]:
     if direction != INFERENCE and row.nbytes > LARGE:
         wanted.append(Goal(FLOOR, (1.3 if direction == FORWARD else 1.5) if row.planar else 2.0))
     if row.group == "baseline":
-        times = {FORWARD: 1.2, BACKWARD: 1.1}.get(direction, 1.0)
-        large = row.nbytes > LARGE
-        if direction == INFERENCE or not large:
+        if direction == INFERENCE or row.nbytes <= LARGE:
             wanted.append(Goal(PEER, 1.0))
         elif not row.planar:
-            wanted.append(Goal(PEER, 1 / times))
+            wanted.append(Goal(PEER, 1 / (1.2 if direction == FORWARD else 1.1)))
     return wanted
 
 

@@ -1,6 +1,6 @@
 """PyTorch: the kernel behind F.batch_norm, into given memory; channels-last tensors in that memory format.
 
-Its backward pass has no kernel that writes into given memory, so it allocates dx, as training with PyTorch does.
+Its backward pass has no kernel that writes into given memory: it allocates dx, as training with PyTorch does.
 """
 
 from __future__ import annotations
