@@ -111,7 +111,7 @@ class Goal(NamedTuple):
 
 FLOOR, PEER = "floor", "best peer"
 LARGE = 50_000_000
-WIDE, HALF = ("float32", "float64"), ("float16", "bfloat16")
+HALF = ("float16", "bfloat16")
 # The floor of the backward pass is that of reading two tensors and writing one.
 CALL_OVERHEAD = {INFERENCE: 6.0, FORWARD: 12.0}  # against np.add(x, b, out=out)
 FRESH_LIMIT = 1.25  # against the time with out=
