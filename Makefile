@@ -67,13 +67,38 @@ test: lint test-rust ## Everything but the long forms (no root; at most 8 minute
 	@$(BIN)/python -m pytest -q -m 'not long' --durations=5
 
 .PHONY: test-all
-test-all: test ## What needs system packages or time as well
+test-all: test memcheck bench-check ## What needs system packages or time as well
 	$(call step,Testing the long forms)
 	@$(BIN)/python -m pytest -q -m long --durations=5
 
+$(VENV)/.peers: $(VENV)/.packages tests/requirements-peers.txt tests/constraints-peers.txt
+	$(call step,Installing the peers to compare with)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-peers.txt \
+	  -c tests/constraints.txt -c tests/constraints-peers.txt
+	@touch $@
+
+.PHONY: memcheck
+memcheck: requirements ## The core's tests of every width under Valgrind (skipped where that is absent)
+	$(call step,Checking the memory of the Rust core with Valgrind)
+	@if command -v valgrind >/dev/null; then \
+	  runner='valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite'; \
+	  config="target.'cfg(all())'.runner='$$runner'"; \
+	  cargo --config "$$config" test -p batchnorm --locked --quiet --test widths -- --show-output; \
+	  cargo --config "$$config" test -p batchnorm --locked --quiet --lib -- --skip flushes_to_zero; \
+	else echo "skipped: no valgrind (on Debian and Ubuntu: the package valgrind)"; fi
+
 .PHONY: bench
-bench: setup ## Time us and NumPy's two-pass expression side by side, with the floor of a copy
-	@$(BIN)/python tests/bench.py
+bench: setup $(VENV)/.peers ## Time us, the floor of a copy and the peers (writes bench-output/; ONLY=56x56 for a part)
+	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(ONLY),--only "$(ONLY)")
+
+.PHONY: bench-check
+bench-check: setup ## Fail where we are far behind the goals over the floor of a copy
+	$(call step,Checking speed against the floor of a copy)
+	@PYTHONPATH=tests $(BIN)/python -m bench.check
+
+.PHONY: accuracy
+accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours and the peers' (updates docs/accuracy.md)
+	@PYTHONPATH=tests $(BIN)/python -m accuracy docs/accuracy.md
 
 .PHONY: clean
 clean: ## Remove what was built

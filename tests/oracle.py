@@ -27,6 +27,13 @@ def along(p, x, channel_axis):
     return np.broadcast_to(np.asarray(p), (x.shape[channel_axis],)).reshape(shape)
 
 
+def total(a, axes):
+    """Σ over `axes`, which stay with length 1: in runs of a channel, so that NumPy adds pairwise."""
+    kept = [k for k in range(a.ndim) if k not in axes]
+    runs = np.ascontiguousarray(a.transpose(*kept, *axes)).reshape([a.shape[k] for k in kept] + [-1])
+    return np.expand_dims(runs.sum(-1), axes)
+
+
 def forward(x, gamma, beta, eps, channel_axis=1, population=None):
     """Algorithm 1; with `population` = (E[x], Var[x]), the inference of Algorithm 2."""
     axes = tuple(k for k in range(x.ndim) if k != channel_axis % x.ndim)
@@ -34,8 +41,9 @@ def forward(x, gamma, beta, eps, channel_axis=1, population=None):
     m = x.size // x.shape[channel_axis]
     x, eps = long(x), LONG(eps)
     if population is None:
-        mu = x.sum(axes, keepdims=True) / m
-        sigma2 = ((x - mu) ** 2).sum(axes, keepdims=True) / m
+        mu = total(x, axes) / m
+        mu += total(x - mu, axes) / m  # what the sum of large values has lost
+        sigma2 = total((x - mu) ** 2, axes) / m
     else:
         mu, sigma2 = (along(long(p), x, channel_axis) for p in population)
     xhat = (x - mu) / np.sqrt(sigma2 + eps)
@@ -50,12 +58,10 @@ def backward(dy, f):
     dy = long(dy)
     root = np.sqrt(f.sigma2 + f.eps)
     dxhat = dy * f.gamma
-    dsigma2 = (dxhat * (f.x - f.mu)).sum(f.axes, keepdims=True) * -0.5 / root**3
-    dmu = (-dxhat / root).sum(f.axes, keepdims=True) + dsigma2 * (-2 * (f.x - f.mu)).sum(
-        f.axes, keepdims=True
-    ) / f.m
+    dsigma2 = total(dxhat * (f.x - f.mu), f.axes) * -0.5 / root**3
+    dmu = total(-dxhat / root, f.axes) + dsigma2 * total(-2 * (f.x - f.mu), f.axes) / f.m
     dx = dxhat / root + dsigma2 * 2 * (f.x - f.mu) / f.m + dmu / f.m
-    return dx, (dy * f.xhat).sum(f.axes), dy.sum(f.axes)
+    return dx, total(dy * f.xhat, f.axes).squeeze(f.axes), total(dy, f.axes).squeeze(f.axes)
 
 
 def infer(x, mean, var, gamma=1.0, beta=0.0, eps=1e-5, channel_axis=1):
@@ -84,12 +90,55 @@ def ulp(s, dtype):
     return np.ldexp(LONG(1), np.maximum(np.frexp(s)[1] - 1, least) - digits)
 
 
+def size(f):
+    """Contract 2's S."""
+    return np.maximum(np.maximum(abs(f.gamma * f.xhat), abs(f.beta)), abs(f.y))
+
+
 def share_of_bound(y, f, *, trained):
     """The worst error of y against `f` as a share of what contract 2 allows."""
-    s = np.maximum(np.maximum(abs(f.gamma * f.xhat), abs(f.beta)), abs(f.y))
-    kappa = abs(f.mu) / np.sqrt(f.sigma2 + f.eps)
+    s, kappa = size(f), abs(f.mu) / np.sqrt(f.sigma2 + f.eps)
     if y.dtype == np.float64:
         allowed = LONG(2) ** -49 * (4 + kappa) * np.maximum(s, abs(f.gamma))
     else:
         allowed = ulp(s, y.dtype) + trained * LONG(2) ** -49 * kappa * abs(f.gamma)
     return float((abs(long(y) - f.y) / allowed).max())
+
+
+def error_in_ulps(y, f):
+    """The worst error of y against `f` in ulps of its dtype at S; in float64 at γ where that is more."""
+    s = np.maximum(size(f), abs(f.gamma)) if y.dtype == np.float64 else size(f)
+    return float((abs(long(y) - f.y) / ulp(s, y.dtype)).max())
+
+
+def gradient_errors(got, dy, f, *, trained):
+    """The worst errors of the gradients `got` against `f`, by name: (in units, as a share of the bound).
+
+    dx counts in ulps of its dtype at the sum of the magnitudes of its terms, dγ in 2⁻⁵³ of Σ|dy|(|x̂|+1), dβ
+    in 2⁻⁵³ of Σ|dy|. The bound of both, and of dx in float64, is 2⁻⁴⁹(4 + κ) of what does not cancel; dx in
+    16 and 32 bits may round by one ulp more.
+    """
+    exact = backward(dy, f)
+    dy, axes, dtype = long(dy), f.axes, got.dx.dtype
+    root = np.sqrt(f.sigma2 + f.eps)
+    relative = LONG(2) ** -49 * (4 + abs(f.mu) / root)
+    sums = [np.expand_dims(a, axes) for a in exact[1:]]
+    whole = [total(abs(a), axes) for a in (dy * f.xhat, dy)]
+    if trained:
+        dx = exact[0]
+        largest, size = (
+            abs(f.gamma) / root * (abs(dy) + (abs(dbeta) + abs(f.xhat) * abs(dgamma)) / f.m)
+            for dgamma, dbeta in (sums, whole)
+        )
+    else:
+        dx = f.gamma / root * dy
+        largest = size = abs(dx)
+    error = abs(long(got.dx) - dx)
+    unit = ulp(size if dtype == np.float64 else largest, dtype)
+    allowed = relative * size + (0 if dtype == np.float64 else unit)
+    errors = {"dx": (float((error / unit).max()), float((error / allowed).max()))}
+    weights = (whole[0] + whole[1], whole[1])
+    for name, ours, judge, weight in zip(("dgamma", "dbeta"), got[1:], sums, weights, strict=True):
+        error = abs(np.expand_dims(long(ours), axes) - judge) / weight
+        errors[name] = (float(error.max() * LONG(2) ** 53), float((error / relative).max()))
+    return errors

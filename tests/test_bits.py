@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import batchnorm as bn
 import cases
 from cases import Layout, bits, moments_bits
 
-THREADS = (1, 2, 3, 8)
+THREADS = (1, 2, 3, 5, 8)
 LARGE = (  # about a million values: several MB, split among threads
     Layout((8, 40, 56, 56)),
     Layout((40, 512, 7, 7)),
@@ -132,6 +134,23 @@ def test_any_alignment(rng, layout, dtype):
         assert_same(got, wanted, f"x {offset} bytes past a boundary")
 
 
+@pytest.mark.parametrize("layout", [Layout((3, 5, 100)), Layout((65, 33)), Layout((2, 3, 4097))], ids=str)
+def test_every_alignment(rng, layout, dtype):
+    """1 to 15 elements and 1 to 63 bytes past a boundary, inputs and outputs each otherwise."""
+    x, dy, axis, parameters = setting(rng, layout, dtype)
+    wanted = everything(x, dy, axis, parameters)
+    y, cache = bn.train_forward(x, *parameters[2:], channel_axis=axis)
+    dx = bn.backward(dy, cache).dx
+    for offset in {k * dtype.itemsize % 64 for k in range(1, 16)} | set(range(1, 64, 2)):
+        moved = misaligned(x, offset), misaligned(dy, 7 * offset % 64)
+        assert_same(everything(*moved, axis, parameters), wanted, f"x {offset} bytes past a boundary")
+        out = misaligned(x, 5 * offset % 64)
+        bn.train_forward(moved[0], *parameters[2:], channel_axis=axis, out=out)
+        assert bits(out) == bits(y), f"y {5 * offset % 64} bytes past a boundary"
+        bn.backward(moved[1], cache, out=out)
+        assert bits(out) == bits(dx), f"dx {5 * offset % 64} bytes past a boundary"
+
+
 @pytest.mark.parametrize("layout", ANY_LAYOUT, ids=str)
 def test_in_place_and_into_given_memory(rng, layout, dtype):
     x, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
@@ -163,6 +182,13 @@ def test_training_into_given_memory(rng, layout, dtype):
     assert bits(out) == bits(y)
     assert bn.backward(dy, cache, out=out).dx is out
     assert bits(out) == bits(dx)
+    for offset in (0, 1, dtype.itemsize):  # y over x, dx over dy
+        over = misaligned(x, offset)
+        assert bn.train_forward(over, gamma, beta, channel_axis=axis, out=over)[0] is over
+        assert bits(over) == bits(y)
+        over = misaligned(dy, offset)
+        assert bn.backward(over, cache, out=over).dx is over
+        assert bits(over) == bits(dx)
 
 
 @pytest.mark.usefixtures("restore_execution")
@@ -171,10 +197,46 @@ def test_inference_of_a_part_with_other_threads(rng, dtype):
     layout = Layout((61, 40, 33, 31))
     x, _, _, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     whole = bn.infer(x, mean, var, gamma, beta)
-    for threads, cuts in zip(THREADS, ([1], [7, 8, 60], [30], range(1, 61)), strict=True):
+    for threads, cuts in zip(THREADS, ([1], [7, 8, 60], [30], [2, 3, 5], range(1, 61)), strict=True):
         bn.set_num_threads(threads)
         parts = [bn.infer(p, mean, var, gamma, beta) for p in np.split(x, cuts)]
         assert bits(np.concatenate(parts)) == bits(whole)
+
+
+@given(cases.layouts(min_values=1), st.sampled_from(cases.DTYPES), st.data())
+def test_any_batch_split_in_inference(layout, dtype, data):
+    """Along any axis but the channels', anywhere: parts may be of another family than the whole."""
+    rng = np.random.default_rng(0)
+    x, _, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
+    split = data.draw(st.sampled_from([a for a in range(x.ndim) if a != axis % x.ndim]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, x.shape[split]), max_size=5)))
+    whole = bn.infer(x, mean, var, gamma, beta, channel_axis=axis)
+    parts = [
+        bn.infer(part, mean, var, gamma, beta, channel_axis=axis) for part in np.split(x, cuts, axis=split)
+    ]
+    assert bits(np.concatenate(parts, axis=split)) == bits(whole)
+
+
+@pytest.mark.usefixtures("restore_execution")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((6, 40, 30, 30)),
+        Layout((3000, 70)),
+        *(pytest.param(f, marks=pytest.mark.long) for f in LARGE[::3]),
+    ],
+    ids=str,
+)
+def test_repeated_a_hundred_times(rng, layout, dtype):
+    """Whichever thread takes which part, and when."""
+    x, dy, axis, parameters = setting(rng, layout, dtype)
+    wanted = everything(x, dy, axis, parameters)
+    for turn in range(100):
+        if turn % 20 == 0:
+            bn.set_num_threads(THREADS[turn // 20])
+        assert_same(
+            everything(x, dy, axis, parameters), wanted, f"{bn.get_num_threads()} threads, time {turn}"
+        )
 
 
 class FloatMode:

@@ -2,13 +2,13 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failing unwrap is a failing test")]
 
-use batchnorm::{
-    Affine, Element, Error, GradientSums, Layout, Moments, View, ViewMut, backward, bf16, f16, get_num_threads,
-    gradient_apply, gradient_sums, infer, infer_backward, infer_in_place, moments, normalize, set_num_threads,
-    set_simd_level, simd_level, simd_levels, train_forward, train_forward_in_place,
-};
+mod common;
 
-const EPS: f64 = 1e-5;
+use batchnorm::{
+    Affine, Element, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, get_num_threads, gradient_sums,
+    infer, moments, set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
+};
+use common::{EPS, everything, parameters, tensor};
 
 /// (outer, channels, inner) on either side of lane, line, block and family widths.
 const LAYOUTS: [(usize, usize, usize); 16] = [
@@ -30,28 +30,6 @@ const LAYOUTS: [(usize, usize, usize); 16] = [
     (40, 2, 5000),
 ];
 
-/// Reproducible noise in [-1, 1) (a linear congruential generator; Knuth's constants).
-fn noise(seed: u64) -> impl Iterator<Item = f64> {
-    std::iter::successors(Some(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1), |s| {
-        Some(s.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407))
-    })
-    .map(|s| (s >> 11) as f64 / (1u64 << 52) as f64 - 1.0)
-}
-
-fn tensor<T: Element>(layout: Layout, seed: u64, mean: f64) -> Vec<T> {
-    noise(seed).skip(8).take(layout.len()).map(|v| T::from_f64(v + mean)).collect()
-}
-
-fn parameters(channels: usize) -> (Vec<f64>, Vec<f64>) {
-    let mut values = noise(99).skip(8);
-    let gamma = values.by_ref().take(channels).map(|v| f64::from(v as f32)).collect();
-    (gamma, values.take(channels).map(|v| f64::from(v as f32)).collect())
-}
-
-fn bits<T: Element>(values: &[T]) -> Vec<u64> {
-    values.iter().map(|v| v.to_f64().to_bits()).collect()
-}
-
 /// The values of one channel.
 fn channel<T: Element>(x: &[T], layout: Layout, c: usize) -> Vec<f64> {
     let (outer, channels, inner) = (layout.outer(), layout.channels(), layout.inner());
@@ -68,48 +46,6 @@ fn sum(values: impl Iterator<Item = f64>) -> f64 {
         total = t;
     }
     total + lost
-}
-
-/// Everything that a layer computes, as bits.
-fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
-    let (x, dy) = (tensor::<T>(layout, 1, mean), tensor::<T>(layout, 2, 0.0));
-    let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
-    let (gamma, beta) = parameters(layout.channels());
-    let (gamma, beta) = (Some(&gamma[..]), Some(&beta[..]));
-    let zero = vec![T::from_f64(0.0); layout.len()];
-
-    let mut y = zero.clone();
-    let (m, affine) = train_forward(x, gamma, beta, EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
-    let mut halves = zero.clone();
-    assert_eq!(moments(x).unwrap(), m, "train_forward and moments differ: {layout:?}");
-    let from_halves = normalize(x, &m, gamma, beta, EPS, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
-    assert_eq!(from_halves, affine);
-    assert_eq!(bits(&halves), bits(&y), "train_forward and normalize differ: {layout:?}");
-
-    let mut dx = zero.clone();
-    let sums = backward(Some(dy), x, &affine, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
-    assert_eq!(gradient_sums(dy, x, &affine).unwrap(), sums);
-    gradient_apply(Some(dy), x, &affine, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
-    assert_eq!(bits(&halves), bits(&dx), "backward and gradient_apply differ: {layout:?}");
-
-    let frozen = Affine::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
-    let mut z = zero.clone();
-    infer(x, &frozen, &mut ViewMut::new(&mut z, layout).unwrap()).unwrap();
-    let mut in_place = tensor::<T>(layout, 1, mean);
-    infer_in_place(&frozen, &mut ViewMut::new(&mut in_place, layout).unwrap()).unwrap();
-    assert_eq!(bits(&in_place), bits(&z), "in place and not differ: {layout:?}");
-    let mut over = tensor::<T>(layout, 1, mean);
-    let again = train_forward_in_place(gamma, beta, EPS, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap();
-    assert_eq!(again, (m.clone(), affine.clone()));
-    assert_eq!(bits(&over), bits(&y), "train_forward in place and not differ: {layout:?}");
-    let mut over = tensor::<T>(layout, 2, 0.0);
-    assert_eq!(backward(None, x, &affine, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(), sums);
-    assert_eq!(bits(&over), bits(&dx), "dx over dy and not differ: {layout:?}");
-    let mut frozen_dx = zero;
-    let frozen_sums = infer_backward(Some(dy), x, &frozen, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
-
-    let sums = [sums.dgamma(), sums.dbeta(), frozen_sums.dgamma(), m.mean(), m.m2()].map(bits);
-    [bits(&y), bits(&dx), bits(&z), bits(&frozen_dx)].into_iter().chain(sums).collect()
 }
 
 fn same_bits<T: Element>() {

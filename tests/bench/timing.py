@@ -1,0 +1,69 @@
+"""Medians of interleaved rounds."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+REST = 0.03  # seconds before each timing: peers' worker threads spin for a while after a call
+BATCH = 0.002  # seconds that one timing takes at least: short calls are timed several in a row
+SLOW = 8  # so many times slower than the fastest is no contest: timed in five rounds
+
+
+class Median(NamedTuple):
+    """Milliseconds of one call, and how many timings that is the median of."""
+
+    ms: float
+    rounds: int
+
+
+def once(call: Callable[[], object], number: int = 1) -> float:
+    """Seconds that a call takes, of `number` in a row."""
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def medians(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    told: Callable[[str], object] = lambda name: None,
+) -> dict[str, Median]:
+    """Times every call once a round, in another order each round; `before` it, untimed, what prepares it.
+
+    Calls that take less than `BATCH` are timed several in a row, after one that brings threads and caches
+    back from the rest.
+    """
+    before = before or {}
+
+    def prepare(name: str) -> None:
+        if name in before:
+            before[name]()
+
+    first = {}
+    for name, call in calls.items():
+        prepare(name)
+        call()
+        first[name] = once(call)
+    number = {name: max(1, int(BATCH / seconds)) for name, seconds in first.items()}
+    slow = {name for name in calls if first[name] > SLOW * min(first.values())}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffled = random.Random(0)
+    for turn in range(rounds):
+        shuffled.shuffle(order)
+        for name in order:
+            if name in slow and turn >= 5:
+                continue
+            told(name)
+            prepare(name)
+            time.sleep(REST)
+            if number[name] > 1:
+                calls[name]()
+            times[name].append(once(calls[name], number[name]))
+    return {name: Median(statistics.median(t) * 1e3, len(t)) for name, t in times.items()}
