@@ -20,7 +20,7 @@
 //! With frozen statistics only the first term is left: dxᵢ = γ/√(σ²+ε)·dyᵢ. Sums and dx are computed in float64.
 
 use crate::affine::Affine;
-use crate::blocks::{Family, Interleaved, Merge, Planar, TILE, Tree};
+use crate::blocks::{Family, Interleaved, Merge, Planar, Tree, tile};
 use crate::bytes;
 use crate::element::Element;
 use crate::error::Error;
@@ -227,14 +227,14 @@ pub fn gradient_apply<T: Element>(
     match Family::of(layout) {
         Family::Planar(planar) => {
             let channels: Vec<Apply<f64>> = (0..planar.channels).map(of).collect();
-            dx.map_tiles(&planar.planes(TILE / size_of::<T>()), |rect, dx| {
+            dx.map_tiles(&planar.planes(tile::<T>(layout)), |rect, dx| {
                 let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.inner, rect));
                 let coefficients = |r: usize| channels[(rect.rows.start + r) % planar.channels];
                 dispatch(ApplyRuns { dy, x: x.tile(planar.inner, rect), dx: &dx, coefficients });
             });
         }
         Family::Interleaved(rows) => {
-            dx.map_tiles(&rows.tiles(TILE / size_of::<T>()), |rect, dx| {
+            dx.map_tiles(&rows.tiles(tile::<T>(layout)), |rect, dx| {
                 let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(rows.width, rect));
                 let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(of(c)));
                 let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));

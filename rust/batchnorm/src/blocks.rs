@@ -28,8 +28,11 @@ const SLAB: usize = 4 << 20;
 /// than short ones.
 const GROUPS: usize = 32;
 
-/// Bytes that one task of a pass over every element writes.
-pub(crate) const TILE: usize = 256 * 1024;
+/// Elements that one task of a pass over every element writes: of a small tensor less, so that a thread that wakes late
+/// still finds work.
+pub(crate) fn tile<T>(layout: Layout) -> usize {
+    (layout.len() / 16).clamp((32 << 10) / size_of::<T>(), (256 << 10) / size_of::<T>())
+}
 
 /// Which of the two kernel families serves a layout, and its blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

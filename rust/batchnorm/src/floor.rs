@@ -23,7 +23,7 @@ pub fn copy<T: Element>(
     if z.is_some_and(|z| z.layout() != layout) {
         return Err(Error::LayoutMismatch { argument: "z" });
     }
-    let elements = crate::blocks::TILE / size_of::<T>();
+    let elements = crate::blocks::tile::<T>(layout);
     let grid = Grid::new(1, layout.len(), 1, elements);
     y.map_tiles(&grid, |rect, y| {
         let (x, z) = (x.tile(layout.len(), rect), z.map(|z| z.tile(layout.len(), rect)));

@@ -1,7 +1,7 @@
 //! Inference: frozen statistics, so every element is mapped by itself (Algorithm 2, step 11).
 
 use crate::affine::Affine;
-use crate::blocks::{Family, Planar, TILE};
+use crate::blocks::{Family, Planar, tile};
 use crate::element::Element;
 use crate::error::Error;
 use crate::simd::{AffineRows, AffineRuns, dispatch};
@@ -32,7 +32,7 @@ fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, 
     let _mode = crate::begin()?;
     let layout = y.layout();
     Error::check_channels("x", layout.channels(), affine.channels())?;
-    let elements = TILE / size_of::<T>();
+    let elements = tile::<T>(layout);
     match Family::of(layout) {
         Family::Planar(planar) => {
             let Planar { channels, inner, .. } = planar;

@@ -6,16 +6,20 @@
 use crate::{error::Error, simd::FloatMode};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Below this many bytes the work is done before a sleeping thread has woken.
-const WORTH_A_THREAD: usize = 512 * 1024;
+const WORTH_A_THREAD: usize = 1 << 20;
 const MOST_THREADS: usize = 1024;
+/// How long a caller stays awake for the last tasks of its helpers.
+const LAST_TASK: Duration = Duration::from_micros(200);
 
 /// The threads beside the callers'.
 struct Workers {
     pool: rayon::ThreadPool,
     /// How many are not at work for some call.
     idle: AtomicUsize,
+    places: Arc<Places>,
 }
 
 impl Workers {
@@ -23,8 +27,61 @@ impl Workers {
     fn reserve(&self, most: usize) -> Reserved<'_> {
         let take = |idle: usize| Some(idle - idle.min(most));
         let idle = self.idle.fetch_update(Ordering::Acquire, Ordering::Relaxed, take);
-        Reserved { workers: self, count: idle.map_or(0, |idle| idle.min(most)) }
+        let count = idle.map_or(0, |idle| idle.min(most));
+        if count > 0 {
+            self.places.leave_callers_cpu();
+        }
+        Reserved { workers: self, count }
     }
+}
+
+/// Where workers may run: anywhere but on the CPU of the caller.
+///
+/// Linux likes to wake a thread on the CPU of the one that wakes it, which here goes on working: of two threads on two
+/// CPUs one then waits for the other until the call is over. Measured on such a machine after 30 ms of rest: 16 MB are
+/// normalized in 2.4 ms by one thread, in 2.4 ms by two as they come, in 1.4 ms by two told apart.
+#[derive(Default)]
+struct Places {
+    #[cfg(target_os = "linux")]
+    workers: Mutex<Vec<(rustix::thread::Pid, rustix::thread::CpuSet)>>,
+    /// One more than the CPU that workers now keep away from; 0 before the first call.
+    #[cfg(target_os = "linux")]
+    left: AtomicUsize,
+}
+
+#[cfg(target_os = "linux")]
+impl Places {
+    /// A worker begins: wherever it may run now, it may run later.
+    fn arrive(&self) {
+        if let Ok(cpus) = rustix::thread::sched_getaffinity(None) {
+            self.workers.lock().unwrap_or_else(PoisonError::into_inner).push((rustix::thread::gettid(), cpus));
+            self.left.store(0, Ordering::Relaxed); // calls that came before know nothing of it
+        }
+    }
+
+    /// Keeps workers off the CPU that the caller is on. Where that cannot be, they stay as they are: it is about time,
+    /// not about results.
+    fn leave_callers_cpu(&self) {
+        let cpu = rustix::thread::sched_getcpu();
+        if self.left.swap(cpu + 1, Ordering::Relaxed) == cpu + 1 {
+            return;
+        }
+        for (worker, cpus) in self.workers.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            let mut others = *cpus;
+            if cpu < rustix::thread::CpuSet::MAX_CPU {
+                others.unset(cpu);
+            }
+            if others.count() > 0 {
+                let _ = rustix::thread::sched_setaffinity(Some(*worker), &others);
+            }
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+impl Places {
+    fn arrive(&self) {}
+    fn leave_callers_cpu(&self) {}
 }
 
 /// Workers of one call, idle again when it is dropped.
@@ -58,12 +115,15 @@ fn build(threads: usize) -> Result<Pool, Error> {
     let workers = match threads {
         1 => None,
         n => {
+            let places = Arc::new(Places::default());
+            let arrivals = Arc::clone(&places);
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(n - 1)
                 .thread_name(|i| format!("batchnorm-{i}"))
+                .start_handler(move |_| arrivals.arrive())
                 .build()
                 .map_err(|e| Error::Threads { got: format!("{n} ({e})") })?;
-            Some(Arc::new(Workers { pool, idle: AtomicUsize::new(n - 1) }))
+            Some(Arc::new(Workers { pool, idle: AtomicUsize::new(n - 1), places }))
         }
     };
     Ok(Pool { process: std::process::id(), threads, workers })
@@ -150,6 +210,7 @@ pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) 
     }
     let next = AtomicUsize::new(0);
     let results: Vec<OnceLock<R>> = (0..tasks).map(|_| OnceLock::new()).collect();
+    let at_work = AtomicUsize::new(helpers.count);
     let work = || {
         let _mode = FloatMode::standard();
         loop {
@@ -160,9 +221,17 @@ pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) 
     };
     workers.pool.in_place_scope(|scope| {
         for _ in 0..helpers.count {
-            scope.spawn(|_| work());
+            scope.spawn(|_| {
+                work();
+                at_work.fetch_sub(1, Ordering::Release);
+            });
         }
         work();
+        // Helpers are on their last task. To sleep until they are done and be woken takes longer than that mostly does.
+        let start = Instant::now();
+        while at_work.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_TASK {
+            std::hint::spin_loop();
+        }
     });
     results.into_iter().filter_map(OnceLock::into_inner).collect()
 }
@@ -172,7 +241,6 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
     use super::*;
     use std::sync::{Barrier, mpsc};
-    use std::time::Duration;
 
     #[test]
     fn a_call_does_not_wait_for_the_workers_of_another() {

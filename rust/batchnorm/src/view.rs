@@ -121,7 +121,8 @@ impl<'a, T: Element> ViewMut<'a, T> {
     }
 
     /// Calls `f` once with every rectangle of `grid`, on several threads where that pays, and gives what it returned
-    /// in the order of the grid.
+    /// in the order of the grid. The last rectangle comes first: whatever has gone over memory before has left its end in
+    /// cache.
     pub(crate) fn map_tiles<R: Send + Sync>(
         &mut self,
         grid: &Grid,
@@ -129,8 +130,9 @@ impl<'a, T: Element> ViewMut<'a, T> {
     ) -> Vec<R> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
         let streaming = len * size_of::<T>() >= STREAM_FROM;
-        parallel::map(grid.len(), len * size_of::<T>(), |i| {
-            let rect = grid.rect(i);
+        let tiles = grid.len();
+        let mut results = parallel::map(tiles, len * size_of::<T>(), |i| {
+            let rect = grid.rect(tiles - 1 - i);
             rect.check(len, grid.width);
             // SAFETY: the rectangle lies within `len` elements, as just checked.
             let data = unsafe { data.get().add(rect.offset(grid.width)) };
@@ -147,7 +149,9 @@ impl<'a, T: Element> ViewMut<'a, T> {
             let result = f(&rect, tile);
             fence();
             result
-        })
+        });
+        results.reverse();
+        results
     }
 }
 
