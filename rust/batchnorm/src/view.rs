@@ -13,8 +13,9 @@ use crate::{element::Element, error::Error, layout::Layout, parallel};
 use std::{marker::PhantomData, ops::Range};
 pub(crate) use tile::{Buffer, ChunkMut, LINE, Row, RowMut, Tile, TileMut};
 
-/// Outputs of this many bytes or more are written past the caches.
-const STREAM_FROM: usize = 16 << 20;
+/// Outputs of this many bytes or more are written past the caches. Measured with 32 MiB of cache: a copy of 4 MiB is as
+/// fast either way, one of 8 MiB 1.1 to 1.2 times faster past them, one of 16 MiB 1.3 times, one of 32 MiB 1.4 times.
+const STREAM_FROM: usize = 8 << 20;
 
 /// Makes what was written past the caches visible to whoever synchronizes with this thread afterwards.
 #[inline]

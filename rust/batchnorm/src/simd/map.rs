@@ -47,16 +47,16 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     }
     let first = if STREAMING { y.before_line().min(len) } else { 0 };
     let whole = (len - first) / LANES * LANES;
-    // What is left after whole steps is computed in a step that overlaps the last of them; before them, since in place
+    // What whole steps leave over at either end is computed by a step that overlaps them, and before them, since in place
     // they write what it reads.
-    let over = first + whole < len;
-    let mut last = Buffer::<T, LANES>::new();
-    if over {
-        map.sixteen::<L, false>(inputs, len - LANES, (len - LANES) % period, last.chunk());
+    let (mut head, mut tail) = (Buffer::<T, LANES>::new(), Buffer::<T, LANES>::new());
+    if first > 0 {
+        map.sixteen::<L, false>(inputs, 0, 0, head.chunk());
     }
-    for i in 0..first {
-        y.put_one(i, map.one(inputs, i, i % period));
+    if first + whole < len {
+        map.sixteen::<L, false>(inputs, len - LANES, (len - LANES) % period, tail.chunk());
     }
+    head.copy_first(y, first);
     let mut j = first % period;
     for i in (first..first + whole).step_by(LANES) {
         map.sixteen::<L, STREAMING>(inputs, i, j, y.chunk(i));
@@ -65,8 +65,11 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
             j -= period;
         }
     }
-    if over {
-        last.copy_to(y, len - LANES);
+    // A line that was written past the caches must not be touched again: it would have to come back from memory.
+    match len - first - whole {
+        0 => {}
+        over if STREAMING => tail.copy_last(y, over),
+        _ => tail.copy_last(y, LANES),
     }
 }
 

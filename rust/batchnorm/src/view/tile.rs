@@ -280,12 +280,26 @@ impl<T: Element, const N: usize> Buffer<T, N> {
         ChunkMut { data: self.0.as_mut_ptr().cast(), memory: PhantomData }
     }
 
-    /// Writes all that it holds to elements `i .. i + N` of a row.
+    /// Writes its first `n` elements to the first of a row.
     #[inline(always)]
-    pub(crate) fn copy_to(&self, row: &RowMut<'_, T>, i: usize) {
-        assert!(N <= row.len && i <= row.len - N);
-        // SAFETY: the elements lie within the row, as just checked. What of the buffer was not written is copied as it
+    pub(crate) fn copy_first(&self, row: &RowMut<'_, T>, n: usize) {
+        self.copy(0, row, 0, n);
+    }
+
+    /// Writes its last `n` elements to the last of a row.
+    #[inline(always)]
+    pub(crate) fn copy_last(&self, row: &RowMut<'_, T>, n: usize) {
+        self.copy(N - n, row, row.len - n, n);
+    }
+
+    #[inline(always)]
+    fn copy(&self, from: usize, row: &RowMut<'_, T>, to: usize, n: usize) {
+        assert!(from <= N && n <= N - from && to <= row.len && n <= row.len - to);
+        // SAFETY: both ranges lie where they should, as just checked. What of the buffer was not written is copied as it
         // is, without being read as a value.
-        unsafe { row.data.add(i).cast::<MaybeUninit<[T; N]>>().write_unaligned(self.0) }
+        unsafe {
+            let from = self.0.as_ptr().cast::<MaybeUninit<T>>().add(from);
+            std::ptr::copy_nonoverlapping(from.cast::<u8>(), row.data.add(to).cast::<u8>(), n * size_of::<T>());
+        }
     }
 }
