@@ -13,7 +13,8 @@ import pytest
 from serving import CHANNELS, make_layer
 
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
-from batchnorm_service.models import Model, Repository
+from batchnorm_service.models import Model
+from batchnorm_service.repository import Repository
 
 
 @pytest.fixture

@@ -1,0 +1,145 @@
+"""What every request passes before the routes: its key, the limits of what is in flight, and the counters.
+
+It is ASGI and no more, since each microsecond here is one of every request.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Mapping
+from time import perf_counter_ns
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batchnorm_service.counters import (
+    BOUNDS,
+    BYTES_IN_FLIGHT,
+    DURATIONS,
+    IN_FLIGHT,
+    SECONDS_NS,
+    STATUSES,
+    SharedRows,
+)
+from batchnorm_service.errors import OverloadedError, ServiceError
+from batchnorm_service.keys import Keyring
+from batchnorm_service.logs import request_id, safe_id
+from batchnorm_service.refusals import answer_to
+from batchnorm_service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# What an orchestrator asks before it has any key.
+OPEN_PATHS: Final = frozenset({"/v2/health/live", "/v2/health/ready"})
+
+_BOUNDS_NS: Final = [round(bound * 1e9) for bound in BOUNDS]
+
+
+def scope_of(path: str) -> str:
+    """Return the scope that a key needs for a path."""
+    if path.endswith("/infer"):
+        return "infer"
+    if path.startswith("/v2/repository/") and not path.endswith("/index"):
+        return "control"
+    return "metadata"
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: What is behind it.
+        settings: The limits.
+        keyring: The keys; None lets everybody in.
+        rows: Where is counted.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, keyring: Keyring | None, rows: SharedRows) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._max_requests = settings.max_requests
+        self._max_queued = settings.max_queued
+        self._max_body = settings.max_body
+        self._access_log = settings.access_log
+        self._row = rows.process
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = perf_counter_ns()
+        path = scope["path"]
+        headers = dict(scope["headers"])
+        identity = headers.get(b"x-request-id")
+        if identity is not None:
+            identity = safe_id(identity.decode("latin-1"))
+            request_id.set(identity)
+        row = self._row
+        status = 0
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                row[STATUSES + status] += 1
+                if identity is not None:
+                    message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+            await send(message)
+
+        infer = path.endswith("/infer")
+        size = 0
+        try:
+            if self._keyring is not None and path not in OPEN_PATHS:
+                self._keyring.check(_key(headers), scope_of(path))
+            if infer:
+                size = self._admitted(headers)
+        except ServiceError as refusal:
+            await answer_to(refusal)(scope, receive, counted)
+            self._log(scope, status, began)
+            return
+        if infer:
+            row[IN_FLIGHT] += 1
+            row[BYTES_IN_FLIGHT] += size
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not status:  # it is answered outside of here
+                status = 500
+                row[STATUSES + status] += 1
+            raise
+        finally:
+            if infer:
+                row[IN_FLIGHT] -= 1
+                row[BYTES_IN_FLIGHT] -= size
+                took = perf_counter_ns() - began
+                row[SECONDS_NS] += took
+                row[DURATIONS + bisect_left(_BOUNDS_NS, took)] += 1
+            self._log(scope, status, began)
+
+    def _admitted(self, headers: Mapping[bytes, bytes]) -> int:
+        """Return the bytes that a request may come to hold; a body that announces no length may be the largest."""
+        size = min(int(headers.get(b"content-length", self._max_body)), self._max_body)
+        row = self._row
+        if row[IN_FLIGHT] >= self._max_requests or row[BYTES_IN_FLIGHT] + size > self._max_queued:
+            raise OverloadedError("as many requests are in flight as the limits allow: try again")
+        return size
+
+    def _log(self, scope: Scope, status: int, began: int) -> None:
+        if self._access_log:
+            fields = {
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "ms": (perf_counter_ns() - began) / 1e6,
+                "client": scope["client"] and scope["client"][0],
+            }
+            logger.info("request", extra={"fields": fields})
+
+
+def _key(headers: Mapping[bytes, bytes]) -> bytes | None:
+    given = headers.get(b"authorization")
+    if given is not None and given[:7].lower() == b"bearer ":
+        return given[7:].strip()
+    return headers.get(b"x-api-key")
