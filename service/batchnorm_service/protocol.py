@@ -32,7 +32,7 @@ from batchnorm_service.tensors import (
 INPUT: Final = "x"
 OUTPUT: Final = "y"
 PLATFORM: Final = "batchnorm_safetensors"
-EXTENSIONS: Final = ["binary_tensor_data"]
+EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "statistics"]
 
 _KINDS: Final[dict[type, str]] = {
     dict: "an object", list: "an array", str: "a string", int: "an integer", bool: "true or false"
@@ -87,6 +87,21 @@ def metadata(model: Model, versions: list[str]) -> dict[str, Any]:
             "channel_axis": model.layer.channel_axis,
             "eps": model.layer.eps,
         },
+    }
+
+
+def configuration(model: Model) -> dict[str, Any]:
+    """Return the model configuration, as much of it as tools ask for; batching is the client's affair."""
+    datatype = DATATYPES[model.dtypes[0]]
+    tensor = {"data_type": f"TYPE_{datatype}", "dims": model.shape}
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": "batchnorm",
+        "version_policy": {"specific": {"versions": [int(model.version)]}},
+        "max_batch_size": 0,
+        "input": [{"name": INPUT, **tensor}],
+        "output": [{"name": OUTPUT, **tensor}],
     }
 
 

@@ -12,7 +12,8 @@ from pydantic import ByteSize, TypeAdapter
 from serving import serve
 from starlette.routing import Route
 
-from batchnorm_service.app import STATUS, create_app
+from batchnorm_service.app import create_app
+from batchnorm_service.refusals import STATUS
 from batchnorm_service.settings import ENV_PREFIX, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
