@@ -18,32 +18,35 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from batchnorm_service import __version__, protocol, refusals
+from batchnorm_service.control import Control
 from batchnorm_service.errors import NotReadyError, ServiceError
+from batchnorm_service.gate import Gate
 from batchnorm_service.infer import Infer
-from batchnorm_service.models import Model, Repository
-from batchnorm_service.service import Service
+from batchnorm_service.lifecycle import watch
+from batchnorm_service.models import Model
+from batchnorm_service.service import Service, start
 from batchnorm_service.settings import Settings
-from batchnorm_service.statistics import Counters, Statistics
+from batchnorm_service.state import State
 
 _OF_MODEL: Final = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 _INFER: Final = re.compile("/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
 # What wraps every request, infer's included, the first outermost: makers of an ASGI application from the
 # service and the application inside.
-LAYERS: Final[tuple[Callable[[Service, ASGIApp], ASGIApp], ...]] = ()
+LAYERS: Final[tuple[Callable[[Service, ASGIApp], ASGIApp], ...]] = (Gate,)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, state: State | None = None) -> FastAPI:
     """Load the models and return the ASGI application that serves them; its `state.service` is the `Service`.
 
     Args:
-        settings: What to serve; None reads the environment, as workers and `uvicorn --factory` need it.
+        settings: What to serve; None reads the environment, as `uvicorn --factory` needs it.
+        state: What is shared with other processes; None for a process on its own.
 
     Raises:
         pydantic.ValidationError: the environment lacks a setting or has a wrong one.
     """
-    settings = settings or Settings()
-    return Application(Service(settings, Repository(settings.models), Statistics(Counters())))
+    return Application(start(settings or Settings(), state))
 
 
 class Application(FastAPI):
@@ -58,6 +61,7 @@ class Application(FastAPI):
             title="batchnorm-service",
             version=__version__,
             redirect_slashes=False,
+            lifespan=lambda _: watch(service.repository, service.keyring),
             exception_handlers={
                 ServiceError: _on_refusal,
                 HTTPException: _on_http_exception,
@@ -69,6 +73,7 @@ class Application(FastAPI):
         self.state.service = service
         self._infer = Infer(service)
         self._add_routes(_Endpoints(service))
+        Control(service).add_routes(self)
         self._way: ASGIApp = self._dispatch
         for layer in reversed(LAYERS):
             self._way = layer(service, self._way)
@@ -110,11 +115,14 @@ class _Endpoints:
     def __init__(self, service: Service) -> None:
         self._repository = service.repository
         self._statistics = service.statistics
+        self._lifecycle = service.lifecycle
 
     async def live(self) -> dict[str, bool]:
         return {"live": True}
 
     async def ready(self) -> dict[str, bool]:
+        if self._lifecycle.stopping:
+            raise NotReadyError("the service is about to end")
         if not self._repository.ready:
             raise NotReadyError("no model is loaded")
         # The text of the specification says "live" here, its servers and clients say "ready".

@@ -14,7 +14,7 @@ from contextlib import aclosing, suppress
 from typing import Any, Final
 
 from anyio import to_thread
-from fastapi import Request
+from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from batchnorm_service.errors import (
@@ -25,8 +25,8 @@ from batchnorm_service.errors import (
     UnsupportedError,
 )
 from batchnorm_service.metrics import Metrics
-from batchnorm_service.repository import Repository
-from batchnorm_service.state import PATIENCE_SECONDS, State
+from batchnorm_service.service import Service
+from batchnorm_service.state import PATIENCE_SECONDS
 from batchnorm_service.tensors import parse_json
 
 # Bodies of these requests are a few words.
@@ -34,18 +34,25 @@ MAX_BODY: Final = 64 * 1024
 
 
 class Control:
-    """The endpoints over one repository.
+    """The endpoints over one service."""
 
-    Args:
-        repository: The models of this process.
-        state: What is shared with the other processes.
-        allowed: Whether clients may load and unload.
-    """
+    def __init__(self, service: Service) -> None:
+        self._repository = service.repository
+        self._state = service.state
+        self._allowed = service.settings.control
+        self._metrics = Metrics(service)
 
-    def __init__(self, repository: Repository, state: State, *, allowed: bool) -> None:
-        self._repository = repository
-        self._state = state
-        self._allowed = allowed
+    def add_routes(self, app: FastAPI) -> None:
+        """Add the endpoints to an application."""
+        app.add_api_route("/metrics", self.metrics)
+        for path, endpoint in (
+            ("/index", self.index),
+            ("/models/{name}/load", self.load),
+            ("/models/{name}/unload", self.unload),
+        ):
+            app.add_api_route("/v2/repository" + path, endpoint, methods=["POST"])
+            named = "/v2/repository/{repository}" + path
+            app.add_api_route(named, self.named_repository, methods=["POST"], include_in_schema=False)
 
     async def index(self, request: Request) -> Response:
         """Name every model, whether it is served, and if not, why."""
@@ -80,6 +87,11 @@ class Control:
         """Refuse: there is one repository, without a name."""
         raise UnsupportedError("named repositories are not supported: there is one, without a name")
 
+    def metrics(self, request: Request) -> Response:
+        """Print the metrics of all processes for Prometheus."""
+        text, kind = self._metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
+
     def _check_allowed(self) -> None:
         if not self._allowed:
             raise ForbiddenError("loading and unloading is off: the service must be started with --control")
@@ -102,17 +114,6 @@ class Control:
             await asyncio.sleep(0.02)
 
 
-def metrics_endpoint(metrics: Metrics) -> Any:
-    """Return the endpoint that prints metrics, in the form that the client accepts."""
-
-    def print_metrics(request: Request) -> Response:
-        """Print the metrics of all processes for Prometheus."""
-        text, kind = metrics.text(request.headers.get("accept", ""))
-        return Response(text, headers={"content-type": kind})
-
-    return print_metrics
-
-
 async def _parameters(request: Request) -> dict[str, Any]:
     parameters = (await _object(request)).get("parameters", {})
     if type(parameters) is not dict:
@@ -121,7 +122,7 @@ async def _parameters(request: Request) -> dict[str, Any]:
 
 
 async def _object(request: Request) -> dict[str, Any]:
-    """Return the JSON object of a body; an empty body is an empty object, and its Content-Type is nobody's."""
+    """Return the JSON object of a body, whatever its Content-Type; an empty body is an empty object."""
     body = bytearray()
     async with aclosing(request.stream()) as chunks:
         async for chunk in chunks:

@@ -47,3 +47,27 @@ class UnsupportedEncodingError(UnsupportedError):
     """The body is compressed in a way that this service does not read."""
 
     headers: ClassVar[Mapping[str, str]] = {"Accept-Encoding": "gzip, deflate"}
+
+
+class LoadError(ServiceError):
+    """A model was to be loaded and cannot be; what was served before still is."""
+
+
+class UnauthorizedError(ServiceError):
+    """No key was given, or none that is known."""
+
+    headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class ForbiddenError(ServiceError):
+    """The key does not go so far, or nobody may: the control API is off."""
+
+
+class OverloadedError(ServiceError):
+    """As many requests or bytes are under way as the settings allow."""
+
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+
+
+class LaggingError(ServiceError):
+    """A change of the models stands, and not every worker has taken it in time."""

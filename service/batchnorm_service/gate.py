@@ -20,13 +20,11 @@ from batchnorm_service.counters import (
     IN_FLIGHT,
     SECONDS_NS,
     STATUSES,
-    SharedRows,
 )
 from batchnorm_service.errors import OverloadedError, ServiceError
-from batchnorm_service.keys import Keyring
 from batchnorm_service.logs import request_id, safe_id
 from batchnorm_service.refusals import answer_to
-from batchnorm_service.settings import Settings
+from batchnorm_service.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +47,19 @@ class Gate:
     """ASGI middleware.
 
     Args:
+        service: Its limits, keys and counters.
         app: What is behind it.
-        settings: The limits.
-        keyring: The keys; None lets everybody in.
-        rows: Where is counted.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, keyring: Keyring | None, rows: SharedRows) -> None:
+    def __init__(self, service: Service, app: ASGIApp) -> None:
+        settings = service.settings
         self._app = app
-        self._keyring = keyring
+        self._keyring = service.keyring
         self._max_requests = settings.max_requests
         self._max_queued = settings.max_queued
         self._max_body = settings.max_body
         self._access_log = settings.access_log
-        self._row = rows.process
+        self._row = service.rows.process
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -119,7 +116,7 @@ class Gate:
             self._log(scope, status, began)
 
     def _admitted(self, headers: Mapping[bytes, bytes]) -> int:
-        """Return the bytes that a request may come to hold; a body that announces no length may be the largest."""
+        """Return the bytes that a request may come to hold: the most where no length is announced."""
         size = min(int(headers.get(b"content-length", self._max_body)), self._max_body)
         row = self._row
         if row[IN_FLIGHT] >= self._max_requests or row[BYTES_IN_FLIGHT] + size > self._max_queued:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -28,8 +30,17 @@ class Lifecycle:
     stopping: bool = False
 
 
-async def watch(repository: Repository, keyring: Keyring | None) -> NoReturn:
-    """Take changes of the models and of the keys, for as long as the process lives."""
+@asynccontextmanager
+async def watch(repository: Repository, keyring: Keyring | None) -> AsyncIterator[None]:
+    """Take changes of the models and of the keys, while the block lasts."""
+    task = asyncio.create_task(_watch(repository, keyring))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _watch(repository: Repository, keyring: Keyring | None) -> NoReturn:
     said = ""
     while True:
         await asyncio.sleep(WATCH_SECONDS)

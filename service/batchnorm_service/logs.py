@@ -19,7 +19,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 
 
 def safe_id(given: str) -> str:
-    """Return an id from outside as it may stand in logs and headers: what is not safe is `_`, and it is cut."""
+    """Return an id from outside as it may stand in logs and headers: cut, and `_` for what is not safe."""
     return _UNSAFE.sub("_", given[:MAX_ID])
 
 

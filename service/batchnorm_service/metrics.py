@@ -27,10 +27,8 @@ from batchnorm_service.counters import (
     PROCESS_LENGTH,
     SECONDS_NS,
     STATUSES,
-    SharedRows,
 )
-from batchnorm_service.repository import Repository
-from batchnorm_service.state import State
+from batchnorm_service.service import Service
 
 MODEL: Final = ("model", "version")
 _STAGES: Final = {
@@ -54,18 +52,12 @@ _TRITON: Final = {
 
 
 class Metrics:
-    """What `/metrics` prints.
+    """What `/metrics` prints of a service; the counters are those that `/stats` prints too."""
 
-    Args:
-        rows: The counters, which `/stats` prints too.
-        repository: The models of this process.
-        state: What the processes share.
-    """
-
-    def __init__(self, rows: SharedRows, repository: Repository, state: State) -> None:
-        self._rows = rows
-        self._repository = repository
-        self._state = state
+    def __init__(self, service: Service) -> None:
+        self._rows = service.rows
+        self._repository = service.repository
+        self._state = service.state
         self._registry = CollectorRegistry()
         self._registry.register(self)
 

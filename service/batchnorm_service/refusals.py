@@ -11,22 +11,32 @@ from starlette.responses import Response
 from batchnorm_service.errors import (
     BodyTooLargeError,
     FingerprintMismatchError,
+    ForbiddenError,
     InvalidInputError,
+    LaggingError,
+    LoadError,
     ModelNotFoundError,
     NotReadyError,
+    OverloadedError,
     ServiceError,
+    UnauthorizedError,
     UnsupportedEncodingError,
     UnsupportedError,
 )
 
 STATUS: Final[dict[type[ServiceError], int]] = {
     InvalidInputError: 400,
+    LoadError: 400,
+    UnauthorizedError: 401,
+    ForbiddenError: 403,
     ModelNotFoundError: 404,
     FingerprintMismatchError: 409,
     BodyTooLargeError: 413,
     UnsupportedError: 501,
     UnsupportedEncodingError: 501,
     NotReadyError: 503,
+    OverloadedError: 503,
+    LaggingError: 503,
 }
 
 DEFECT: Final = "internal error; the log of the service has the traceback"

@@ -22,7 +22,7 @@ UNLOADED: Final = "unloaded"
 class _Served:
     """What is answered by, replaced as a whole: a request that has taken its model keeps it."""
 
-    listing: Listing = Listing(0)
+    listing: Listing = field(default_factory=lambda: Listing(0))
     mark: tuple[int, int] | None = None
     models: Mapping[str, Mapping[str, Model]] = field(default_factory=dict)
     # The highest version of each model.
@@ -86,7 +86,8 @@ class Repository:
             pass
         for entry in served.listing.entries:
             if entry.name == name and version in (None, entry.version) and not entry.fingerprint:
-                raise NotReadyError(f"model {_label(name, version)} is not loaded: {entry.reason}")
+                why = UNLOADED if entry.reason == UNLOADED else "not loaded, the repository's index says why"
+                raise NotReadyError(f"model {_label(name, version)} is {why}")
         raise ModelNotFoundError(f"there is no model {_label(name, version)}")
 
     def index(self) -> list[Entry]:

@@ -162,10 +162,10 @@ def configuration(settings: Settings, app: Any = None) -> uvicorn.Config:
 
 def serve(settings: Settings, state: State, listener: socket.socket) -> None:
     """Serve on a bound socket until SIGTERM or SIGINT."""
-    lifecycle = Lifecycle()
     try:
-        app = create_app(settings, state, lifecycle)
+        app = create_app(settings, state)
     except Exception:
         logger.exception("the process could not start")
         sys.exit(STARTUP_FAILURE)
+    lifecycle: Lifecycle = app.state.service.lifecycle
     Server(configuration(settings, app), lifecycle, settings.drain_seconds).run(sockets=[listener])

@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     """What a process is started with; immutable.
 
     Raises:
-        pydantic.ValidationError: a value is missing, out of range or at odds with another; it is a ValueError.
+        pydantic.ValidationError: a value is missing, wrong or at odds with another; it is a ValueError.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
@@ -77,9 +77,7 @@ class Settings(BaseSettings):
                 f"--model-name must match {NAME.pattern} and be none of {', '.join(RESERVED_NAMES)}"
             )
         if not (_is_loopback(self.host) or self.keys or self.allow_anonymous):
-            raise ValueError(
-                f"--host {self.host} is no loopback address: give --keys, or --allow-anonymous to serve anyone"
-            )
+            raise ValueError(f"--host {self.host} is no loopback address: give --keys or --allow-anonymous")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
         if self.tls_client_ca and not self.tls_cert:

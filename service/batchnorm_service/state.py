@@ -5,8 +5,8 @@
     workers/ID             one file a worker, locked while it lives; it holds the generation that it serves
     lock                   held by whoever changes the list
 
-The directory of models is the truth that the list is made from, on start and by each load. Workers take layers
-from here and not from there, so that all of them, and those that are started later, serve the same bytes.
+The directory of models is the truth that the list is made from, on start and by each load. Workers take
+layers from here and not from there, so that all of them, and those started later, serve the same bytes.
 """
 
 from __future__ import annotations

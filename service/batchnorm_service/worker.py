@@ -1,4 +1,4 @@
-"""`python -m batchnorm_service.worker STATE SOCKET ALIVE`: one of several processes, started by the supervisor."""
+"""`python -m batchnorm_service.worker STATE SOCKET ALIVE`: one of several, started by the supervisor."""
 
 from __future__ import annotations
 

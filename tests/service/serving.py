@@ -121,7 +121,7 @@ def serve(log: Path, *arguments: str, command=("-m", "batchnorm_service"), envir
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            env={**os.environ, **(environment or {})},
+            env={"BATCHNORM_SERVICE_DRAIN_SECONDS": "0", **os.environ, **(environment or {})},
             start_new_session=True,  # so that workers can be ended with it
         )
     try:

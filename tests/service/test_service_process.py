@@ -102,7 +102,7 @@ def test_misuse(arguments, reason):
 def test_a_taken_port(server, models):
     result = command(str(models), "--port", str(server.port))
     assert result.returncode not in (0, 2)
-    assert "address already in use" in result.stderr
+    assert "address already in use" in result.stderr.lower()
     assert "Traceback" not in result.stderr
 
 
