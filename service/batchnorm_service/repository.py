@@ -86,13 +86,13 @@ class Repository:
             pass
         for entry in served.listing.entries:
             if entry.name == name and version in (None, entry.version) and not entry.fingerprint:
-                why = UNLOADED if entry.reason == UNLOADED else "not loaded, the repository's index says why"
-                raise NotReadyError(f"model {_label(name, version)} is {why}")
+                why = "is unloaded" if entry.reason == UNLOADED else "could not be loaded, the index says why"
+                raise NotReadyError(f"model {_label(name, version)} {why}")
         raise ModelNotFoundError(f"there is no model {_label(name, version)}")
 
     def index(self) -> list[Entry]:
         """Return what is loaded, what is not and why, and what lies in the directory and was never loaded."""
-        listed = self._served.listing.entries
+        listed = self._state.listing().entries
         known = {(entry.name, entry.version) for entry in listed}
         new = [
             Entry(source.name, source.version, None, source.problem or "not loaded yet")
