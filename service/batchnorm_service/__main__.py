@@ -37,6 +37,7 @@ def _option(flag: str, field: str) -> Callable[[_F], _F]:
 @_option("--port", "port")
 @_option("--workers", "workers")
 @_option("--max-body", "max_body")
+@_option("--nan", "nan")
 @click.version_option(__version__)
 def main(**options: Any) -> None:
     """Serve the frozen layers in DIR over HTTP (Open Inference Protocol v2).

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from batchnorm_service.models import Repository
+from batchnorm_service.protocol import Rules
 from batchnorm_service.settings import Settings
 from batchnorm_service.statistics import Statistics
 
@@ -16,3 +18,8 @@ class Service:
     settings: Settings
     repository: Repository
     statistics: Statistics
+
+    @cached_property
+    def rules(self) -> Rules:
+        """What the settings say of messages."""
+        return Rules(null=self.settings.nan == "null")

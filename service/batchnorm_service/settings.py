@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import ByteSize, DirectoryPath, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -25,4 +25,8 @@ class Settings(BaseSettings):
     workers: int = Field(default=1, ge=1, description="Number of processes")
     max_body: ByteSize = Field(
         default=ByteSize(64 * 2**20), ge=1, description="Largest body, in bytes or as 64MiB"
+    )
+    nan: Literal["tokens", "null"] = Field(
+        default="tokens",
+        description="NaN and infinities in JSON answers: the tokens NaN, Infinity and -Infinity, or null",
     )
