@@ -9,6 +9,7 @@ __all__ = [
     "Affine",
     "Cache",
     "GradientSums",
+    "JsonNumbers",
     "Moments",
     "__version__",
     "backward",
@@ -18,6 +19,8 @@ __all__ = [
     "gradient_sums",
     "infer",
     "infer_backward",
+    "json_cut_data",
+    "json_numbers",
     "moments",
     "normalize",
     "set_num_threads",
@@ -100,6 +103,16 @@ class Affine:
         self, dy: Any, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None
     ) -> Gradients: ...
 
+@final
+class JsonNumbers:
+    @property
+    def shape(self) -> list[int]: ...
+    def float32(self) -> NDArray[np.float32]: ...
+    def float64(self) -> NDArray[np.float64]: ...
+    def __len__(self) -> int: ...
+
+def json_cut_data(text: bytes, max_elements: int) -> tuple[bytes, list[JsonNumbers]]: ...
+def json_numbers(values: NDArray[np.float32 | np.float64], null: bool) -> bytes: ...
 def moments(x: Any, *, channel_axis: int = 1) -> Moments: ...
 def normalize(
     x: Any,

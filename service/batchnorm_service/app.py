@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from batchnorm_service import __version__, protocol, refusals
+from batchnorm_service import __version__, metadata, refusals
 from batchnorm_service.control import Control
 from batchnorm_service.errors import NotReadyError, ServiceError
 from batchnorm_service.gate import Gate
@@ -60,6 +60,8 @@ class Application(FastAPI):
         super().__init__(
             title="batchnorm-service",
             version=__version__,
+            redoc_url=None,
+            swagger_ui_oauth2_redirect_url=None,
             redirect_slashes=False,
             lifespan=lambda _: watch(service.repository, service.keyring),
             exception_handlers={
@@ -129,7 +131,7 @@ class _Endpoints:
         return {"ready": True, "live": True}
 
     async def server_metadata(self) -> dict[str, Any]:
-        return {"name": "batchnorm-service", "version": __version__, "extensions": protocol.EXTENSIONS}
+        return metadata.server()
 
     async def model_names(self) -> dict[str, list[str]]:
         return {"models": self._repository.names()}
@@ -139,10 +141,10 @@ class _Endpoints:
 
     async def model_metadata(self, request: Request) -> dict[str, Any]:
         model = self._model(request)
-        return protocol.metadata(model, self._repository.versions(model.name))
+        return metadata.of_model(model, self._repository.versions(model.name))
 
     async def model_configuration(self, request: Request) -> dict[str, Any]:
-        return protocol.configuration(self._model(request))
+        return metadata.configuration(self._model(request))
 
     async def model_statistics(self, request: Request) -> dict[str, Any]:
         return self._statistics.of(self._versions(**request.path_params))

@@ -25,6 +25,7 @@ from batchnorm_service.errors import (
     UnsupportedError,
 )
 from batchnorm_service.metrics import Metrics
+from batchnorm_service.protocol import Rules
 from batchnorm_service.service import Service
 from batchnorm_service.state import PATIENCE_SECONDS
 from batchnorm_service.tensors import parse_json
@@ -129,7 +130,7 @@ async def _object(request: Request) -> dict[str, Any]:
             body += chunk
             if len(body) > MAX_BODY:
                 raise BodyTooLargeError(f"the body exceeds the limit of {MAX_BODY} bytes for this path")
-    found = parse_json(bytes(body)) if body.strip() else {}
+    found = parse_json(bytes(body), Rules.max_depth) if body.strip() else {}
     if type(found) is not dict:
         raise InvalidInputError("the body must be an object, or empty")
     return found

@@ -6,11 +6,13 @@ import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from batchnorm_service.counters import SharedRows
 from batchnorm_service.keys import Keyring
 from batchnorm_service.lifecycle import Lifecycle
+from batchnorm_service.protocol import Rules
 from batchnorm_service.repository import Repository
 from batchnorm_service.settings import Settings
 from batchnorm_service.state import State
@@ -38,6 +40,11 @@ class Service:
     statistics: Statistics
     keyring: Keyring | None
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+
+    @cached_property
+    def rules(self) -> Rules:
+        """What the settings say of messages."""
+        return Rules(self.settings.max_elements, null=self.settings.nan == "null")
 
 
 def start(settings: Settings, state: State | None = None) -> Service:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from pydantic import ByteSize, DirectoryPath, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -54,6 +54,10 @@ class Settings(BaseSettings):
 
     max_body: ByteSize = Field(
         default=ByteSize(64 * MIB), ge=1, description="Largest body, compressed or not, in bytes or as 64MiB"
+    )
+    nan: Literal["tokens", "null"] = Field(
+        default="tokens",
+        description="NaN and infinities in JSON answers: the tokens NaN, Infinity and -Infinity, or null",
     )
     max_elements: int = Field(default=2**24, ge=1, description="Most elements of a tensor")
     max_requests: int = Field(default=256, ge=1, description="Most inference requests in flight, per process")

@@ -159,6 +159,12 @@ class State:
         self._own = os.open(self._workers / self.identity, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._own, fcntl.LOCK_EX)
 
+    def leave(self) -> None:
+        """Count as a worker no longer; the end of the process does the same."""
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
     def acknowledge(self, generation: int) -> None:
         """Say that this worker answers by this generation of the list."""
         if self._own is not None:

@@ -1,4 +1,4 @@
-"""Models are loaded and unloaded while the service runs, in one process and in several, from good files and bad."""
+"""Models are loaded and unloaded while the service runs, in one process or several, whatever the files."""
 
 from __future__ import annotations
 
