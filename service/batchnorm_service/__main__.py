@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,10 +20,12 @@ import batchnorm
 from batchnorm_service import __version__, logs
 from batchnorm_service.keys import SCOPES, Keyring, new_key
 from batchnorm_service.repository import Repository
-from batchnorm_service.server import configuration, serve, tls_context
+from batchnorm_service.server import serve, tls_context
 from batchnorm_service.settings import ENV_PREFIX, Settings
 from batchnorm_service.state import State
 from batchnorm_service.supervisor import supervise
+
+logger = logging.getLogger("batchnorm_service")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -75,7 +79,7 @@ def main(**options: Any) -> None:
     is not given is read from the environment: BATCHNORM_SERVICE_MODELS for DIR, BATCHNORM_SERVICE_PORT and so
     on. The address that is bound is logged to standard error.
 
-    Example: batchnorm-service models --port 8080
+    Example: batchnorm serve . --port 8080
     """
     settings = _settings({name: value for name, value in options.items() if value is not None})
     # Workers are new processes: they read what was decided here from the environment.
@@ -118,11 +122,25 @@ def _run(settings: Settings, state: State) -> int:
     if failed and settings.strict:
         click.echo(f"{len(failed)} models could not be loaded, and --strict was given", err=True)
         return 1
-    listener = configuration(settings).bind_socket()
+    listener = _listening(settings)
     if settings.workers > 1:
         return supervise(settings, state, listener)
     serve(settings, state, listener)
     return 0
+
+
+def _listening(settings: Settings) -> socket.socket:
+    """Return a socket at the address; who connects before the service answers waits."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    address = settings.host, settings.port
+    try:
+        listener = socket.create_server(address, family=family, backlog=settings.max_connections)
+    except OSError as reason:
+        raise click.ClickException(f"{settings.host}:{settings.port}: {reason.strerror}") from None
+    scheme, host = "https" if settings.tls_cert else "http", settings.host
+    shown = f"[{host}]" if ":" in host else host
+    logger.info("listening on %s://%s:%d", scheme, shown, listener.getsockname()[1])
+    return listener
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, Final
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -139,13 +140,10 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def configuration(settings: Settings, app: Any = None) -> uvicorn.Config:
-    """Return how uvicorn is to run this application; without one it is of use to bind the address alone."""
+def _configuration(settings: Settings, app: FastAPI) -> uvicorn.Config:
     context = tls_context(settings)
     return uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         http=type("LimitedConnection", (Connection,), {"limits": settings}),
         ws="none",
         lifespan="on",
@@ -168,4 +166,4 @@ def serve(settings: Settings, state: State, listener: socket.socket) -> None:
         logger.exception("the process could not start")
         sys.exit(STARTUP_FAILURE)
     lifecycle: Lifecycle = app.state.service.lifecycle
-    Server(configuration(settings, app), lifecycle, settings.drain_seconds).run(sockets=[listener])
+    Server(_configuration(settings, app), lifecycle, settings.drain_seconds).run(sockets=[listener])

@@ -52,12 +52,12 @@ class Settings(BaseSettings):
     )
     access_log: bool = Field(default=False, description="Log every request")
 
-    max_body: ByteSize = Field(
-        default=ByteSize(64 * MIB), ge=1, description="Largest body, compressed or not, in bytes or as 64MiB"
-    )
     nan: Literal["tokens", "null"] = Field(
         default="tokens",
         description="NaN and infinities in JSON answers: the tokens NaN, Infinity and -Infinity, or null",
+    )
+    max_body: ByteSize = Field(
+        default=ByteSize(64 * MIB), ge=1, description="Largest body, compressed or not, in bytes or as 64MiB"
     )
     max_elements: int = Field(default=2**24, ge=1, description="Most elements of a tensor")
     max_requests: int = Field(default=256, ge=1, description="Most inference requests in flight, per process")

@@ -42,6 +42,7 @@ class _Supervisor:
         descriptors = (listener.fileno(), alive)
         arguments = (str(state.path), *map(str, descriptors))
         self._settings = settings
+        self._listener = listener
         self._command = (sys.executable, "-m", "batchnorm_service.worker", *arguments)
         self._descriptors = descriptors
         self._running: set[Process] = set()
@@ -54,6 +55,7 @@ class _Supervisor:
             loop.add_signal_handler(sig, self._stop, sig)
         slots = [asyncio.create_task(self._keep_one()) for _ in range(self._settings.workers)]
         await self._stopping.wait()
+        self._listener.close()  # else clients could still connect when the last worker has closed its own
         patience = self._settings.drain_seconds + SHUTDOWN_SECONDS + 5
         await asyncio.wait(slots, timeout=patience)
         for process in self._running:

@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -259,7 +260,12 @@ def test_without_room_for_counters_a_process_counts_for_itself(tmp_path, caplog)
     state = State(tmp_path)
     state.register()
     rows = SharedRows(state)
-    (tmp_path / "counters" / state.identity / "a@1").mkdir()
-    rows.mine("a", "1")[statistics.ROWS] += 5
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        rows.mine("a", "1")[statistics.ROWS] += 5
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert rows.models() == set()
     assert rows.mine("a", "1")[statistics.ROWS] == 5
     assert "are of this process alone" in caplog.text
