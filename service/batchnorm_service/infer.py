@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from anyio import to_thread
 from starlette.types import Receive, Scope, Send
 
 from batchnorm_service import protocol, refusals
-from batchnorm_service.body import CODINGS, DisconnectedError, compress, decompress, read
+from batchnorm_service.body import CODINGS, DisconnectedError, compress, decompress, keep_memory, read
 from batchnorm_service.errors import ServiceError, UnsupportedEncodingError
 from batchnorm_service.models import Model
 from batchnorm_service.service import Service
@@ -20,6 +20,8 @@ INLINE_BYTES: Final = 256 * 1024
 # Up to this size the parts of an answer are joined: a copy costs less than a second call of the server.
 JOINED_BYTES: Final = 64 * 1024
 
+_Headers: TypeAlias = list[tuple[bytes, bytes]]
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +30,7 @@ class Infer:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        keep_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; `path_params` of the scope names the model."""
@@ -52,7 +55,7 @@ class Infer:
 
     async def _answer(
         self, model: Model, headers: dict[bytes, bytes], receive: Receive
-    ) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+    ) -> tuple[_Headers, list[Any]]:
         """Return the headers of the answer and the parts of its body."""
         service = self._service
         limit = service.settings.max_body
@@ -67,7 +70,7 @@ class Infer:
         body = await read(None if length is None else int(length), receive, limit)
         arrived = perf_counter_ns()
 
-        def work() -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+        def work() -> tuple[_Headers, list[Any]]:
             began = perf_counter_ns()
             try:
                 plain = body if given == b"identity" else decompress(given, body, limit)
@@ -90,20 +93,18 @@ class Infer:
         return work() if small else await to_thread.run_sync(work)
 
 
-def _message(
-    model: Model, reply: protocol.Reply, coding: bytes
-) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+def _message(model: Model, reply: protocol.Reply, coding: bytes) -> tuple[_Headers, list[Any]]:
     """Return the headers and the parts of the body of an answer."""
-    parts = [reply.text] if reply.tensor is None else [reply.text, reply.tensor]
+    parts: list[Any] = reply.parts
     headers = [(b"batchnorm-fingerprint", model.layer.fingerprint.encode())]
-    if reply.tensor is None:
+    if reply.json_length is None:
         headers.append((b"content-type", b"application/json"))
     else:
         headers.append((b"content-type", b"application/octet-stream"))
-        headers.append((b"inference-header-content-length", b"%d" % len(reply.text)))
+        headers.append((b"inference-header-content-length", b"%d" % reply.json_length))
     if coding in CODINGS:
-        parts = [compress(coding, *parts)]
+        parts = [compress(coding, parts)]
         headers.append((b"content-encoding", coding))
     size = sum(map(len, parts))
     headers.append((b"content-length", b"%d" % size))
-    return headers, parts if size > JOINED_BYTES else [b"".join(parts)]
+    return headers, [b"".join(parts)] if len(parts) > 1 and size <= JOINED_BYTES else parts

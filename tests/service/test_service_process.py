@@ -60,7 +60,8 @@ def test_settings(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     plain = Settings(models=tmp_path)
     assert plain.model_dump() == {
-        "models": tmp_path, "host": "127.0.0.1", "port": 8080, "workers": 1, "max_body": 64 * 2**20, "nan": "tokens"
+        "models": tmp_path, "host": "127.0.0.1", "port": 8080, "workers": 1, "max_body": 64 * 2**20,
+        "nan": "tokens",
     }  # fmt: skip
     with pytest.raises(ValueError, match="models"):
         Settings()
