@@ -29,8 +29,8 @@ class DisconnectedError(Exception):
 def keep_memory() -> None:
     """Make the C library keep freed memory for the next message.
 
-    It would give blocks of the size of tensors back to the kernel and have it clear them for the next request,
-    which takes as long as to normalize them. Where the library is not glibc this does nothing.
+    It would give blocks of the size of tensors back to the kernel and have it clear them for the next
+    request, which takes as long as to normalize them. Where the library is not glibc this does nothing.
     """
     np.empty(_KEPT, np.uint8)
 

@@ -28,7 +28,7 @@ from batchnorm_service.tensors import (
     view,
 )
 
-_LENGTH: Final = re.compile(r"[0-9]{1,18}")
+_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Reply(NamedTuple):
     write: int
 
 
-def infer(model: Model, body: Bytes, json_length: str | None, rules: Rules) -> Reply:
+def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) -> Reply:
     """Answer one inference request.
 
     Args:
@@ -115,7 +115,7 @@ def infer(model: Model, body: Bytes, json_length: str | None, rules: Rules) -> R
 
 
 def _read(
-    model: Model, body: Bytes, json_length: str | None, rules: Rules
+    model: Model, body: Bytes, json_length: bytes | None, rules: Rules
 ) -> tuple[Head, list[JsonNumbers], int]:
     """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
@@ -134,11 +134,11 @@ def _read(
     return head, arrays, length
 
 
-def _json_length(given: str, available: int) -> int:
+def _json_length(given: bytes, available: int) -> int:
     if not _LENGTH.fullmatch(given) or int(given) > available:
         raise InvalidInputError(
             f"Inference-Header-Content-Length must be a number up to the {available} bytes of the body, "
-            f"got {reprlib.repr(given)}"
+            f"got {reprlib.repr(given.decode('latin-1'))}"
         )
     return int(given)
 
