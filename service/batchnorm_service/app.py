@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from batchnorm_service import __version__, metadata, refusals
+from batchnorm_service import __version__, metadata, openapi, refusals
 from batchnorm_service.control import Control
 from batchnorm_service.errors import NotReadyError, ServiceError
 from batchnorm_service.gate import Gate
@@ -83,6 +83,10 @@ class Application(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         await self._way(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document."""
+        return openapi.document(super().openapi())
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (

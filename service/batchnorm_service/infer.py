@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from anyio import to_thread
 from starlette.types import Receive, Scope, Send
 
 from batchnorm_service import protocol, refusals
-from batchnorm_service.body import CODINGS, DisconnectedError, compress, decompress, read
+from batchnorm_service.body import CODINGS, DisconnectedError, compress, decompress, keep_memory, read
 from batchnorm_service.errors import ServiceError, UnsupportedEncodingError
 from batchnorm_service.models import Model
 from batchnorm_service.service import Service
@@ -20,6 +20,9 @@ INLINE_BYTES: Final = 256 * 1024
 # Up to this size the parts of an answer are joined: a copy costs less than a second call of the server.
 JOINED_BYTES: Final = 64 * 1024
 
+_JSON_LENGTH: Final = b"inference-header-content-length"
+_Headers: TypeAlias = list[tuple[bytes, bytes]]
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,6 +31,7 @@ class Infer:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        keep_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; `path_params` of the scope names the model."""
@@ -52,11 +56,11 @@ class Infer:
 
     async def _answer(
         self, model: Model, headers: dict[bytes, bytes], receive: Receive
-    ) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+    ) -> tuple[_Headers, list[Any]]:
         """Return the headers of the answer and the parts of its body."""
         service = self._service
         limit = service.settings.max_body
-        given = headers.get(b"content-encoding", b"identity").lower()
+        given = headers.get(b"content-encoding", b"").lower() or b"identity"
         if given != b"identity" and given not in CODINGS:
             raise UnsupportedEncodingError(
                 f"Content-Encoding {given.decode('latin-1')!r} is not gzip or deflate"
@@ -67,43 +71,35 @@ class Infer:
         body = await read(None if length is None else int(length), receive, limit)
         arrived = perf_counter_ns()
 
-        def work() -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+        def work() -> tuple[protocol.Reply, tuple[_Headers, list[Any]], int]:
             began = perf_counter_ns()
-            try:
-                plain = body if given == b"identity" else decompress(given, body, limit)
-                json_length = headers.get(b"inference-header-content-length")
-                reply = protocol.infer(
-                    model,
-                    plain,
-                    None if json_length is None else json_length.decode("latin-1"),
-                    service.rules,
-                )
-            except ServiceError:
-                service.statistics.failed(model, perf_counter_ns() - arrived)
-                raise
-            service.statistics.succeeded(
-                model, reply.rows, began - arrived, reply.read, reply.compute, reply.write
-            )
-            return _message(model, reply, wanted)
+            plain = body if given == b"identity" else decompress(given, body, limit)
+            reply = protocol.infer(model, plain, headers.get(_JSON_LENGTH), service.rules)
+            return reply, _message(model, reply, wanted), began - arrived
 
         small = len(body) <= INLINE_BYTES and given == b"identity" and wanted not in CODINGS
-        return work() if small else await to_thread.run_sync(work)
+        try:
+            reply, message, queue = work() if small else await to_thread.run_sync(work)
+        except ServiceError:
+            service.statistics.failed(model, perf_counter_ns() - arrived)
+            raise
+        # Here and not in the thread: adding to a number is two steps.
+        service.statistics.succeeded(model, reply.rows, queue, reply.read, reply.compute, reply.write)
+        return message
 
 
-def _message(
-    model: Model, reply: protocol.Reply, coding: bytes
-) -> tuple[list[tuple[bytes, bytes]], list[Any]]:
+def _message(model: Model, reply: protocol.Reply, coding: bytes) -> tuple[_Headers, list[Any]]:
     """Return the headers and the parts of the body of an answer."""
-    parts = [reply.text] if reply.tensor is None else [reply.text, reply.tensor]
+    parts: list[Any] = reply.parts
     headers = [(b"batchnorm-fingerprint", model.layer.fingerprint.encode())]
-    if reply.tensor is None:
+    if reply.json_length is None:
         headers.append((b"content-type", b"application/json"))
     else:
         headers.append((b"content-type", b"application/octet-stream"))
-        headers.append((b"inference-header-content-length", b"%d" % len(reply.text)))
+        headers.append((_JSON_LENGTH, b"%d" % reply.json_length))
     if coding in CODINGS:
-        parts = [compress(coding, *parts)]
+        parts = [compress(coding, parts)]
         headers.append((b"content-encoding", coding))
     size = sum(map(len, parts))
     headers.append((b"content-length", b"%d" % size))
-    return headers, parts if size > JOINED_BYTES else [b"".join(parts)]
+    return headers, [b"".join(parts)] if len(parts) > 1 and size <= JOINED_BYTES else parts

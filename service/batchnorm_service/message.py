@@ -66,19 +66,15 @@ class Head:
         return self.count * self.dtype.itemsize
 
     @cached_property
-    def opening(self) -> bytes:
-        """The beginning of the answer's JSON, up to the name of the model."""
+    def answer(self) -> tuple[bytes, bytes]:
+        """The JSON of the answer around the name of the model, up to the numbers if they are in it."""
         # An id may hold what UTF-8 cannot (a lone surrogate); the standard library escapes it.
-        return b'{"id":%b,' % json.dumps(self.id).encode() if self.id else b"{"
-
-    @cached_property
-    def closing(self) -> bytes:
-        """The rest of the answer's JSON: all of it, or up to the array of numbers."""
+        opening = f'{{"id":{json.dumps(self.id)},' if self.id else "{"
         output: dict[str, Any] = {"name": OUTPUT, "datatype": self.datatype, "shape": self.shape}
         if self.binary:
             output["parameters"] = {"binary_data_size": self.nbytes}
-        text = orjson.dumps({"outputs": [output]})[1:]
-        return text if self.binary else text.removesuffix(b"}]}") + b',"data":'
+        closing = orjson.dumps({"outputs": [output]})[1:]
+        return opening.encode(), closing if self.binary else closing.removesuffix(b"}]}") + b',"data":'
 
 
 def raw(model: Model, size: int) -> Head:

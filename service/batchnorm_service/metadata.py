@@ -10,7 +10,7 @@ from batchnorm_service.models import Model
 from batchnorm_service.tensors import DATATYPES
 
 PLATFORM: Final = "batchnorm_safetensors"
-EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "statistics"]
+EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 
 
 def server() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import re
 import reprlib
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from batchnorm_service.message import INPUT, Head
 from batchnorm_service.models import Model
 from batchnorm_service.tensors import (
     DATATYPES,
+    Bytes,
     cut_data,
     numbers_from_json,
-    numbers_to_json,
+    put_data,
     view,
 )
 
-_LENGTH: Final = re.compile(r"[0-9]{1,18}")
+_LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,27 @@ class Rules:
     null: bool = False
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """An inference response, and what it took.
 
     Attributes:
-        text: The JSON; all of it, or what comes before the bytes of the tensor.
-        tensor: Those bytes; None where the tensor is in the JSON.
+        parts: The message.
+        json_length: Length of its JSON part where bytes follow, else None.
         rows: Size of the batch.
         read: Nanoseconds that parsing took.
         compute: Nanoseconds that the layer took.
         write: Nanoseconds that printing took.
     """
 
-    text: bytes
-    tensor: bytearray | memoryview | None
+    parts: list[bytes | bytearray | memoryview]
+    json_length: int | None
     rows: int
     read: int
     compute: int
     write: int
 
 
-def infer(model: Model, body: bytes | memoryview, json_length: str | None, rules: Rules) -> Reply:
+def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) -> Reply:
     """Answer one inference request.
 
     Args:
@@ -84,12 +84,12 @@ def infer(model: Model, body: bytes | memoryview, json_length: str | None, rules
     began = perf_counter_ns()
     head, arrays, length = _read(model, body, json_length, rules)
     _check(model, head)
-    if head.size is not None:
+    if head.size is None:
+        x = numbers_from_json(arrays[head.array], head.shape, head.datatype)
+        memory: bytearray | memoryview = x.reshape(-1).view(np.uint8).data
+    else:
         memory = _memory(head, body, length)
         x = view(memory, head.shape, head.dtype)
-    else:
-        x = numbers_from_json(arrays[head.array], head.shape, head.datatype)
-        memory = x.reshape(-1).view(np.uint8).data
     if x.size > rules.max_elements:
         raise BodyTooLargeError(
             f"input {INPUT!r}: up to {rules.max_elements} elements are taken, not {x.size}"
@@ -97,20 +97,16 @@ def infer(model: Model, body: bytes | memoryview, json_length: str | None, rules
     read = perf_counter_ns()
     model.infer(x, out=x)
     computed = perf_counter_ns()
-    text = b'%b"model_name":"%b","model_version":"%b",%b' % (
-        head.opening,
-        model.name.encode(),
-        model.version.encode(),
-        head.closing,
-    )
+    text = f'"model_name":"{model.name}","model_version":"{model.version}",'.encode().join(head.answer)
     if head.binary:
         # Blanks after JSON are JSON: the tensor starts at a multiple of the largest element.
         text += b" " * (-len(text) % 8)
+        parts: list[bytes | bytearray | memoryview] = [text, memory]
     else:
-        text = b"%b%b}]}" % (text, numbers_to_json(x, rules.null))
+        parts = [put_data(text, x, b"}]}", rules.null)]
     return Reply(
-        text,
-        memory if head.binary else None,
+        parts,
+        len(text) if head.binary else None,
         _rows(model, head.shape),
         read - began,
         computed - read,
@@ -119,16 +115,17 @@ def infer(model: Model, body: bytes | memoryview, json_length: str | None, rules
 
 
 def _read(
-    model: Model, body: bytes | memoryview, json_length: str | None, rules: Rules
+    model: Model, body: Bytes, json_length: bytes | None, rules: Rules
 ) -> tuple[Head, list[JsonNumbers], int]:
     """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
     if length == 0 and json_length is not None:
         return message.raw(model, len(body)), [], 0
-    text = bytes(body[:length])
     arrays: list[JsonNumbers] = []
     if length == len(body):
-        text, arrays = cut_data(text, rules.max_elements)
+        text, arrays = cut_data(body, rules.max_elements)
+    else:
+        text = bytes(body[:length])
     head = message.parse(text, rules.max_depth)
     if (rest := len(body) - length) != (head.size or 0):
         raise InvalidInputError(
@@ -137,11 +134,11 @@ def _read(
     return head, arrays, length
 
 
-def _json_length(given: str, available: int) -> int:
+def _json_length(given: bytes, available: int) -> int:
     if not _LENGTH.fullmatch(given) or int(given) > available:
         raise InvalidInputError(
             f"Inference-Header-Content-Length must be a number up to the {available} bytes of the body, "
-            f"got {reprlib.repr(given)}"
+            f"got {reprlib.repr(given.decode('latin-1'))}"
         )
     return int(given)
 
@@ -157,15 +154,14 @@ def _check(model: Model, head: Head) -> None:
         )
 
 
-def _memory(head: Head, body: bytes | memoryview, start: int) -> bytearray | memoryview:
+def _memory(head: Head, body: Bytes, start: int) -> bytearray | memoryview:
     """Return writable memory with the bytes of the tensor: those of the body, if they can be written."""
-    given = len(body) - start
-    if given != head.nbytes:
+    given = memoryview(body)[start:]
+    if len(given) != head.nbytes:
         raise InvalidInputError(
-            f"input {INPUT!r}: {head.nbytes} bytes wanted for shape {list(head.shape)}, got {given}"
+            f"input {INPUT!r}: {head.nbytes} bytes wanted for shape {list(head.shape)}, got {len(given)}"
         )
-    memory = memoryview(body)[start:]
-    return bytearray(memory) if memory.readonly else memory
+    return bytearray(given) if given.readonly else given
 
 
 def _rows(model: Model, shape: tuple[int, ...]) -> int:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from batchnorm._core import JsonNumbers, json_cut_data, json_numbers
+from batchnorm._core import JsonNumbers, json_cut_data, json_put_data
 from batchnorm_service.errors import BodyTooLargeError, InvalidInputError, UnsupportedError
+
+# A message, in memory that cannot be written or that can.
+Bytes: TypeAlias = bytes | memoryview
 
 DTYPES: Final = {"FP32": "float32", "FP64": "float64", "FP16": "float16", "BF16": "bfloat16"}
 DATATYPES: Final = {dtype: datatype for datatype, dtype in DTYPES.items()}
@@ -53,7 +56,7 @@ def view(
         raise InvalidInputError(f"shape {list(shape)}: {refusal}") from refusal
 
 
-def cut_data(text: bytes, max_elements: int) -> tuple[bytes, list[JsonNumbers]]:
+def cut_data(text: Bytes, max_elements: int) -> tuple[bytes, list[JsonNumbers]]:
     """Take the `data` arrays out of the JSON of a request: their numbers never become objects.
 
     NaN, Infinity and -Infinity are numbers too, and null is NaN.
@@ -67,7 +70,7 @@ def cut_data(text: bytes, max_elements: int) -> tuple[bytes, list[JsonNumbers]]:
         BodyTooLargeError: there are more than `max_elements` numbers.
     """
     try:
-        return json_cut_data(text, max_elements)
+        return json_cut_data(text if type(text) is bytes else np.frombuffer(text, np.uint8), max_elements)
     except ValueError as refusal:
         raise InvalidInputError(str(refusal)) from refusal
     except OverflowError as refusal:
@@ -113,13 +116,13 @@ def numbers_from_json(data: JsonNumbers, shape: tuple[int, ...], datatype: str) 
     return view(x, shape, x.dtype)
 
 
-def numbers_to_json(y: NDArray[Any], null: bool = False) -> bytes:
-    """Return the elements of y, row-major, as a flat JSON array that gives their bits back.
+def put_data(before: bytes, y: NDArray[Any], after: bytes, null: bool = False) -> memoryview:
+    """Return a JSON text with the elements of y, row-major, as a flat array that gives their bits back.
 
     Each has its shortest text. NaN and infinities are the tokens NaN, Infinity and -Infinity, which Triton's
     clients read, or null.
     """
-    return json_numbers(y.reshape(-1), null)
+    return json_put_data(before, y.reshape(-1), after, null).data
 
 
 def _check_depth(text: bytes, max_depth: int) -> None:

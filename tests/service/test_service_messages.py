@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serving import CHANNELS
 
-from batchnorm_service.tensors import cut_data, numbers_from_json, numbers_to_json
+from batchnorm_service.tensors import cut_data, numbers_from_json, put_data
 
 X = np.arange(2 * CHANNELS, dtype=np.float32).reshape(2, CHANNELS)
 
@@ -186,6 +186,10 @@ def test_health_and_paths(server):
 
 
 # Below: the numbers themselves, without a process.
+
+
+def numbers_to_json(x):
+    return bytes(put_data(b"", x, b""))
 
 
 def read(text):

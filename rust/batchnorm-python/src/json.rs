@@ -4,15 +4,15 @@
 
 use jiter::{Jiter, JiterError, JiterErrorType, JsonErrorType, Peek};
 use numpy::{PyArray1, PyReadonlyArray1};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 /// Texts shorter than this are done before another thread could use the interpreter.
 const WORTH_DETACHING: usize = 32 * 1024;
 
-/// Of a printed float32 and its comma; an array that needs more makes its text grow.
-const USUAL_CHARACTERS: usize = 12;
+/// Bytes of a number in JSON and its comma.
+const USUAL_LENGTH: usize = 10;
 
 /// Readers of JSON round to float64 and then to float32. Of all float32 (all were tried) this one and its negative
 /// alone have a shortest text, 7.038531e-26, which so becomes a neighbour; a float64 has more digits.
@@ -57,10 +57,17 @@ impl JsonNumbers {
     }
 }
 
+/// A text in Python's memory.
+#[derive(FromPyObject)]
+pub(crate) enum Text<'py> {
+    Bytes(Bound<'py, PyBytes>),
+    Array(PyReadonlyArray1<'py, u8>),
+}
+
 /// Cuts the ``data`` arrays out of an inference request.
 ///
 /// Args:
-///     text: A JSON message; NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
+///     text: A JSON message, as bytes or as an array of them; NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
 ///     max_elements: The most numbers that all these arrays may hold.
 ///
 /// Returns:
@@ -68,15 +75,19 @@ impl JsonNumbers {
 ///     i. What else the text holds is for a JSON parser to judge.
 ///
 /// Raises:
-///     ValueError: The text is malformed, an array holds something else than numbers, is ragged or has too many, or a
-///         finite number is beyond the range of float64.
+///     ValueError: The text is malformed, an array holds something else than numbers or is ragged, or a finite number
+///         is beyond the range of float64.
+///     OverflowError: There are more numbers than may be.
 #[pyfunction]
 pub(crate) fn json_cut_data<'py>(
     py: Python<'py>,
-    text: &Bound<'py, PyBytes>,
+    text: Text<'py>,
     max_elements: usize,
 ) -> PyResult<(Bound<'py, PyBytes>, Vec<JsonNumbers>)> {
-    let bytes = text.as_bytes();
+    let bytes = match &text {
+        Text::Bytes(bytes) => bytes.as_bytes(),
+        Text::Array(array) => array.as_slice()?,
+    };
     let cut = || {
         let mut cutter = Cutter {
             json: Jiter::new(bytes).with_allow_inf_nan(),
@@ -88,8 +99,7 @@ pub(crate) fn json_cut_data<'py>(
         };
         cutter.message().map(|()| (cutter.head, cutter.arrays))
     };
-    let (head, arrays) =
-        if bytes.len() < WORTH_DETACHING { cut() } else { py.detach(cut) }.map_err(PyValueError::new_err)?;
+    let (head, arrays) = if bytes.len() < WORTH_DETACHING { cut() } else { py.detach(cut) }?;
     Ok((PyBytes::new(py, &head), arrays))
 }
 
@@ -115,7 +125,7 @@ struct Found {
 }
 
 impl Cutter<'_> {
-    fn message(&mut self) -> Result<(), String> {
+    fn message(&mut self) -> Result<(), Refusal> {
         self.members("inputs", |this| this.items(|this| this.members("data", Self::data)))?;
         self.json.finish().map_err(|error| self.malformed(error))?;
         self.head.extend_from_slice(&self.text[self.done..]);
@@ -123,7 +133,7 @@ impl Cutter<'_> {
     }
 
     /// Passes over the next value; if it is an object, `each` is to pass over its members of this name.
-    fn members(&mut self, name: &str, each: impl Fn(&mut Self) -> Result<(), String>) -> Result<(), String> {
+    fn members(&mut self, name: &str, each: impl Fn(&mut Self) -> Result<(), Refusal>) -> Result<(), Refusal> {
         if self.peek()? != Peek::Object {
             return self.skip();
         }
@@ -144,7 +154,7 @@ impl Cutter<'_> {
     }
 
     /// Passes over the next value; if it is an array, `each` is to pass over each item.
-    fn items(&mut self, each: impl Fn(&mut Self) -> Result<(), String>) -> Result<(), String> {
+    fn items(&mut self, each: impl Fn(&mut Self) -> Result<(), Refusal>) -> Result<(), Refusal> {
         if self.peek()? != Peek::Array {
             return self.skip();
         }
@@ -157,16 +167,18 @@ impl Cutter<'_> {
     }
 
     /// Passes over the next value; if it is an array, it is cut out.
-    fn data(&mut self) -> Result<(), String> {
+    fn data(&mut self) -> Result<(), Refusal> {
         if self.peek()? != Peek::Array {
             return self.skip();
         }
         let start = self.json.current_index();
         let mut found = Found::default();
+        // A guess that is right for numbers of usual length, and wrong by a factor at most.
+        found.values.reserve(self.left.min((self.text.len() - start) / USUAL_LENGTH));
         self.array(0, &mut found)?;
         let shape: Vec<usize> = found.shape.into_iter().flatten().collect();
         if found.numbers_at.is_some_and(|depth| depth + 1 != shape.len()) {
-            return Err(RAGGED.to_owned());
+            return Err(RAGGED.into());
         }
         self.head.extend_from_slice(&self.text[self.done..start]);
         self.head.extend_from_slice(format!("[{}]", self.arrays.len()).as_bytes());
@@ -176,9 +188,9 @@ impl Cutter<'_> {
     }
 
     /// Passes over an array of `data`; `depth` others are open around it.
-    fn array(&mut self, depth: usize, found: &mut Found) -> Result<(), String> {
+    fn array(&mut self, depth: usize, found: &mut Found) -> Result<(), Refusal> {
         if depth == MAX_RANK || found.numbers_at.is_some_and(|numbers| numbers < depth) {
-            return Err(RAGGED.to_owned());
+            return Err(RAGGED.into());
         }
         if depth == found.shape.len() {
             found.shape.push(None);
@@ -190,45 +202,47 @@ impl Cutter<'_> {
                 self.array(depth + 1, found)?;
             } else {
                 if *found.numbers_at.get_or_insert(depth) != depth {
-                    return Err(RAGGED.to_owned());
+                    return Err(RAGGED.into());
                 }
                 found.values.push(self.number(first)?);
             }
             length += 1;
             item = self.json.array_step();
         }
-        if *found.shape[depth].get_or_insert(length) == length { Ok(()) } else { Err(RAGGED.to_owned()) }
+        if *found.shape[depth].get_or_insert(length) == length { Ok(()) } else { Err(RAGGED.into()) }
     }
 
-    fn number(&mut self, first: Peek) -> Result<f64, String> {
-        self.left = self.left.checked_sub(1).ok_or("data: more numbers than the service takes")?;
+    fn number(&mut self, first: Peek) -> Result<f64, Refusal> {
+        self.left = self.left.checked_sub(1).ok_or(Refusal::TooMany)?;
         let number = match first {
             Peek::Null => self.json.known_null().map(|()| f64::NAN),
-            Peek::String => return Err(NO_NUMBER.to_owned() + "a string"),
-            Peek::Object => return Err(NO_NUMBER.to_owned() + "an object"),
-            Peek::True | Peek::False => return Err(NO_NUMBER.to_owned() + "true or false"),
+            Peek::String => return Err(Refusal::NoNumber("a string")),
+            Peek::Object => return Err(Refusal::NoNumber("an object")),
+            Peek::True | Peek::False => return Err(Refusal::NoNumber("true or false")),
             number => self.json.known_float(number),
         };
         let number = number.map_err(|error| self.malformed(error))?;
         // The token of infinity ends in a letter.
         if number.is_infinite() && self.text[self.json.current_index() - 1] != b'y' {
-            return Err("data: a finite number is beyond the range of float64".to_owned());
+            return Err("data: a finite number is beyond the range of float64".into());
         }
         Ok(number)
     }
 
-    fn peek(&mut self) -> Result<Peek, String> {
+    fn peek(&mut self) -> Result<Peek, Refusal> {
         self.json.peek().map_err(|error| self.malformed(error))
     }
 
-    fn skip(&mut self) -> Result<(), String> {
+    fn skip(&mut self) -> Result<(), Refusal> {
         self.json.next_skip().map_err(|error| self.malformed(error))
     }
 
-    fn malformed(&self, error: JiterError) -> String {
+    fn malformed(&self, error: JiterError) -> Refusal {
         match error.error_type {
-            JiterErrorType::JsonError(JsonErrorType::RecursionLimitExceeded) => "nested too deep".to_owned(),
-            _ => format!("malformed: {}", error.description(&self.json)),
+            JiterErrorType::JsonError(JsonErrorType::RecursionLimitExceeded) => {
+                "the JSON of the request is nested too deep".into()
+            }
+            _ => Refusal::Malformed(error.description(&self.json)),
         }
     }
 }
@@ -236,27 +250,58 @@ impl Cutter<'_> {
 /// NumPy's limit.
 const MAX_RANK: usize = 64;
 const RAGGED: &str = "data: nested otherwise than the shape says";
-const NO_NUMBER: &str = "data: numbers or null wanted, got ";
 
-/// Floats as a JSON array, each with its shortest text.
+/// Why a text is not taken.
+enum Refusal {
+    Malformed(String),
+    Other(&'static str),
+    NoNumber(&'static str),
+    TooMany,
+}
+
+impl From<&'static str> for Refusal {
+    fn from(text: &'static str) -> Self {
+        Self::Other(text)
+    }
+}
+
+impl From<Refusal> for PyErr {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Malformed(reason) => {
+                PyValueError::new_err(format!("the JSON of the request is malformed: {reason}"))
+            }
+            Refusal::Other(text) => PyValueError::new_err(text),
+            Refusal::NoNumber(found) => PyValueError::new_err(format!("data: numbers or null wanted, got {found}")),
+            Refusal::TooMany => PyOverflowError::new_err("data: more numbers than the service takes"),
+        }
+    }
+}
+
+/// A JSON text with an array of floats in it, each printed shortest.
 ///
 /// Args:
+///     before: What precedes the array.
 ///     values: Flat array of float32 or float64, dense.
+///     after: What follows it.
 ///     null: Whether NaN and infinities are null; else they are the tokens NaN, Infinity and -Infinity.
 ///
 /// Returns:
-///     The array as ASCII. A reader that rounds to float64, and for float32 then to float32, gets the bits back.
+///     The text in a new array of bytes. A reader that rounds numbers to float64, and for float32 then to float32, gets
+///     their bits back.
 ///
 /// Raises:
 ///     TypeError: values is no such array.
 #[pyfunction]
-pub(crate) fn json_numbers<'py>(
+pub(crate) fn json_put_data<'py>(
     py: Python<'py>,
+    before: &[u8],
     values: &Bound<'py, PyAny>,
+    after: &[u8],
     null: bool,
-) -> PyResult<Bound<'py, PyBytes>> {
+) -> PyResult<Bound<'py, PyArray1<u8>>> {
     let text = if let Ok(array) = values.extract::<PyReadonlyArray1<'_, f32>>() {
-        print(py, array.as_slice()?, null, f64::from, |value, text| {
+        print(py, before, array.as_slice()?, after, null, f64::from, |value, text| {
             if value.to_bits() & 0x7FFF_FFFF == MISREAD {
                 shortest(f64::from(value), text);
             } else {
@@ -265,20 +310,23 @@ pub(crate) fn json_numbers<'py>(
         })
     } else {
         let array = values.extract::<PyReadonlyArray1<'_, f64>>()?;
-        print(py, array.as_slice()?, null, |value| value, shortest)
+        print(py, before, array.as_slice()?, after, null, |value| value, shortest)
     };
-    Ok(PyBytes::new(py, &text))
+    Ok(PyArray1::from_vec(py, text))
 }
 
 fn print<T: Copy + Sync>(
     py: Python<'_>,
+    before: &[u8],
     values: &[T],
+    after: &[u8],
     null: bool,
     wide: impl Fn(T) -> f64 + Sync,
     finite: impl Fn(T, &mut Vec<u8>) + Sync,
 ) -> Vec<u8> {
     let print = || {
-        let mut text = Vec::with_capacity(values.len() * USUAL_CHARACTERS + 2);
+        let mut text = Vec::with_capacity(before.len() + values.len() * 3 * size_of::<T>() + after.len() + 2);
+        text.extend_from_slice(before);
         text.push(b'[');
         for &value in values {
             match wide(value) {
@@ -294,6 +342,7 @@ fn print<T: Copy + Sync>(
             text.pop();
         }
         text.push(b']');
+        text.extend_from_slice(after);
         text
     };
     if size_of_val(values) < WORTH_DETACHING { print() } else { py.detach(print) }

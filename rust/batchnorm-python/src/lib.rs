@@ -17,7 +17,7 @@ mod _core {
         set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
     };
     #[pymodule_export]
-    use crate::json::{JsonNumbers, json_cut_data, json_numbers};
+    use crate::json::{JsonNumbers, json_cut_data, json_put_data};
     #[pymodule_export]
     use crate::values::{Affine, Cache, GradientSums, Moments};
 
