@@ -77,4 +77,4 @@ bench: setup ## Time us and NumPy's two-pass expression side by side, with the f
 
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf $(VENV) target demo-output bench-output
+	rm -rf $(VENV) .venv-kserve target demo-output bench-output

@@ -174,6 +174,7 @@ async def _on_refusal(request: Request, refusal: ServiceError) -> Response:
 
 
 async def _on_http_exception(request: Request, refusal: HTTPException) -> Response:
+    request.scope["status"] = refusal.status_code
     return refusals.answer(refusal.status_code, refusal.detail, refusal.headers)
 
 

@@ -69,23 +69,10 @@ class Gate:
         began = perf_counter_ns()
         path = scope["path"]
         headers = dict(scope["headers"])
-        identity = headers.get(b"x-request-id")
-        if identity is not None:
-            identity = safe_id(identity.decode("latin-1"))
-            request_id.set(identity)
-        row = self._row
-        status = 0
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                row[STATUSES + status] += 1
-                if identity is not None:
-                    message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
-            await send(message)
-
         infer = path.endswith("/infer")
+        if not infer or self._access_log or b"x-request-id" in headers:
+            send = _watched(scope, headers.get(b"x-request-id"), send)
+        row = self._row
         size = 0
         try:
             if self._keyring is not None and path not in OPEN_PATHS:
@@ -93,19 +80,17 @@ class Gate:
             if infer:
                 size = self._admitted(headers)
         except ServiceError as refusal:
-            await answer_to(refusal)(scope, receive, counted)
-            self._log(scope, status, began)
+            answer = answer_to(refusal)
+            await answer(scope, receive, send)
+            row[STATUSES + answer.status_code] += 1
+            if self._access_log:
+                self._log(scope, answer.status_code, began)
             return
         if infer:
             row[IN_FLIGHT] += 1
             row[BYTES_IN_FLIGHT] += size
         try:
-            await self._app(scope, receive, counted)
-        except Exception:
-            if not status:  # it is answered outside of here
-                status = 500
-                row[STATUSES + status] += 1
-            raise
+            await self._app(scope, receive, send)
         finally:
             if infer:
                 row[IN_FLIGHT] -= 1
@@ -113,7 +98,10 @@ class Gate:
                 took = perf_counter_ns() - began
                 row[SECONDS_NS] += took
                 row[DURATIONS + bisect_left(_BOUNDS_NS, took)] += 1
-            self._log(scope, status, began)
+            status = scope.get("status", 0)  # 0: the client left before there was an answer
+            row[STATUSES + status] += 1
+            if self._access_log:
+                self._log(scope, status, began)
 
     def _admitted(self, headers: Mapping[bytes, bytes]) -> int:
         """Return the bytes that a request may come to hold: the most where no length is announced."""
@@ -124,15 +112,34 @@ class Gate:
         return size
 
     def _log(self, scope: Scope, status: int, began: int) -> None:
-        if self._access_log:
-            fields = {
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "ms": (perf_counter_ns() - began) / 1e6,
-                "client": scope["client"] and scope["client"][0],
-            }
-            logger.info("request", extra={"fields": fields})
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": (perf_counter_ns() - began) / 1e6,
+            "client": scope["client"] and scope["client"][0],
+        }
+        logger.info("request", extra={"fields": fields})
+
+
+def _watched(scope: Scope, given: bytes | None, send: Send) -> Send:
+    """Return a `send` that notes the status, and sends the id of the request back where there is one.
+
+    Infer notes the status itself, so that most of its requests need none of this.
+    """
+    identity = None
+    if given is not None:
+        identity = safe_id(given.decode("latin-1"))
+        request_id.set(identity)
+
+    async def watched(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            scope["status"] = message["status"]
+            if identity is not None:
+                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+        await send(message)
+
+    return watched
 
 
 def _key(headers: Mapping[bytes, bytes]) -> bytes | None:

@@ -7,6 +7,7 @@ from time import perf_counter_ns
 from typing import Any, Final, TypeAlias
 
 from anyio import to_thread
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from batchnorm_service import protocol, refusals
@@ -34,20 +35,21 @@ class Infer:
         keep_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; `path_params` of the scope names the model."""
+        """Answer one request; `path_params` of the scope names the model, `status` is told to the gate."""
         try:
             model = self._service.repository.get(**scope["path_params"])
             headers, parts = await self._answer(model, dict(scope["headers"]), receive)
         except DisconnectedError:
             return
         except ServiceError as refusal:
-            await refusals.answer_to(refusal)(scope, receive, send)
+            await _refuse(refusals.answer_to(refusal), scope, receive, send)
             return
         except Exception:
             # Here and not in a middleware, because the way to this endpoint has none.
             logger.exception("a defect: inference failed")
-            await refusals.answer(500, refusals.DEFECT)(scope, receive, send)
+            await _refuse(refusals.answer(500, refusals.DEFECT), scope, receive, send)
             return
+        scope["status"] = 200
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         *first, last = parts
         for part in first:
@@ -86,6 +88,11 @@ class Infer:
         # Here and not in the thread: adding to a number is two steps.
         service.statistics.succeeded(model, reply.rows, queue, reply.read, reply.compute, reply.write)
         return message
+
+
+async def _refuse(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    scope["status"] = answer.status_code
+    await answer(scope, receive, send)
 
 
 def _message(model: Model, reply: protocol.Reply, coding: bytes) -> tuple[_Headers, list[Any]]:

@@ -53,7 +53,8 @@ def configure() -> None:
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
             "loggers": {
                 name: {"handlers": ["stderr"], "level": "INFO", "propagate": False}
-                for name in ("uvicorn", "batchnorm_service")
+                # uvicorn asks the level of this very logger, not the one that it inherits.
+                for name in ("uvicorn.error", "batchnorm_service")
             },
         }
     )

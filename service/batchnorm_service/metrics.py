@@ -96,7 +96,7 @@ class Metrics:
         yield GaugeMetricFamily("batchnorm_request_bytes_in_flight", text, value=row[BYTES_IN_FLIGHT])
 
         responses = CounterMetricFamily("batchnorm_http_responses", "Answers by status", labels=["code"])
-        for status in range(PROCESS_LENGTH - STATUSES):
+        for status in range(100, PROCESS_LENGTH - STATUSES):
             if count := row[STATUSES + status]:
                 responses.add_metric([str(status)], count)
         yield responses
