@@ -25,7 +25,7 @@ from batchnorm_service.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, Sha
 from batchnorm_service.logs import MAX_ID, JsonFormatter, request_id, safe_id
 from batchnorm_service.state import State
 
-DRAIN = 1.5
+DRAIN = 1.0
 
 
 def begun(server, rows=1000):
