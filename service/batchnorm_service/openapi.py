@@ -365,7 +365,7 @@ def _infer(path: str) -> dict[str, Any]:
         "Content-Type is ignored. A body may have the Content-Encoding gzip or deflate."
     )
     operation["requestBody"] = {
-        "required": True,
+        "required": False,  # nothing at all is a raw request of no rows
         "content": {
             kind: {"schema": asked, "examples": {name: REQUESTS[name]}} for kind, name, asked, _ in forms
         },
