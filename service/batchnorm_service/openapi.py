@@ -344,28 +344,14 @@ def _infer(path: str) -> dict[str, Any]:
         "Normalize a tensor",
         {kind: {"schema": answer, "examples": {name: ANSWERS[name]}} for kind, name, _, answer in forms},
     )
-    headers = [
-        (
-            _LENGTH,
-            "Bytes of JSON before those of the tensor; 0 for a raw request",
-            "[0-9]+",
-        ),
-        ("Accept-Encoding", "gzip or deflate, if it names nothing else, has the answer compressed", None),
-    ]
-    operation["parameters"] += [
-        {
-            "name": name,
-            "in": "header",
-            "description": text,
-            "schema": {"type": "string"} | ({"pattern": f"^{pattern}$"} if pattern else {}),
-        }
-        for name, text, pattern in headers
-    ]
+    # These headers change what a body means, which no schema of it can say: so they are no parameters here.
     operation["description"] = (
-        "Content-Type is ignored. A body may have the Content-Encoding gzip or deflate."
+        "Content-Type is ignored. Inference-Header-Content-Length is the number of bytes of JSON before those "
+        "of the tensor; 0 for a raw request. Content-Encoding may be gzip or deflate. Accept-Encoding with one "
+        "of the two and nothing else has the answer compressed."
     )
     operation["requestBody"] = {
-        "required": False,  # nothing at all is a raw request of no rows
+        "required": True,
         "content": {
             kind: {"schema": asked, "examples": {name: REQUESTS[name]}} for kind, name, asked, _ in forms
         },
