@@ -239,6 +239,33 @@ def test_a_file_that_changes_while_it_is_served_does_no_harm(root):
     assert later.get("a").layer == OLD
 
 
+def test_a_list_that_cannot_be_written(root):
+    put(root, "a.safetensors", OLD)
+    repository = open_repository(root)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for change in (repository.load, repository.unload):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            with pytest.raises(LoadError):
+                change("a")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert repository.get("a").layer == OLD
+    repository.refresh()
+    assert repository.get("a").layer == OLD
+
+
+def test_a_directory_that_is_gone(root):
+    put(root, "a.safetensors", OLD)
+    repository = open_repository(root)
+    shutil.rmtree(root)
+    with pytest.raises(LoadError, match="nothing was changed: No such file"):
+        repository.load("a")
+    with pytest.raises(NotReadyError, match="cannot be listed: No such file"):
+        repository.index()
+    assert repository.get("a").layer == OLD
+
+
 # One process
 
 
