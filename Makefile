@@ -102,4 +102,4 @@ accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours 
 
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf $(VENV) target demo-output bench-output
+	rm -rf $(VENV) .venv-kserve target demo-output bench-output

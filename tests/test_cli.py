@@ -97,7 +97,11 @@ def test_serve_example():
     """With another port: 8080 may be taken. The request is that of docs/cli.md."""
     assert "--port 8080" in EXAMPLES["serve"]
     command = [sys.executable, "-m", *shlex.split(EXAMPLES["serve"].replace("8080", "0"))]
-    with Path("log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    environment = os.environ | {"BATCHNORM_SERVICE_DRAIN_SECONDS": "0"}
+    with (
+        Path("log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process,
+    ):
         try:
             address, deadline = None, time.monotonic() + 60
             while not address:

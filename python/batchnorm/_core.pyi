@@ -9,6 +9,7 @@ __all__ = [
     "Affine",
     "Cache",
     "GradientSums",
+    "JsonNumbers",
     "Moments",
     "__version__",
     "backward",
@@ -18,6 +19,8 @@ __all__ = [
     "gradient_sums",
     "infer",
     "infer_backward",
+    "json_cut_data",
+    "json_put_data",
     "moments",
     "normalize",
     "release_memory",
@@ -101,6 +104,18 @@ class Affine:
         self, dy: Any, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None
     ) -> Gradients: ...
 
+@final
+class JsonNumbers:
+    @property
+    def shape(self) -> list[int]: ...
+    def float32(self) -> NDArray[np.float32]: ...
+    def float64(self) -> NDArray[np.float64]: ...
+    def __len__(self) -> int: ...
+
+def json_cut_data(text: bytes | NDArray[np.uint8], max_elements: int) -> tuple[bytes, list[JsonNumbers]]: ...
+def json_put_data(
+    before: bytes, values: NDArray[np.float32 | np.float64], after: bytes, null: bool
+) -> NDArray[np.uint8]: ...
 def moments(x: Any, *, channel_axis: int = 1) -> Moments: ...
 def normalize(
     x: Any,

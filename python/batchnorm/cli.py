@@ -223,23 +223,18 @@ def export(
         click.echo(f"{output}: mode {mode}, opset {opset}, rank {rank}, fingerprint {layer.fingerprint}")
 
 
-@main.command(epilog="Example: batchnorm serve . --port 8080")
-@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--host", help="Address to bind.  [default: 127.0.0.1]")
-@click.option("--port", help="Port to bind; 0 takes a free one.  [default: 8080]")
-@click.option("--workers", help="Number of processes.  [default: 1]")
-@click.option("--max-body", help="Largest body, in bytes or as 64MiB.  [default: 64MiB]")
-def serve(directory: str, **options: str | None) -> None:
-    """Serve the frozen layers in DIR over HTTP (Open Inference Protocol v2).
-
-    DIR holds NAME/VERSION/bn.safetensors, or NAME.safetensors (version 1). What is not given is read from the
-    environment: BATCHNORM_SERVICE_PORT and so on.
-    """
+@main.command(
+    epilog="Example: batchnorm serve . --port 8080",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(arguments: tuple[str, ...]) -> None:
+    """Serve frozen layers over HTTP (Open Inference Protocol v2)."""
     with _extra("serve"):
         from batchnorm_service.__main__ import main as run
-    # What is not given is not passed on: the service looks into the environment before it takes its default.
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-    run.main([*given, "--", directory], prog_name="batchnorm serve", standalone_mode=False)
+    # The service knows its own options, and their help.
+    run.main(list(arguments), prog_name="batchnorm serve", standalone_mode=False)
 
 
 @main.command(epilog="Example: batchnorm demo --output demo-output")

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -42,8 +43,9 @@ class Answer(NamedTuple):
 class Server:
     """Address and log of a running service."""
 
-    def __init__(self, process: subprocess.Popen, log: Path):
+    def __init__(self, process: subprocess.Popen, log: Path, context: ssl.SSLContext | None = None):
         self.process = process
+        self.context = context
         self._log = log
         self.host, self.port = self._address()
 
@@ -57,7 +59,7 @@ class Server:
 
     def request(self, method: str, path: str, body=None, headers=None) -> Answer:
         """One request on a connection of its own; no header is added but Host and Content-Length."""
-        with closing(http.client.HTTPConnection(self.host, self.port, timeout=20)) as connection:
+        with closing(self.connect()) as connection:
             connection.putrequest(method, path, skip_accept_encoding=True)
             headers = dict(headers or {})
             if body is not None:
@@ -67,6 +69,12 @@ class Server:
             connection.endheaders(body)
             response = connection.getresponse()
             return Answer(response.status, response.headers, response.read())
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection, of which more than one request may be made."""
+        if self.context:
+            return http.client.HTTPSConnection(self.host, self.port, timeout=20, context=self.context)
+        return http.client.HTTPConnection(self.host, self.port, timeout=20)
 
     def raw(self, data: bytes) -> Answer:
         """Send bytes that are taken for a request as they are."""
@@ -85,7 +93,7 @@ class Server:
     def _address(self) -> tuple[str, int]:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if found := re.search(r"http://([\d.]+):(\d+)", self.log):
+            if found := re.search(r"https?://([\d.]+):(\d+)", self.log):
                 return found[1], int(found[2])
             if self.process.poll() is not None:
                 break
@@ -112,8 +120,13 @@ class Server:
 
 
 @contextmanager
-def serve(log: Path, *arguments: str, command=("-m", "batchnorm_service"), environment=None):
-    """Run a service on a free loopback port until the block ends; it must then stop by itself on SIGTERM."""
+def serve(
+    log: Path, *arguments: str, command=("-m", "batchnorm_service"), environment=None, context=None, **options
+):
+    """Run a service on a free loopback port until the block ends; it must then stop by itself on SIGTERM.
+
+    `context` is for TLS, `options` are those of Popen.
+    """
     port = () if "--port" in arguments or command != ("-m", "batchnorm_service") else ("--port", "0")
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -121,16 +134,19 @@ def serve(log: Path, *arguments: str, command=("-m", "batchnorm_service"), envir
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,  # so that workers can be ended with it
+            env={"BATCHNORM_SERVICE_DRAIN_SECONDS": "0", **os.environ, **(environment or {})},
+            start_new_session=True,
+            **options,
         )
     try:
-        server = Server(process, log)
+        server = Server(process, log, context)
         server.wait_until_live()
         yield server
-        process.send_signal(signal.SIGTERM)
-        process.wait(STOP_SECONDS)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(STOP_SECONDS)
+            assert status == 0 or command != ("-m", "batchnorm_service"), server.log
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # its workers then end by themselves
             process.wait()

@@ -12,6 +12,8 @@ import tritonclient.http as triton
 from serving import CHANNELS
 from tritonclient.utils import InferenceServerException
 
+from batchnorm_service import metadata
+
 DTYPES = {
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
@@ -158,10 +160,10 @@ def test_control_calls(client, layers):
     assert not client.is_model_ready("planar", "11")
     assert not client.is_model_ready("nobody")
     server = client.get_server_metadata()
-    assert (server["name"], server["extensions"]) == ("batchnorm-service", ["binary_tensor_data"])
-    metadata = client.get_model_metadata("wide-last")
+    assert (server["name"], server["extensions"]) == ("batchnorm-service", metadata.EXTENSIONS)
+    described = client.get_model_metadata("wide-last")
     tensor = {"datatype": "FP64", "shape": [-1, CHANNELS]}
-    assert metadata == {
+    assert described == {
         "name": "wide-last",
         "versions": ["1"],
         "platform": "batchnorm_safetensors",

@@ -11,8 +11,11 @@ import pytest
 from pydantic import ByteSize, TypeAdapter
 from serving import serve
 from starlette.routing import Route
+from test_service_process import command
 
-from batchnorm_service.app import STATUS, create_app
+from batchnorm_service.app import create_app
+from batchnorm_service.metrics import Metrics
+from batchnorm_service.refusals import STATUS
 from batchnorm_service.settings import ENV_PREFIX, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
@@ -31,12 +34,12 @@ def table(title):
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save, ask = blocks("python")
-    start, curl = blocks("console")
-    (documented,) = blocks("json")
+    start, curl, control, new_key = blocks("console")
+    documented, demanding = blocks("json")
     names = {}
     exec(save, names)
     assert start.split()[-1] == "models"
-    with serve(tmp_path / "log", "models") as server:
+    with serve(tmp_path / "log", "models", "--control") as server:
         _, _, _, url, flag, body = shlex.split(curl)
         assert flag == "-d"
         path = url.removeprefix("http://127.0.0.1:8080")
@@ -44,9 +47,22 @@ def test_the_examples_run(tmp_path, monkeypatch):
         answer = server.request("POST", path, body.encode(), headers)
         assert answer.body.decode() == documented.strip()
         assert answer.headers["Batchnorm-Fingerprint"] == names["layer"].fingerprint
+        assert server.infer("scale", demanding.encode()).status == 200
+        assert names["layer"].fingerprint in demanding
+        refused = server.infer("scale", demanding.replace("77b2", "0000").encode())
+        assert refused.status == 409
         assert "127.0.0.1:8080" in ask
         exec(ask.replace("127.0.0.1:8080", server.address), names)
+        for line in control.splitlines():
+            _, _, _, verb, url = shlex.split(line)
+            answer = server.request(verb, url.removeprefix("http://127.0.0.1:8080"), b"")
+            assert (answer.status, bool(answer.body)) == (200, url.endswith("/index"))
     assert names["y"].shape == (32, 3)
+    asked, *shown = new_key.splitlines()
+    arguments = shlex.split(asked.removeprefix("$ batchnorm serve "))
+    printed = command(*arguments).stdout
+    line = re.escape("\n".join(shown)).replace("EXAMPLE", r"[\w-]+").replace("DIGEST", "[0-9a-f]{64}")
+    assert re.fullmatch(line + "\n", printed)
 
 
 def test_settings_are_those_of_the_code():
@@ -55,15 +71,26 @@ def test_settings_are_those_of_the_code():
     for (flag, variable, default, _), (name, field) in zip(rows, Settings.model_fields.items(), strict=True):
         assert variable == ENV_PREFIX + name.upper()
         assert flag == ("DIR" if name == "models" else f"--{name.replace('_', '-')}")
-        if name == "models":
-            assert (default, field.is_required()) == ("", True)
+        if field.default is None:
+            assert default == ""
         else:
             assert TypeAdapter(field.annotation).validate_python(default) == field.default
     assert Settings.model_fields["max_body"].annotation is ByteSize
 
 
 def test_statuses_are_those_of_the_code():
-    assert {int(row[0]) for row in table("Errors")} == set(STATUS.values()) | {404, 405, 422, 500}
+    assert {int(row[0]) for row in table("Errors")} == set(STATUS.values()) | {405, 408, 422, 431, 500}
+
+
+def test_metrics_are_those_of_the_code(models):
+    service = create_app(Settings(models=models)).state.service
+    printed = Metrics(service).text("")[0].decode()
+    families = set(re.findall(r"# TYPE (\S+)", printed))
+    section = PAGE.split("\n## Watch\n")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`((?:batchnorm|nv)_[a-z_]+)", section))
+    assert documented == {name for name in families if not name.startswith("nv_")} | {
+        "nv_inference_request_success", "nv_inference_count"
+    }  # fmt: skip
 
 
 def test_paths_are_those_of_the_code(models):
@@ -80,6 +107,7 @@ def test_paths_are_those_of_the_code(models):
         if isinstance(route, Route)
         for verb in route.methods - {"HEAD"}
     }
+    served = {pair for pair in served if "{repository}" not in pair[1]}  # all of which are refused
     assert served - documented == {("GET", "/v2/")}
     assert documented <= served
 

@@ -13,13 +13,26 @@ import pytest
 from serving import CHANNELS, make_layer
 
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
-from batchnorm_service.models import Model, Repository
+from batchnorm_service.models import Model
+from batchnorm_service.repository import Repository
+from batchnorm_service.sources import Directory
+from batchnorm_service.state import State
 
 
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "models").mkdir()
     return tmp_path / "models"
+
+
+def open_repository(root, name=None):
+    """What a process on its own does at its start."""
+    shared = root.parent / "shared"
+    shared.mkdir(exist_ok=True)
+    repository = Repository(Directory(root, name), State(shared))
+    repository.load_all()
+    repository.refresh()
+    return repository
 
 
 def put(root, path, layer=None):
@@ -42,7 +55,7 @@ def test_both_layouts_and_default_version(root):
     put(root, "a/9/bn.safetensors", nine)
     put(root, "a/10/bn.safetensors", ten)
     put(root, "b.v2.safetensors", flat)
-    repository = Repository(root)
+    repository = open_repository(root)
     assert repository.ready
     assert repository.names() == ["a", "b.v2"]
     assert repository.versions("a") == ["9", "10"]
@@ -73,7 +86,7 @@ def test_refused_names(root, caplog, path, reason):
     good = "n" * 128
     put(root, f"{good}.safetensors")
     with caplog.at_level(logging.ERROR):
-        repository = Repository(root)
+        repository = open_repository(root)
     assert repository.names() == [good]
     assert reason in caplog.text
 
@@ -84,7 +97,7 @@ def test_nothing_outside_the_root_is_opened(root, caplog):
     (root / "folder").symlink_to(outside.parent.parent)
     inside = put(root, "real/1/bn.safetensors")
     (root / "alias.safetensors").symlink_to(inside)
-    repository = Repository(root)
+    repository = open_repository(root)
     assert repository.names() == ["alias", "real"]
     assert caplog.text.count("a symbolic link leaves the directory") == 2
     for name in ("file", "folder"):
@@ -100,7 +113,7 @@ def test_a_bad_file_does_not_stop_the_others(root, caplog):
     (root / "loop.safetensors").symlink_to("loop.safetensors")
     (root / "folder.safetensors").mkdir()
     os.mkfifo(root / "pipe.safetensors")
-    repository = Repository(root)
+    repository = open_repository(root)
     assert repository.names() == ["cut", "good"]
     assert repository.get("cut").version == "2"
     for name, version in (("cut", "3"), ("axis", None), ("loop", None), ("folder", "1"), ("pipe", None)):
@@ -114,14 +127,14 @@ def test_a_version_in_both_layouts_is_served_once(root, caplog):
     folder = make_layer(1)
     put(root, "a/1/bn.safetensors", folder)
     put(root, "a.safetensors", make_layer(2))
-    repository = Repository(root)
+    repository = open_repository(root)
     assert repository.get("a", "1").layer == folder
     assert "seen already" in caplog.text
 
 
 def test_lookups(root, caplog):
     put(root, "a.safetensors")
-    repository = Repository(root)
+    repository = open_repository(root)
     for name in ("b", "", "..", "a/1", "A", "n" * 200, str(root / "a")):
         with pytest.raises(ModelNotFoundError):
             repository.get(name)
@@ -132,12 +145,12 @@ def test_lookups(root, caplog):
 
 
 def test_no_model(root, caplog):
-    repository = Repository(root)
+    repository = open_repository(root)
     assert not repository.ready
     assert repository.names() == []
     assert "not be ready" in caplog.text
     with pytest.raises(FileNotFoundError):
-        Repository(root / "missing")
+        open_repository(root / "missing")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def serving(models: Path, log: Path) -> Iterator[int]:
     Raises:
         RuntimeError: The process ended, or was not ready in time; with the end of its log.
     """
-    command = [sys.executable, "-m", "batchnorm_service", str(models), "--host", "127.0.0.1", "--port", "0"]
+    command = [sys.executable, "-m", "batchnorm_service", str(models), "--port", "0", "--drain-seconds", "0"]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:

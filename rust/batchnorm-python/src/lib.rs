@@ -2,6 +2,7 @@
 
 mod buffer;
 mod functions;
+mod json;
 mod memory;
 mod parameters;
 mod values;
@@ -16,6 +17,8 @@ mod _core {
         backward, copy, get_num_threads, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize,
         release_memory, set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
     };
+    #[pymodule_export]
+    use crate::json::{JsonNumbers, json_cut_data, json_put_data};
     #[pymodule_export]
     use crate::values::{Affine, Cache, GradientSums, Moments};
 

@@ -1,0 +1,102 @@
+"""Bodies on their way in and out: into one piece of memory, and through the codings gzip and deflate."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+from starlette.types import Receive
+
+from batchnorm_service.errors import BodyTooLargeError, InvalidInputError
+from batchnorm_service.tensors import Bytes
+
+# zlib's window sizes: the format `deflate` of HTTP is that of zlib.
+CODINGS: Final = {b"gzip": 31, b"deflate": 15}
+# Tensors are noise in their low bits: more effort makes them hardly smaller.
+_LEVEL: Final = 1
+
+
+# Freeing a block of this size, glibc learns to keep what is freed up to it (its largest threshold is 32 MiB).
+_KEPT: Final = 31 * 2**20
+
+
+class DisconnectedError(Exception):
+    """The client left before its message was whole; nobody waits for an answer."""
+
+
+def keep_memory() -> None:
+    """Make the C library keep freed memory for the next message.
+
+    It would give blocks of the size of tensors back to the kernel and have it clear them for the next
+    request, which takes as long as to normalize them. Where the library is not glibc this does nothing.
+    """
+    np.empty(_KEPT, np.uint8)
+
+
+async def read(length: int | None, receive: Receive, limit: int) -> Bytes:
+    """Return a body: as it came if it came in one piece, else in writable memory that holds it once.
+
+    Args:
+        length: The announced length; None for a body in chunks.
+        receive: ASGI's.
+        limit: The most bytes that are taken.
+
+    Raises:
+        BodyTooLargeError: it exceeds the limit; said unread where its length is announced.
+        DisconnectedError: the client left.
+    """
+    if length is not None and length > limit:
+        raise _too_large(limit)
+    chunk, more = await _chunk(receive)
+    if not more and len(chunk) <= limit:
+        return chunk
+    memory = np.empty(limit if length is None else length, np.uint8).data
+    size = 0
+    while True:
+        if size + len(chunk) > len(memory):
+            raise _too_large(limit)
+        memory[size : size + len(chunk)] = chunk
+        size += len(chunk)
+        if not more:
+            return memory[:size]
+        chunk, more = await _chunk(receive)
+
+
+async def _chunk(receive: Receive) -> tuple[bytes, bool]:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise DisconnectedError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
+    """Return what a compressed body holds.
+
+    Raises:
+        InvalidInputError: it is damaged, cut short, or longer than its contents.
+        BodyTooLargeError: it holds more than `limit` bytes; no more are ever made of it.
+    """
+    machine = zlib.decompressobj(CODINGS[coding])
+    try:
+        plain = machine.decompress(body, limit + 1)
+    except zlib.error as refusal:
+        raise InvalidInputError(f"the body is not {coding.decode()}: {refusal}") from refusal
+    if len(plain) > limit:
+        raise _too_large(limit)
+    if not machine.eof:
+        raise InvalidInputError(f"the body is cut short: {coding.decode()} has not ended")
+    if machine.unused_data:
+        raise InvalidInputError(f"{len(machine.unused_data)} bytes follow the end of {coding.decode()}")
+    return plain
+
+
+def compress(coding: bytes, parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
+    """Return the parts, one after the other, in a coding of `CODINGS`."""
+    machine = zlib.compressobj(_LEVEL, wbits=CODINGS[coding])
+    return b"".join([*map(machine.compress, parts), machine.flush()])
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body exceeds the limit of {limit} bytes")

@@ -1,0 +1,136 @@
+"""The repository of models over HTTP (the protocol's extension `model_repository`), and the metrics.
+
+POST /v2/repository/index                     what there is, and what is wrong with it
+POST /v2/repository/models/{name}/load        take what the directory holds of a model now
+POST /v2/repository/models/{name}/unload      serve it no longer
+GET  /metrics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing, suppress
+from typing import Any, Final
+
+from anyio import to_thread
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from batchnorm_service.errors import (
+    BodyTooLargeError,
+    ForbiddenError,
+    InvalidInputError,
+    LaggingError,
+    UnsupportedError,
+)
+from batchnorm_service.metrics import Metrics
+from batchnorm_service.protocol import Rules
+from batchnorm_service.service import Service
+from batchnorm_service.state import PATIENCE_SECONDS
+from batchnorm_service.tensors import parse_json
+
+# Bodies of these requests are a few words.
+MAX_BODY: Final = 64 * 1024
+
+
+class Control:
+    """The endpoints over one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._repository = service.repository
+        self._state = service.state
+        self._allowed = service.settings.control
+        self._metrics = Metrics(service)
+
+    def add_routes(self, app: FastAPI) -> None:
+        """Add the endpoints to an application."""
+        app.add_api_route("/metrics", self.metrics)
+        for path, endpoint in (
+            ("/index", self.index),
+            ("/models/{name}/load", self.load),
+            ("/models/{name}/unload", self.unload),
+        ):
+            app.add_api_route("/v2/repository" + path, endpoint, methods=["POST"])
+            named = "/v2/repository/{repository}" + path
+            app.add_api_route(named, self.named_repository, methods=["POST"], include_in_schema=False)
+
+    async def index(self, request: Request) -> Response:
+        """Name every model, whether it is served, and if not, why."""
+        ready = (await _object(request)).get("ready", False)
+        if type(ready) is not bool:
+            raise InvalidInputError("ready must be true or false")
+        found = []
+        for entry in await to_thread.run_sync(self._repository.index):
+            if entry.fingerprint or not ready:
+                version = {"version": entry.version} if entry.version else {}
+                state = {"state": "READY" if entry.fingerprint else "UNAVAILABLE", "reason": entry.reason}
+                found.append({"name": entry.name} | version | state)
+        return Response(json.dumps(found), media_type="application/json")
+
+    async def load(self, name: str, request: Request) -> Response:
+        """Load all versions of a model that the directory holds now, or change nothing."""
+        self._check_allowed()
+        for parameter in await _parameters(request):
+            if parameter == "config" or parameter.startswith("file:"):
+                raise UnsupportedError(f"{parameter} is not supported: models come from the directory alone")
+        await self._all_take(await to_thread.run_sync(self._repository.load, name))
+        return Response()
+
+    async def unload(self, name: str, request: Request) -> Response:
+        """Serve a model no longer, until it is loaded again."""
+        self._check_allowed()
+        await _parameters(request)
+        await self._all_take(await to_thread.run_sync(self._repository.unload, name))
+        return Response()
+
+    async def named_repository(self) -> Response:
+        """Refuse: there is one repository, without a name."""
+        raise UnsupportedError("named repositories are not supported: there is one, without a name")
+
+    def metrics(self, request: Request) -> Response:
+        """Print the metrics of all processes for Prometheus."""
+        text, kind = self._metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": kind})
+
+    def _check_allowed(self) -> None:
+        if not self._allowed:
+            raise ForbiddenError("loading and unloading is off: the service must be started with --control")
+
+    async def _all_take(self, generation: int) -> None:
+        """Wait until every live process answers by this generation of the list or a newer one."""
+        deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+        with suppress(OSError, ValueError):  # the watch tries again, and says why it cannot be
+            await to_thread.run_sync(self._repository.refresh)
+        while True:
+            live = self._state.live().values()
+            lagging = sum(had < generation for had in live)
+            if not lagging:
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                raise LaggingError(
+                    f"{lagging} of {len(live)} workers have not taken the change after "
+                    f"{PATIENCE_SECONDS:g} s; it stands, and they take it when they can"
+                )
+            await asyncio.sleep(0.02)
+
+
+async def _parameters(request: Request) -> dict[str, Any]:
+    parameters = (await _object(request)).get("parameters", {})
+    if type(parameters) is not dict:
+        raise InvalidInputError("parameters must be an object")
+    return parameters
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    """Return the JSON object of a body, whatever its Content-Type; an empty body is an empty object."""
+    body = bytearray()
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_BODY:
+                raise BodyTooLargeError(f"the body exceeds the limit of {MAX_BODY} bytes for this path")
+    found = parse_json(bytes(body), Rules.max_depth) if body.strip() else {}
+    if type(found) is not dict:
+        raise InvalidInputError("the body must be an object, or empty")
+    return found

@@ -1,0 +1,149 @@
+"""What every request passes before the routes: its key, the limits of what is in flight, and the counters.
+
+It is ASGI and no more, since each microsecond here is one of every request.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Mapping
+from time import perf_counter_ns
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batchnorm_service.counters import (
+    BOUNDS,
+    BYTES_IN_FLIGHT,
+    DURATIONS,
+    IN_FLIGHT,
+    SECONDS_NS,
+    STATUSES,
+)
+from batchnorm_service.errors import OverloadedError, ServiceError
+from batchnorm_service.logs import request_id, safe_id
+from batchnorm_service.refusals import answer_to
+from batchnorm_service.service import Service
+
+logger = logging.getLogger(__name__)
+
+# What an orchestrator asks before it has any key.
+OPEN_PATHS: Final = frozenset({"/v2/health/live", "/v2/health/ready"})
+
+_BOUNDS_NS: Final = [round(bound * 1e9) for bound in BOUNDS]
+
+
+def scope_of(path: str) -> str:
+    """Return the scope that a key needs for a path."""
+    if path.endswith("/infer"):
+        return "infer"
+    if path.startswith("/v2/repository/") and not path.endswith("/index"):
+        return "control"
+    return "metadata"
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        service: Its limits, keys and counters.
+        app: What is behind it.
+    """
+
+    def __init__(self, service: Service, app: ASGIApp) -> None:
+        settings = service.settings
+        self._app = app
+        self._keyring = service.keyring
+        self._max_requests = settings.max_requests
+        self._max_queued = settings.max_queued
+        self._max_body = settings.max_body
+        self._access_log = settings.access_log
+        self._row = service.rows.process
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = perf_counter_ns()
+        path = scope["path"]
+        headers = dict(scope["headers"])
+        infer = path.endswith("/infer")
+        if not infer or self._access_log or b"x-request-id" in headers:
+            send = _watched(scope, headers.get(b"x-request-id"), send)
+        row = self._row
+        size = 0
+        try:
+            if self._keyring is not None and path not in OPEN_PATHS:
+                self._keyring.check(_key(headers), scope_of(path))
+            if infer:
+                size = self._admitted(headers)
+        except ServiceError as refusal:
+            answer = answer_to(refusal)
+            await answer(scope, receive, send)
+            row[STATUSES + answer.status_code] += 1
+            if self._access_log:
+                self._log(scope, answer.status_code, began)
+            return
+        if infer:
+            row[IN_FLIGHT] += 1
+            row[BYTES_IN_FLIGHT] += size
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if infer:
+                row[IN_FLIGHT] -= 1
+                row[BYTES_IN_FLIGHT] -= size
+                took = perf_counter_ns() - began
+                row[SECONDS_NS] += took
+                row[DURATIONS + bisect_left(_BOUNDS_NS, took)] += 1
+            status = scope.get("status", 0)  # 0: the client left before there was an answer
+            row[STATUSES + status] += 1
+            if self._access_log:
+                self._log(scope, status, began)
+
+    def _admitted(self, headers: Mapping[bytes, bytes]) -> int:
+        """Return the bytes that a request may come to hold: the most where no length is announced."""
+        size = min(int(headers.get(b"content-length", self._max_body)), self._max_body)
+        row = self._row
+        if row[IN_FLIGHT] >= self._max_requests or row[BYTES_IN_FLIGHT] + size > self._max_queued:
+            raise OverloadedError("as many requests are in flight as the limits allow: try again")
+        return size
+
+    def _log(self, scope: Scope, status: int, began: int) -> None:
+        fields = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "ms": (perf_counter_ns() - began) / 1e6,
+            "client": scope["client"] and scope["client"][0],
+        }
+        logger.info("request", extra={"fields": fields})
+
+
+def _watched(scope: Scope, given: bytes | None, send: Send) -> Send:
+    """Return a `send` that notes the status, and sends the id of the request back where there is one.
+
+    Infer notes the status itself, so that most of its requests need none of this.
+    """
+    identity = None
+    if given is not None:
+        identity = safe_id(given.decode("latin-1"))
+        request_id.set(identity)
+
+    async def watched(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            scope["status"] = message["status"]
+            if identity is not None:
+                message["headers"] = [*message["headers"], (b"x-request-id", identity.encode())]
+        await send(message)
+
+    return watched
+
+
+def _key(headers: Mapping[bytes, bytes]) -> bytes | None:
+    given = headers.get(b"authorization")
+    if given is not None and given[:7].lower() == b"bearer ":
+        return given[7:].strip()
+    return headers.get(b"x-api-key")

@@ -1,0 +1,56 @@
+"""What a process does beside answering: it follows what is shared, and knows when it is to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from anyio import to_thread
+
+from batchnorm_service.keys import Keyring
+from batchnorm_service.repository import Repository
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS: Final = 0.1
+
+
+@dataclass
+class Lifecycle:
+    """Where the process is between start and end.
+
+    Attributes:
+        stopping: Whether it will end soon, and wants no new clients.
+    """
+
+    stopping: bool = False
+
+
+@asynccontextmanager
+async def watch(repository: Repository, keyring: Keyring | None) -> AsyncIterator[None]:
+    """Take changes of the models and of the keys, while the block lasts."""
+    task = asyncio.create_task(_watch(repository, keyring))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _watch(repository: Repository, keyring: Keyring | None) -> NoReturn:
+    said = ""
+    while True:
+        await asyncio.sleep(WATCH_SECONDS)
+        if keyring is not None:
+            keyring.refresh()
+        if repository.stale:
+            try:
+                await to_thread.run_sync(repository.refresh)
+            # What was served still is, and the next round tries again; it says so once.
+            except Exception as reason:
+                if str(reason) != said:
+                    logger.error("the new list of models is not taken: %s", reason)
+                said = str(reason)

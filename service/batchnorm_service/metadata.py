@@ -1,0 +1,52 @@
+"""What the service says of itself and of its models: metadata and model configurations."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from batchnorm_service import __version__
+from batchnorm_service.message import INPUT, OUTPUT
+from batchnorm_service.models import Model
+from batchnorm_service.tensors import DATATYPES
+
+PLATFORM: Final = "batchnorm_safetensors"
+EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
+
+
+def server() -> dict[str, Any]:
+    """Return the metadata of the service."""
+    return {"name": "batchnorm-service", "version": __version__, "extensions": EXTENSIONS}
+
+
+def of_model(model: Model, versions: list[str]) -> dict[str, Any]:
+    """Return the metadata of a model; `parameters` says what a fixed datatype and shape cannot."""
+    datatypes = [DATATYPES[dtype] for dtype in model.dtypes]
+    tensor = {"datatype": datatypes[0], "shape": model.shape}
+    return {
+        "name": model.name,
+        "versions": versions,
+        "platform": PLATFORM,
+        "inputs": [{"name": INPUT, **tensor}],
+        "outputs": [{"name": OUTPUT, **tensor}],
+        "parameters": {
+            "fingerprint": model.layer.fingerprint,
+            "datatypes": ",".join(datatypes),
+            "channel_axis": model.layer.channel_axis,
+            "eps": model.layer.eps,
+        },
+    }
+
+
+def configuration(model: Model) -> dict[str, Any]:
+    """Return the model configuration, as much of it as tools ask for; batching is the client's affair."""
+    datatype = DATATYPES[model.dtypes[0]]
+    tensor = {"data_type": f"TYPE_{datatype}", "dims": model.shape}
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": "batchnorm",
+        "version_policy": {"specific": {"versions": [int(model.version)]}},
+        "max_batch_size": 0,
+        "input": [{"name": INPUT, **tensor}],
+        "output": [{"name": OUTPUT, **tensor}],
+    }

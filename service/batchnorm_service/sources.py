@@ -1,0 +1,195 @@
+"""What a directory offers: which files would be which models, and how one file becomes a layer.
+
+    DIR/NAME/VERSION/bn.safetensors     or bn.onnx, model.onnx
+    DIR/NAME.safetensors                or NAME.onnx: version 1
+
+Where DIR is one model, its name is given: DIR/VERSION/bn.safetensors, or DIR/bn.safetensors for version 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from batchnorm import FrozenBatchNorm
+from batchnorm_service.models import MAX_RANK
+
+# A name is one segment of a URL and one component of a path: no slash, no leading dot, no percent.
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+# `v2/models/stats` is the protocol's path for the statistics of all models.
+RESERVED_NAMES: Final = frozenset({"stats"})
+# No leading zero, so that a version has one spelling.
+VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
+# In a folder of its own a model has one of these names; Triton's repositories have the last.
+FILES: Final = ("bn.safetensors", "bn.onnx", "model.onnx")
+SUFFIXES: Final = (".safetensors", ".onnx")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that is to be a version of a model, or what stands in its place.
+
+    Attributes:
+        name: Name of the model.
+        version: Its version; empty where a whole folder is refused.
+        path: The file.
+        problem: Why it cannot be loaded, where that is known without opening it.
+    """
+
+    name: str
+    version: str
+    path: Path
+    problem: str = ""
+
+
+class Directory:
+    """A directory of models, or of one.
+
+    Args:
+        root: The directory. Nothing outside it is opened, whatever symbolic links say.
+        name: Name of the model that the whole directory is; None for a directory of models.
+
+    Raises:
+        OSError: the directory does not exist.
+    """
+
+    def __init__(self, root: Path, name: str | None = None) -> None:
+        self._root = root.resolve(strict=True)
+        self._name = name
+
+    def sources(self, name: str | None = None) -> list[Source]:
+        """Return what the directory holds now, of one model or of all.
+
+        Names are compared, never made into paths.
+
+        Raises:
+            OSError: the directory cannot be listed.
+        """
+        if self._name is None:
+            found = [source for entry in _listed(self._root) for source in self._named(entry, name)]
+        elif name in (None, self._name):
+            found = list(self._single(self._name))
+        else:
+            found = []
+        seen: set[tuple[str, str]] = set()
+        return [self._checked(source, seen) for source in found]
+
+    def read(self, source: Source, scratch: Path) -> FrozenBatchNorm:
+        """Return the layer of a source.
+
+        The file is copied first and then read once, so that whoever writes to it meanwhile does no harm.
+
+        Args:
+            source: One of `sources()`.
+            scratch: A path that may be written to.
+
+        Raises:
+            ValueError: it is no whole file of a frozen layer, or not in the directory.
+            OSError: it cannot be read, or not be copied.
+            ImportError: it is an ONNX model, and the package onnx is not there.
+        """
+        if source.problem:
+            raise ValueError(source.problem)
+        real = self._contained(source.path)
+        if not real.is_file():
+            raise ValueError("not a regular file")
+        with open(real, "rb", opener=_unfollowed) as file, scratch.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+        layer = _read_onnx(scratch) if real.suffix == ".onnx" else FrozenBatchNorm.load(scratch)
+        if not -MAX_RANK <= layer.channel_axis < MAX_RANK:
+            raise ValueError(f"no tensor has a channel axis {layer.channel_axis}")
+        return layer
+
+    def explain(self, source: Source, scratch: Path, reason: Exception) -> str:
+        """Return the text of what `read` raised, with no path but the one below the directory."""
+        text = f"{reason.strerror}" if isinstance(reason, OSError) and reason.strerror else str(reason)
+        shown = str(source.path.relative_to(self._root))
+        for path in (str(scratch), str(source.path), str(self._root)):
+            text = text.replace(path, shown)
+        return text
+
+    def _named(self, entry: Path, wanted: str | None) -> Iterator[Source]:
+        """What one entry of a directory of models is."""
+        if entry.suffix in SUFFIXES:
+            if wanted in (None, entry.stem):
+                yield Source(entry.stem, "1", entry)
+        elif wanted in (None, entry.name) and entry.is_dir() and not entry.name.startswith("."):
+            yield from self._versions(entry.name, entry)
+
+    def _single(self, name: str) -> Iterator[Source]:
+        """What the directory is, as one model."""
+        if any((self._root / file).exists() for file in FILES):
+            yield self._only_file(name, "1", self._root)
+        yield from self._versions(name, self._root)
+
+    def _versions(self, name: str, folder: Path) -> Iterator[Source]:
+        try:
+            self._contained(folder)
+            for entry in _listed(folder):
+                if entry.is_dir() and (VERSION.fullmatch(entry.name) or _files(entry)):
+                    yield self._only_file(name, entry.name, entry)
+        except (OSError, ValueError) as reason:
+            yield Source(name, "", folder, self.explain(Source(name, "", folder), folder, reason))
+
+    def _only_file(self, name: str, version: str, folder: Path) -> Source:
+        found = _files(folder)
+        if len(found) == 1:
+            return Source(name, version, found[0])
+        had = f"found {', '.join(path.name for path in found)}" if found else "found none"
+        return Source(name, version, folder, f"one of {', '.join(FILES)} is wanted, {had}")
+
+    def _checked(self, source: Source, seen: set[tuple[str, str]]) -> Source:
+        problem = source.problem
+        if not NAME.fullmatch(source.name):
+            problem = f"the name must match {NAME.pattern}"
+        elif source.name in RESERVED_NAMES:
+            problem = "the name is reserved by the protocol"
+        elif source.version and not VERSION.fullmatch(source.version):
+            problem = f"the version must match {VERSION.pattern}"
+        elif (source.name, source.version) in seen:
+            problem = "a file of this name and version was seen already"
+        seen.add((source.name, source.version))
+        return Source(source.name, source.version, source.path, problem)
+
+    def _contained(self, path: Path) -> Path:
+        try:
+            real = path.resolve(strict=True)
+        except RuntimeError as loop:  # what Python 3.11 and 3.12 raise for links in a circle
+            raise ValueError("symbolic links in a circle") from loop
+        if not real.is_relative_to(self._root):
+            raise ValueError("a symbolic link leaves the directory of models")
+        return real
+
+
+def _listed(folder: Path) -> list[Path]:
+    # Folders before files, so that of two sources of one version the folder is the first.
+    return sorted(folder.iterdir(), key=lambda path: (path.suffix in SUFFIXES, path.name))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / name for name in FILES if os.path.lexists(folder / name)]
+
+
+def _unfollowed(path: str, flags: int) -> int:
+    # Should a link or a pipe have taken the file's place since it was looked at.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _read_onnx(path: Path) -> FrozenBatchNorm:
+    try:
+        import onnx
+
+        from batchnorm.onnx import load_frozen
+    except ImportError:
+        raise ValueError("ONNX models need the package onnx: pip install 'batchnorm[onnx]'") from None
+
+    model = onnx.load(path, load_external_data=False)
+    tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)]
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+        raise ValueError("the model refers to data in other files, which are not opened")
+    return load_frozen(model)

@@ -1,0 +1,197 @@
+"""What the processes of one service share: a directory with one list of models and who has taken it.
+
+    models.json            the list, replaced as a whole; its generation is a number that only grows
+    layers/FINGERPRINT     the layers in it, each as a file of its own, named by what it holds
+    workers/ID             one file a worker, locked while it lives; it holds the generation that it serves
+    lock                   held by whoever changes the list
+
+The directory of models is the truth that the list is made from, on start and by each load. Workers take
+layers from here and not from there, so that all of them, and those started later, serve the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from batchnorm import FrozenBatchNorm
+from batchnorm_service.errors import LaggingError
+
+# How long one change waits for another, and a load for the workers.
+PATIENCE_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version of one model in the list.
+
+    Attributes:
+        name: Name of the model.
+        version: Its version; empty where a whole folder was refused.
+        fingerprint: Of the layer that is served; None where none is.
+        reason: Why none is, or why the last load changed nothing; else empty.
+    """
+
+    name: str
+    version: str
+    fingerprint: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All versions of all models, as of one generation."""
+
+    generation: int
+    entries: tuple[Entry, ...] = ()
+
+
+class State:
+    """The shared directory, as one process sees it.
+
+    Args:
+        path: The directory; it exists, and belongs to this service alone.
+
+    Attributes:
+        identity: What this process is called in it, once it is registered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._list = path / "models.json"
+        self._workers = path / "workers"
+        self._layers = path / "layers"
+        for folder in (self._workers, self._layers):
+            folder.mkdir(exist_ok=True)
+        self.identity = ""
+        self._own: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._path
+
+    # The list
+
+    def mark(self) -> tuple[int, int] | None:
+        """Return what differs whenever the list was replaced; None before there is one."""
+        try:
+            status = self._list.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    def listing(self) -> Listing:
+        """Return the list; an empty one of generation 0 before there is one."""
+        try:
+            found = json.loads(self._list.read_bytes())
+        except FileNotFoundError:
+            return Listing(0)
+        return Listing(found["generation"], tuple(Entry(**entry) for entry in found["entries"]))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the right to call `publish`.
+
+        Raises:
+            LaggingError: another process held it for too long.
+        """
+        with (self._path / "lock").open("w") as file:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while not _locked(file.fileno(), fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise LaggingError("another change of the models is under way; nothing was changed")
+                time.sleep(0.02)
+            yield
+
+    def publish(self, entries: tuple[Entry, ...]) -> int:
+        """Replace the list, drop the layers that are no longer in it, and return its generation."""
+        new = Listing(self.listing().generation + 1, entries)
+        _replace(self._list, json.dumps(asdict(new)).encode())
+        kept = {entry.fingerprint for entry in entries}
+        for path in self._layers.iterdir():
+            # A worker that is just reading an older list misses the file, and then reads this one.
+            if path.name not in kept:
+                path.unlink()
+        return new.generation
+
+    # The layers
+
+    def scratch(self) -> Path:
+        """Return a path for a copy of a file; whoever writes there deletes it."""
+        return self._path / f"copy-{secrets.token_hex(8)}"
+
+    def put(self, layer: FrozenBatchNorm) -> None:
+        """Keep a layer under its fingerprint, until a list without it is published.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path = self._layers / layer.fingerprint
+        if not path.exists():
+            layer.save(path)
+
+    def get(self, fingerprint: str) -> FrozenBatchNorm:
+        """Return a layer that was put here.
+
+        Raises:
+            OSError: it is not here any more.
+            ValueError: the file is not what was written.
+        """
+        layer = FrozenBatchNorm.load(self._layers / fingerprint)
+        if layer.fingerprint != fingerprint:
+            raise ValueError(f"the file of layer {fingerprint} has another one")
+        return layer
+
+    # The workers
+
+    def register(self) -> None:
+        """Count as a worker from here on; to be called before the list is first read."""
+        self.identity = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._own = os.open(self._workers / self.identity, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        fcntl.flock(self._own, fcntl.LOCK_EX)
+
+    def leave(self) -> None:
+        """Count as a worker no longer; the end of the process does the same."""
+        if self._own is not None:
+            os.close(self._own)
+            self._own = None
+
+    def acknowledge(self, generation: int) -> None:
+        """Say that this worker answers by this generation of the list."""
+        if self._own is not None:
+            os.pwrite(self._own, b"%20d" % generation, 0)
+
+    def live(self) -> dict[str, int]:
+        """Return the generation that each live worker answers by."""
+        found = {}
+        for path in self._workers.iterdir():
+            with path.open("rb") as file:
+                if not _locked(file.fileno(), fcntl.LOCK_SH):  # the worker holds it: it lives
+                    found[path.name] = int(file.read() or b"0")
+        return found
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,31 @@
+"""`python -m batchnorm_service.worker STATE SOCKET ALIVE`: one of several, started by the supervisor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from batchnorm_service import logs
+from batchnorm_service.server import serve
+from batchnorm_service.settings import Settings
+from batchnorm_service.state import State
+
+
+def _end_with_supervisor(alive: int) -> None:
+    os.read(alive, 1)  # returns when the other end is closed: nothing is ever written
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(state: str, listener: str, alive: str) -> None:
+    """Serve on an inherited socket."""
+    logs.configure()
+    threading.Thread(target=_end_with_supervisor, args=(int(alive),), daemon=True).start()
+    serve(Settings(), State(Path(state)), socket.socket(fileno=int(listener)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
