@@ -23,10 +23,11 @@ pub(super) trait Map<T: Element> {
 #[inline(always)]
 pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, period: usize, streaming: bool, map: &M) {
     for r in 0..y.rows() {
-        if streaming {
-            write_row::<L, T, M, true>(&y.row(r), period, map, map.inputs(r));
+        let (inputs, row) = (map.inputs(r), y.row(r));
+        if streaming && row.before_line() + LANES <= row.len() {
+            write_row::<L, T, M, true>(&row, period, map, inputs);
         } else {
-            write_row::<L, T, M, false>(&y.row(r), period, map, map.inputs(r));
+            write_row::<L, T, M, false>(&row, period, map, inputs);
         }
     }
 }
@@ -45,18 +46,22 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
         }
         return;
     }
-    let first = if STREAMING { y.before_line().min(len) } else { 0 };
+    let first = if STREAMING { y.before_line() } else { 0 };
     let whole = (len - first) / LANES * LANES;
     // What whole steps leave over at either end is computed by a step that overlaps them, and before them, since in place
     // they write what it reads.
     let (mut head, mut tail) = (Buffer::<T, LANES>::new(), Buffer::<T, LANES>::new());
-    if first > 0 {
-        map.sixteen::<L, false>(inputs, 0, 0, head.chunk());
+    let start = first / LANES * LANES; // a line has up to 32 elements
+    if start < first {
+        map.sixteen::<L, false>(inputs, start, start % period, head.chunk());
     }
     if first + whole < len {
         map.sixteen::<L, false>(inputs, len - LANES, (len - LANES) % period, tail.chunk());
     }
-    head.copy_first(y, first);
+    for i in (0..start).step_by(LANES) {
+        map.sixteen::<L, false>(inputs, i, i % period, y.chunk(i));
+    }
+    head.copy_first(y, start, first - start);
     let mut j = first % period;
     for i in (first..first + whole).step_by(LANES) {
         map.sixteen::<L, STREAMING>(inputs, i, j, y.chunk(i));

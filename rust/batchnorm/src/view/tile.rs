@@ -280,10 +280,10 @@ impl<T: Element, const N: usize> Buffer<T, N> {
         ChunkMut { data: self.0.as_mut_ptr().cast(), memory: PhantomData }
     }
 
-    /// Writes its first `n` elements to the first of a row.
+    /// Writes its first `n` elements to elements `i .. i + n` of a row.
     #[inline(always)]
-    pub(crate) fn copy_first(&self, row: &RowMut<'_, T>, n: usize) {
-        self.copy(0, row, 0, n);
+    pub(crate) fn copy_first(&self, row: &RowMut<'_, T>, i: usize, n: usize) {
+        self.copy(0, row, i, n);
     }
 
     /// Writes its last `n` elements to the last of a row.
