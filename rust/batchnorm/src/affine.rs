@@ -104,11 +104,11 @@ impl Affine {
     ///
     /// # Errors
     /// [`Error::Channels`], [`Error::Counts`].
-    pub fn check_counts(&self, count: &[f64]) -> Result<(), Error> {
+    pub fn check_counts(&self, count: impl ExactSizeIterator<Item = f64>) -> Result<(), Error> {
         Error::check_channels("sums", count.len(), self.channels())?;
         let wanted = self.count.iter().flatten();
-        match count.iter().zip(wanted).enumerate().find(|(_, (got, wanted))| got != wanted) {
-            Some((channel, (&got, &wanted))) => Err(Error::Counts { channel, got, wanted }),
+        match count.zip(wanted).enumerate().find(|(_, (got, wanted))| got != *wanted) {
+            Some((channel, (got, &wanted))) => Err(Error::Counts { channel, got, wanted }),
             None => Ok(()),
         }
     }

@@ -35,6 +35,7 @@ use crate::simd::{
     AffineRows, AffineRuns, Apply, ApplyRows, ApplyRuns, FloatMode, Gate, LANES, ROWS, SumRows, SumRuns, dispatch,
 };
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// dγ = Σdy·x̂ and dβ = Σdy per channel with the number of values summed, in float64; a value that merges.
@@ -315,7 +316,7 @@ pub fn gradient_apply<T: Element>(
     let _mode = crate::begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
-    affine.check_counts(&sums.count)?;
+    affine.check_counts(sums.count.iter().copied())?;
     let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
     // With an activation a tile of each tensor is to stay in cache until dx is made of the gradient that passes.
     let elements = if epilogue.passes() { TILE } else { TILE / 4 } / size_of::<T>();
@@ -381,7 +382,7 @@ pub fn backward<T: Element>(
     let _mode = crate::begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
-    affine.check_counts(&vec![layout.count() as f64; layout.channels()])?;
+    affine.check_counts(repeat_n(layout.count() as f64, layout.channels()))?;
     match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => {
             Ok(fused(dy, x, planar, affine, epilogue, dx))
