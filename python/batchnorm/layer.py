@@ -161,8 +161,9 @@ class BatchNorm:
             y, of the shape, dtype and memory order of x.
 
         Raises:
-            ValueError: Another number of channels, activation or shape of residual; in train mode non-finite statistics or fewer than 2 values
-                in a channel (named); in eval mode a population that is not ready. Nothing is changed then.
+            ValueError: Another number of channels, activation or shape of residual; in train mode non-finite
+                statistics or fewer than 2 values in a channel (named); in eval mode a population that is not
+                ready. Nothing is changed then.
             TypeError: A dtype that does not go with the layer's.
         """
         if not self.training:
