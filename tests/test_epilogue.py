@@ -333,23 +333,23 @@ def test_memory_that_is_shared_is_refused_by_name():
         lambda: bn.infer(x, 0.0, 1.0, out=x, residual=x),
         lambda: bn.backward(dy, bn.train_forward(x, **follows)[1], out=residual),
     ):
-        with pytest.raises(ValueError, match="^out shares memory with residual; wanted memory of its own"):
+        with pytest.raises(ValueError, match=r"^out shares memory with residual; wanted memory of its own"):
             call()
     _, cache = bn.train_forward(x, **follows)
     for name, buffer in (("x", x), ("residual", residual)):
         with pytest.raises(ValueError, match=f"^dresidual shares memory with {name}; wanted"):
             bn.backward(dy, cache, dresidual=buffer)
     out = np.empty_like(x)
-    with pytest.raises(ValueError, match="^dresidual shares memory with out; wanted"):
+    with pytest.raises(ValueError, match=r"^dresidual shares memory with out; wanted"):
         bn.backward(dy, cache, out=out, dresidual=out)
-    with pytest.raises(ValueError, match="^dresidual has shape"):
+    with pytest.raises(ValueError, match=r"^dresidual has shape"):
         bn.backward(dy, cache, dresidual=out[:2])
     assert residual.tobytes() == before
 
 
 def test_a_gradient_that_nothing_asks_for_is_refused():
     _, cache = bn.train_forward(X, activation="relu")
-    with pytest.raises(ValueError, match="^dresidual is given, but the forward pass had no residual"):
+    with pytest.raises(ValueError, match=r"^dresidual is given, but the forward pass had no residual"):
         bn.backward(X, cache, dresidual=np.empty_like(X))
 
 

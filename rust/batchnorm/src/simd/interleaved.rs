@@ -215,7 +215,7 @@ impl<T: Element, E: Finish<T>> Kernel for AffineRows<'_, '_, T, E> {
     fn run<L: Lanes>(self) {
         let period = self.y.cols();
         let flat = AffineRows { x: self.x.flat(), finish: self.finish.flat(), ..self };
-        write::<L, T, _>(&self.y.flat(), period, self.y.streaming(), &flat);
+        write::<L, T, _>(&self.y.flat_with(&self.x), period, self.y.streaming(), &flat);
     }
 }
 

@@ -116,6 +116,12 @@ impl<'a, T: Element> TileMut<'a, T> {
         TileMut { rows, cols, ..*self }
     }
 
+    /// The same elements as one row, where rows are adjacent in this rectangle and in `x`.
+    #[inline(always)]
+    pub(crate) fn flat_with(&self, x: &Tile<'_, T>) -> TileMut<'_, T> {
+        if x.cols == x.stride { self.flat() } else { TileMut { ..*self } }
+    }
+
     /// Whether to write past the caches.
     #[inline(always)]
     pub(crate) fn streaming(&self) -> bool {
