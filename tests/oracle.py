@@ -64,8 +64,8 @@ def backward(dy, f):
     return dx, total(dy * f.xhat, f.axes).squeeze(f.axes), total(dy, f.axes).squeeze(f.axes)
 
 
-def infer(x, mean, var, gamma=1.0, beta=0.0, eps=1e-5, channel_axis=1):
-    """Contract 1: in float64, or for 16-bit tensors in float32 with a high and a low mean."""
+def infer(x, mean, var, gamma=1.0, beta=0.0, eps=1e-5, channel_axis=1, activation=None, residual=None):
+    """Contract 1: in float64, or for 16-bit tensors in float32 with a high and a low mean; so all of it."""
     wide = np.dtype(np.float32 if x.dtype.itemsize == 2 else np.float64)
     mean, var, gamma, beta = (
         along(np.asarray(p, np.float64), x, channel_axis) for p in (mean, var, gamma, beta)
@@ -76,7 +76,12 @@ def infer(x, mean, var, gamma=1.0, beta=0.0, eps=1e-5, channel_axis=1):
         centred = x.astype(wide) - hi
         if x.dtype.itemsize == 2:
             centred -= (mean - hi).astype(wide)
-        return (centred * s + beta.astype(wide)).astype(x.dtype)
+        y = centred * s + beta.astype(wide)
+        if residual is not None:
+            y = y + residual.astype(wide)
+        if activation == "relu":
+            y = np.where(y <= 0, wide.type(0), y)
+        return y.astype(x.dtype)
 
 
 def ulp(s, dtype):
@@ -92,7 +97,19 @@ def ulp(s, dtype):
 
 def size(f):
     """Contract 2's S."""
+    if hasattr(f, "size"):
+        return f.size
     return np.maximum(np.maximum(abs(f.gamma * f.xhat), abs(f.beta)), abs(f.y))
+
+
+def followed(f, activation=None, residual=None):
+    """`f` with a residual and an activation after it; S counts |residual|."""
+    residual = long(0.0 if residual is None else residual)
+    v = f.y + residual
+    y = np.maximum(v, 0) if activation == "relu" else v
+    return SimpleNamespace(
+        **vars(f) | {"y": y, "size": np.maximum(np.maximum(size(f), abs(residual)), abs(y))}
+    )
 
 
 def share_of_bound(y, f, *, trained):

@@ -36,15 +36,20 @@ def everything(x, dy, axis, parameters):
     mean, var, gamma, beta = parameters
     y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis)
     frozen = bn.infer(x, mean, var, gamma, beta, channel_axis=axis)
+    follows = {"activation": "relu", "residual": dy}
+    followed, through = bn.train_forward(x, gamma, beta, channel_axis=axis, **follows)
     results = {
         "moments": moments_bits(bn.moments(x, channel_axis=axis)),
         "moments of training": moments_bits(cache.moments),
         "y": bits(y),
         "invstd": bits(cache.invstd),
         "inference": bits(frozen),
+        "y, followed": bits(followed),
+        "inference, followed": bits(bn.infer(x, mean, var, gamma, beta, channel_axis=axis, **follows)),
     }
     for name, gradients in (
         ("training", bn.backward(dy, cache)),
+        ("training, followed", bn.backward(dy, through)),
         ("inference", bn.infer_backward(dy, x, mean, var, gamma, channel_axis=axis)),
     ):
         results |= {f"{field}, {name}": bits(g) for field, g in gradients._asdict().items()}

@@ -1,4 +1,4 @@
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -78,6 +78,10 @@ class Cache:
     @property
     def x(self) -> NDArray[Any] | None: ...
     @property
+    def residual(self) -> NDArray[Any] | None: ...
+    @property
+    def activation(self) -> str | None: ...
+    @property
     def moments(self) -> Moments: ...
     @property
     def mean(self) -> NDArray[np.float64]: ...
@@ -99,9 +103,25 @@ class Affine:
     ) -> Affine: ...
     @property
     def channels(self) -> int: ...
-    def infer(self, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None) -> NDArray[Any]: ...
+    def infer(
+        self,
+        x: Any,
+        *,
+        channel_axis: int = 1,
+        out: NDArray[Any] | None = None,
+        activation: Literal["relu"] | None = None,
+        residual: Any | None = None,
+    ) -> NDArray[Any]: ...
     def backward(
-        self, dy: Any, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None
+        self,
+        dy: Any,
+        x: Any,
+        *,
+        channel_axis: int = 1,
+        out: NDArray[Any] | None = None,
+        activation: Literal["relu"] | None = None,
+        residual: Any | None = None,
+        dresidual: NDArray[Any] | None = None,
     ) -> Gradients: ...
 
 @final
@@ -126,6 +146,8 @@ def normalize(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
+    activation: Literal["relu"] | None = None,
+    residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]: ...
 def train_forward(
     x: Any,
@@ -135,13 +157,26 @@ def train_forward(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
+    activation: Literal["relu"] | None = None,
+    residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]: ...
 def gradient_sums(dy: Any, cache: Cache, *, x: Any | None = None) -> GradientSums: ...
 def gradient_apply(
-    dy: Any, cache: Cache, sums: GradientSums, *, x: Any | None = None, out: NDArray[Any] | None = None
+    dy: Any,
+    cache: Cache,
+    sums: GradientSums,
+    *,
+    x: Any | None = None,
+    out: NDArray[Any] | None = None,
+    dresidual: NDArray[Any] | None = None,
 ) -> NDArray[Any]: ...
 def backward(
-    dy: Any, cache: Cache, *, x: Any | None = None, out: NDArray[Any] | None = None
+    dy: Any,
+    cache: Cache,
+    *,
+    x: Any | None = None,
+    out: NDArray[Any] | None = None,
+    dresidual: NDArray[Any] | None = None,
 ) -> Gradients: ...
 def infer(
     x: Any,
@@ -153,6 +188,8 @@ def infer(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
+    activation: Literal["relu"] | None = None,
+    residual: Any | None = None,
 ) -> NDArray[Any]: ...
 def infer_backward(
     dy: Any,
@@ -161,9 +198,13 @@ def infer_backward(
     var: ArrayLike,
     gamma: ArrayLike | None = None,
     *,
+    beta: ArrayLike | None = None,
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
+    activation: Literal["relu"] | None = None,
+    residual: Any | None = None,
+    dresidual: NDArray[Any] | None = None,
 ) -> Gradients: ...
 def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None: ...
 def release_memory() -> int: ...

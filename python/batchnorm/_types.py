@@ -8,15 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Gradients(NamedTuple):
-    """What a backward pass returns (Ioffe and Szegedy 2015, section 3).
+class _Gradients(NamedTuple):
+    dx: NDArray[Any]
+    dgamma: NDArray[np.float64]
+    dbeta: NDArray[np.float64]
+
+
+class Gradients(_Gradients):
+    """What a backward pass returns (Ioffe and Szegedy 2015, section 3): a tuple of three.
 
     Attributes:
         dx: ∂ℓ/∂x, shape, dtype and memory order of x.
         dgamma: ∂ℓ/∂γ = Σ dy·x̂, shape (channels,), float64.
         dbeta: ∂ℓ/∂β = Σ dy, shape (channels,), float64.
+        dresidual: ∂ℓ/∂residual, not an element of the tuple: the array that was given for it, or dy where
+            it is dy; None where it was not computed.
     """
 
-    dx: NDArray[Any]
-    dgamma: NDArray[np.float64]
-    dbeta: NDArray[np.float64]
+    dresidual: NDArray[Any] | None = None

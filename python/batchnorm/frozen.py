@@ -247,9 +247,20 @@ class FrozenBatchNorm:
             TypeError: x is not of such a dtype.
             ValueError: x or out is of the wrong shape.
         """
+        return self._infer(x, out)
+
+    def _infer(
+        self,
+        x: Any,
+        out: NDArray[Any] | None = None,
+        activation: Literal["relu"] | None = None,
+        residual: Any | None = None,
+    ) -> NDArray[Any]:
+        """A call; with what follows a trainable layer in eval mode, which is no part of a frozen one."""
         if out is not None:
             self._refuse_float64("out", out)
-        y = self._affine.infer(x, channel_axis=self.channel_axis, out=out)
+        axis = self.channel_axis
+        y = self._affine.infer(x, channel_axis=axis, out=out, activation=activation, residual=residual)
         if out is None:
             self._refuse_float64("x", y)
         return y
@@ -266,9 +277,12 @@ class FrozenBatchNorm:
             TypeError: as for a call.
             ValueError: a tensor is of the wrong shape.
         """
+        return self._backward(dy, x, out)
+
+    def _backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None, **epilogue: Any) -> Gradients:
         if out is not None:
             self._refuse_float64("out", out)
-        gradients = self._affine.backward(dy, x, channel_axis=self.channel_axis, out=out)
+        gradients = self._affine.backward(dy, x, channel_axis=self.channel_axis, out=out, **epilogue)
         if out is None:
             self._refuse_float64("dy", gradients.dx)
         return gradients

@@ -6,7 +6,7 @@ import copy
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -91,7 +91,7 @@ class BatchNorm:
         if affine:
             self._parameters["gamma"] = np.ones(self.channels, self.dtype)
             self._parameters["beta"] = np.zeros(self.channels, self.dtype)
-        self._last: _core.Cache | tuple[FrozenBatchNorm, Any] | None = None
+        self._last: _core.Cache | tuple[FrozenBatchNorm, Any, dict[str, Any]] | None = None
         self._kept: tuple[tuple[Any, ...], FrozenBatchNorm] | None = None
 
     # γ and β are typed Any: a union with None would make every optimizer step of a typed program assert
@@ -143,32 +143,49 @@ class BatchNorm:
         self.training = False
         return self
 
-    def __call__(self, x: Any) -> NDArray[Any]:
-        """Normalize a batch and keep what ``backward`` needs, x by reference.
+    def __call__(
+        self, x: Any, activation: Literal["relu"] | None = None, residual: Any | None = None
+    ) -> NDArray[Any]:
+        """Normalize a batch and keep what ``backward`` needs, x and residual by reference.
+
+        y = activation(γ·x̂ + β + residual), rounded once. What follows normalization is of this call: a frozen
+        layer has none of it.
 
         Args:
             x: Array of rank 2 or more with ``channels`` entries on ``channel_axis``; float16, bfloat16 or
                 float32 for a float32 layer, float64 for a float64 layer.
+            activation: None or "relu".
+            residual: Array of x's shape and dtype that is added before the activation.
 
         Returns:
             y, of the shape, dtype and memory order of x.
 
         Raises:
-            ValueError: Another number of channels; in train mode non-finite statistics or fewer than 2 values
-                in a channel (named); in eval mode a population that is not ready. Nothing is changed then.
+            ValueError: Another number of channels, activation or shape of residual; in train mode non-finite
+                statistics or fewer than 2 values in a channel (named); in eval mode a population that is not
+                ready. Nothing is changed then.
             TypeError: A dtype that does not go with the layer's.
         """
         if not self.training:
             frozen = self._frozen()
-            y = frozen(x)
-            self._last = frozen, x
+            epilogue = {"activation": activation, "residual": residual}
+            y = frozen._infer(x, None, activation, residual)
+            self._last = frozen, x, epilogue
             return y
         if not hasattr(x, "shape") and hasattr(x, "__dlpack__"):
             x = np.from_dlpack(x)
         shape, axis = np.shape(x), self.channel_axis
         if not -len(shape) <= axis < len(shape) or shape[axis] != self.channels:
             raise ValueError(f"x: shape was {tuple(shape)}, wanted {self.channels} channels on axis {axis}")
-        y, cache = _core.train_forward(x, self.gamma, self.beta, eps=self.eps, channel_axis=axis)
+        y, cache = _core.train_forward(
+            x,
+            self.gamma,
+            self.beta,
+            eps=self.eps,
+            channel_axis=axis,
+            activation=activation,
+            residual=residual,
+        )
         if (y.dtype == _FLOAT64) != (self.dtype == _FLOAT64):
             wanted = "float64" if self.dtype == _FLOAT64 else "float16, bfloat16 or float32"
             raise TypeError(f"x: dtype was {y.dtype}, wanted {wanted} for a {self.dtype} layer")
@@ -176,7 +193,7 @@ class BatchNorm:
         self._last = cache
         return y
 
-    def backward(self, dy: Any) -> NDArray[Any]:
+    def backward(self, dy: Any, dresidual: NDArray[Any] | None = None) -> NDArray[Any]:
         """Go back through the last forward pass, in the mode that it ran in; may be called again.
 
         In train mode the gradient runs through the statistics (section 3 of the paper); in eval mode they are
@@ -184,22 +201,24 @@ class BatchNorm:
 
         Args:
             dy: ∂ℓ/∂y, shape and dtype of y.
+            dresidual: Where to put ∂ℓ/∂residual, if there was a residual: shape, dtype and memory order of
+                x; may be dy itself.
 
         Returns:
             ∂ℓ/∂x, of the shape, dtype and memory order of x.
 
         Raises:
             RuntimeError: There was no forward pass.
-            ValueError: Another shape than y's.
+            ValueError: Another shape than y's, or dresidual without a residual.
             TypeError: Another dtype than y's.
         """
         if self._last is None:
             raise RuntimeError("backward: there was no forward pass to go back through; call the layer first")
         if isinstance(self._last, tuple):
-            frozen, x = self._last
-            dx, dgamma, dbeta = frozen.backward(dy, x)
+            frozen, x, epilogue = self._last
+            dx, dgamma, dbeta = frozen._backward(dy, x, dresidual=dresidual, **epilogue)
         else:
-            dx, dgamma, dbeta = _core.backward(dy, self._last)
+            dx, dgamma, dbeta = _core.backward(dy, self._last, dresidual=dresidual)
         if self.affine:
             with np.errstate(over="ignore"):
                 self.grad_gamma = dgamma.astype(self.dtype)

@@ -114,18 +114,24 @@ impl<'py> Tensor<'py> {
         Ok(Self { array, dtype: self.dtype, layout: self.layout, copied: false })
     }
 
-    /// Memory for a result of the shape, dtype and memory order of this tensor: `out`, if it fits and shares no memory
-    /// with `inputs`, or new.
-    pub(crate) fn output(&self, out: Option<&Bound<'py, PyAny>>, inputs: &[(&str, &Self)]) -> PyResult<Output<'py>> {
+    /// Memory for a result of the shape, dtype and memory order of this tensor: the argument `out`, if it fits and shares
+    /// no memory with `inputs`, or new.
+    pub(crate) fn output(
+        &self,
+        argument: &str,
+        out: Option<&Bound<'py, PyAny>>,
+        inputs: &[(&str, &Bound<'py, PyUntypedArray>)],
+    ) -> PyResult<Output<'py>> {
         let Some(out) = out else {
             return Ok(Output { array: self.empty_like()?, dtype: self.dtype, layout: self.layout });
         };
-        let array = self.check_output(out)?;
+        let array = self.check_output(argument, out)?;
         let place = addresses(&array);
         for (name, input) in inputs {
-            let other = addresses(&input.array);
+            let other = addresses(input);
             if place.start < other.end && other.start < place.end {
-                return Err(PyValueError::new_err(format!("out shares memory with {name}; wanted memory of its own")));
+                let message = format!("{argument} shares memory with {name}; wanted memory of its own");
+                return Err(PyValueError::new_err(message));
             }
         }
         Ok(Output { array, dtype: self.dtype, layout: self.layout })
@@ -134,39 +140,43 @@ impl<'py> Tensor<'py> {
     /// As [`Tensor::output`], but `out` may also be the very memory of `over`: then the second value is true.
     pub(crate) fn output_over(
         &self,
+        argument: &str,
         out: Option<&Bound<'py, PyAny>>,
         over: (&str, &Self),
-        inputs: &[(&str, &Self)],
+        inputs: &[(&str, &Bound<'py, PyUntypedArray>)],
     ) -> PyResult<(Output<'py>, bool)> {
         // Where both begin at one address, `out` is the whole of `over`: `output` checks shape, dtype and memory order.
         let in_place = out
             .and_then(|out| out.cast::<PyUntypedArray>().ok())
             .is_some_and(|out| data(out) == data(&over.1.array) && !self.layout.is_empty());
-        let inputs = if in_place { inputs.to_vec() } else { [&[over], inputs].concat() };
-        Ok((self.output(out, &inputs)?, in_place))
+        let inputs = if in_place { inputs.to_vec() } else { [&[(over.0, &over.1.array)], inputs].concat() };
+        Ok((self.output(argument, out, &inputs)?, in_place))
     }
 
-    fn check_output(&self, out: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
+    fn check_output(&self, argument: &str, out: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
         let array = out
             .cast::<PyUntypedArray>()
-            .map_err(|_| PyTypeError::new_err(format!("out is {}; wanted a NumPy array", type_name(out))))?;
+            .map_err(|_| PyTypeError::new_err(format!("{argument} is {}; wanted a NumPy array", type_name(out))))?;
         if has_mask(out)? {
-            return Err(PyTypeError::new_err(format!("out is {} with a mask; wanted a NumPy array", type_name(out))));
+            let message = format!("{argument} is {} with a mask; wanted a NumPy array", type_name(out));
+            return Err(PyTypeError::new_err(message));
         }
-        self.check_like("out", array)?;
+        self.check_like(argument, array)?;
         if array.dtype().is_native_byteorder() == Some(false) {
-            return Err(PyTypeError::new_err("out is of foreign byte order; wanted native byte order"));
+            let message = format!("{argument} is of foreign byte order; wanted native byte order");
+            return Err(PyTypeError::new_err(message));
         }
         if !self.same_order(array) {
             return Err(PyValueError::new_err(format!(
-                "out has strides {:?}; wanted the memory order of {}, strides {:?}",
+                "{argument} has strides {:?}; wanted the memory order of {}, strides {:?}",
                 array.strides(),
                 if self.copied { "the dense copy that was made of x" } else { "x" },
                 self.array.strides()
             )));
         }
         if flags(array) & NPY_ARRAY_WRITEABLE == 0 {
-            return Err(PyValueError::new_err("out is read-only; wanted an array that can be written"));
+            let message = format!("{argument} is read-only; wanted an array that can be written");
+            return Err(PyValueError::new_err(message));
         }
         Ok(array.clone())
     }

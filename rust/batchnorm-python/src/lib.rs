@@ -1,6 +1,7 @@
 //! The binding `batchnorm._core`: parse, detach, call, wrap; no arithmetic.
 
 mod buffer;
+mod epilogue;
 mod functions;
 mod json;
 mod memory;

@@ -1,9 +1,11 @@
 //! The values that Python holds: statistics, gradient sums, the cache of a forward pass, coefficients of a frozen layer.
 
 use crate::buffer::Tensor;
-use crate::functions::{gradients, infer_backward_of, infer_into};
+use crate::epilogue::Epilogue;
+use crate::functions::{infer_backward_of, infer_into};
 use crate::parameters::{affine, vector};
 use crate::value_error;
+use batchnorm::Activation;
 use numpy::{PyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -193,7 +195,8 @@ fn range(count: &[f64]) -> String {
     if least == most { least.to_string() } else { format!("{least}..{most}") }
 }
 
-/// What a backward pass needs of its forward pass. It holds x by reference: x must not be changed in between.
+/// What a backward pass needs of its forward pass. It holds x and residual by reference: they must not be changed in
+/// between.
 #[pyclass(frozen, module = "batchnorm", name = "Cache")]
 pub(crate) struct Cache {
     pub(crate) x: Option<Py<PyUntypedArray>>,
@@ -202,6 +205,21 @@ pub(crate) struct Cache {
     /// The channel axis of the forward pass, as it was given.
     #[pyo3(get)]
     pub(crate) channel_axis: isize,
+    pub(crate) activation: Option<Activation>,
+    pub(crate) residual: Option<Py<PyUntypedArray>>,
+}
+
+impl Cache {
+    pub(crate) fn new(
+        x: Option<Tensor<'_>>,
+        moments: batchnorm::Moments,
+        affine: batchnorm::Affine,
+        channel_axis: isize,
+        Epilogue { activation, residual }: Epilogue<'_>,
+    ) -> Self {
+        let unbound = |tensor: Option<Tensor<'_>>| tensor.map(|tensor| tensor.array.unbind());
+        Self { x: unbound(x), moments, affine, channel_axis, activation, residual: unbound(residual) }
+    }
 }
 
 #[pymethods]
@@ -210,6 +228,18 @@ impl Cache {
     #[getter]
     fn x<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyUntypedArray>> {
         self.x.as_ref().map(|x| x.bind(py).clone())
+    }
+
+    /// What was added to the normalized x; None where nothing was.
+    #[getter]
+    fn residual<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyUntypedArray>> {
+        self.residual.as_ref().map(|residual| residual.bind(py).clone())
+    }
+
+    /// The activation that followed, by name; None where none did.
+    #[getter]
+    fn activation(&self) -> Option<&'static str> {
+        self.activation.map(|Activation::Relu| "relu")
     }
 
     /// The moments by which x was normalized.
@@ -273,26 +303,33 @@ impl Affine {
     }
 
     /// As ``batchnorm.infer``.
-    #[pyo3(signature = (x, *, channel_axis=1, out=None))]
+    #[pyo3(signature = (x, *, channel_axis=1, out=None, activation=None, residual=None))]
     fn infer<'py>(
         &self,
         x: &Bound<'py, PyAny>,
         channel_axis: isize,
         out: Option<&Bound<'py, PyAny>>,
+        activation: Option<&Bound<'py, PyAny>>,
+        residual: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        infer_into(&Tensor::read("x", x, channel_axis)?, &self.0, out)
+        let x = Tensor::read("x", x, channel_axis)?;
+        infer_into(&x, &self.0, out, &Epilogue::read(&x, activation, residual)?)
     }
 
     /// As ``batchnorm.infer_backward``.
-    #[pyo3(signature = (dy, x, *, channel_axis=1, out=None))]
+    #[pyo3(signature = (dy, x, *, channel_axis=1, out=None, activation=None, residual=None, dresidual=None))]
+    #[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
     fn backward<'py>(
         &self,
         dy: &Bound<'py, PyAny>,
         x: &Bound<'py, PyAny>,
         channel_axis: isize,
         out: Option<&Bound<'py, PyAny>>,
+        activation: Option<&Bound<'py, PyAny>>,
+        residual: Option<&Bound<'py, PyAny>>,
+        dresidual: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let (dx, sums) = infer_backward_of(dy, &Tensor::read("x", x, channel_axis)?, &self.0, out)?;
-        gradients(dx, &sums)
+        let x = Tensor::read("x", x, channel_axis)?;
+        infer_backward_of(dy, &x, &self.0, out, &Epilogue::read(&x, activation, residual)?, dresidual)
     }
 }

@@ -99,10 +99,15 @@ impl Affine {
         Self { mean: zeros.clone(), beta: zeros, ..self.clone() }
     }
 
-    /// Refuses sums over another number of values than the moments were of.
-    pub(crate) fn check_counts(&self, count: impl IntoIterator<Item = f64>) -> Result<(), Error> {
+    /// Refuses sums over another number of values per channel than the moments were of, as every backward pass does before
+    /// it writes.
+    ///
+    /// # Errors
+    /// [`Error::Channels`], [`Error::Counts`].
+    pub fn check_counts(&self, count: impl ExactSizeIterator<Item = f64>) -> Result<(), Error> {
+        Error::check_channels("sums", count.len(), self.channels())?;
         let wanted = self.count.iter().flatten();
-        match count.into_iter().zip(wanted).enumerate().find(|(_, (got, wanted))| got != *wanted) {
+        match count.zip(wanted).enumerate().find(|(_, (got, wanted))| got != *wanted) {
             Some((channel, (got, &wanted))) => Err(Error::Counts { channel, got, wanted }),
             None => Ok(()),
         }

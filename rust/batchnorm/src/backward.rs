@@ -18,16 +18,23 @@
 //! ```
 //!
 //! With frozen statistics only the first term is left: dxᵢ = γ/√(σ²+ε)·dyᵢ. Sums and dx are computed in float64.
+//!
+//! Where an activation followed, dy above stands for the gradient that passes through it: dy where y > 0, else 0, which is
+//! that of the residual too. It is made part by part in the memory where it is needed next, while it is in cache.
 
 use crate::affine::Affine;
 use crate::blocks::{Family, Interleaved, Merge, Planar, Tree, tile};
 use crate::bytes;
 use crate::element::Element;
+use crate::epilogue::Epilogue;
 use crate::error::Error;
+use crate::floor::copy;
 use crate::infer::{infer, infer_in_place};
 use crate::layout::Layout;
-use crate::simd::{Apply, ApplyRows, ApplyRuns, FloatMode, LANES, SumRows, SumRuns, dispatch};
-use crate::view::{Rect, Tile, View, ViewMut};
+use crate::simd::{
+    AffineRows, AffineRuns, Apply, ApplyRows, ApplyRuns, FloatMode, Gate, LANES, ROWS, SumRows, SumRuns, dispatch,
+};
+use crate::view::{Rect, Tile, TileMut, View, ViewMut};
 use std::iter::repeat_n;
 use std::ops::Range;
 
@@ -136,40 +143,111 @@ impl Merge for Partial {
     }
 }
 
-/// dγ and dβ of a training pass: `x` and `affine` are those of its forward pass.
+/// Elements of the gradient through an activation that are made at a time where only sums are taken of them.
+const PART: usize = 4096;
+
+/// The gradient through the activation of a forward pass, which is that of its residual: dy where y > 0, else 0; dy itself
+/// where there was no activation. `x`, `affine` and `epilogue` are those of the forward pass; without dy, `gated` holds it
+/// and is written over it.
+///
+/// # Errors
+/// As [`gradient_sums`].
+pub fn gate<T: Element>(
+    dy: Option<View<'_, T>>,
+    x: View<'_, T>,
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+    gated: &mut ViewMut<'_, T>,
+) -> Result<(), Error> {
+    let _mode = crate::begin()?;
+    let layout = x.layout();
+    let others = [("dy", dy.map_or(layout, |dy| dy.layout())), ("dresidual", gated.layout())];
+    check(layout, &others, affine, epilogue)?;
+    let elements = tile::<T>(layout);
+    match (Family::of(layout), epilogue.passes(), dy) {
+        (_, true, Some(dy)) => copy(dy, None, gated, false)?,
+        (_, true, None) => (),
+        (Family::Planar(planar), false, _) => {
+            gated.map_tiles(&planar.planes(elements), |rect, gated| {
+                let (x, residual) = (x.tile(planar.inner, rect), epilogue.residual.map(|z| z.tile(planar.inner, rect)));
+                let dy = dy.map_or_else(|| gated.as_tile(), |dy| dy.tile(planar.inner, rect));
+                let coefficients = |r: usize| affine.coefficients::<T>((rect.rows.start + r) % planar.channels);
+                dispatch(AffineRuns { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+            });
+        }
+        (Family::Interleaved(rows), false, _) => {
+            gated.map_tiles(&rows.tiles(elements), |rect, gated| {
+                let (x, residual) = (x.tile(rows.width, rect), epilogue.residual.map(|z| z.tile(rows.width, rect)));
+                let dy = dy.map_or_else(|| gated.as_tile(), |dy| dy.tile(rows.width, rect));
+                let columns = affine.columns::<T>(&rows, rect.cols.clone());
+                let coefficients = columns.each_ref().map(Vec::as_slice);
+                dispatch(AffineRows { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+            });
+        }
+    }
+    Ok(())
+}
+
+/// dγ and dβ of a training pass: `x`, `affine` and `epilogue` are those of its forward pass.
 ///
 /// # Errors
 /// [`Error::Channels`], [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment
 /// names wrongly.
-pub fn gradient_sums<T: Element>(dy: View<'_, T>, x: View<'_, T>, affine: &Affine) -> Result<GradientSums, Error> {
+pub fn gradient_sums<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+) -> Result<GradientSums, Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.layout())], affine)?;
+    check(layout, &[("dy", dy.layout())], affine, epilogue)?;
     let sums = if layout.is_empty() {
         vec![(0.0, 0.0); layout.channels()]
     } else {
         match Family::of(layout) {
-            Family::Planar(planar) => sums_planar(dy, x, planar, affine),
-            Family::Interleaved(rows) => sums_interleaved(dy, x, rows, affine),
+            Family::Planar(planar) => sums_planar(dy, x, planar, affine, epilogue),
+            Family::Interleaved(rows) => sums_interleaved(dy, x, rows, affine, epilogue),
         }
     };
     Ok(GradientSums::of(layout, affine, sums))
 }
 
-fn check(layout: Layout, others: &[(&'static str, Layout)], affine: &Affine) -> Result<(), Error> {
+fn check<T: Element>(
+    layout: Layout,
+    others: &[(&'static str, Layout)],
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+) -> Result<(), Error> {
     for &(argument, other) in others {
         if other != layout {
             return Err(Error::LayoutMismatch { argument });
         }
     }
+    epilogue.check(layout)?;
     Error::check_channels("x", layout.channels(), affine.channels())
 }
 
-fn sums_planar<T: Element>(dy: View<'_, T>, x: View<'_, T>, planar: Planar, affine: &Affine) -> Vec<(f64, f64)> {
+fn sums_planar<T: Element>(
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    planar: Planar,
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+) -> Vec<(f64, f64)> {
     let width = planar.width();
     let sums = planar.map_channels(2 * x.bytes(), |c, block| {
         let place = planar.rect(c, block);
-        sums_of_block(dy.tile(width, &place), x.tile(width, &place), affine.mean()[c])
+        let (dy, x) = (dy.tile(width, &place), x.tile(width, &place));
+        if epilogue.passes() {
+            return sums_of_block(dy, x, affine.mean()[c]);
+        }
+        let residual = epilogue.residual.map(|z| z.tile(width, &place));
+        let mut memory = vec![T::from_f64(0.0); dy.rows() * dy.cols()];
+        let gated = TileMut::of(&mut memory, dy.rows(), dy.cols());
+        let coefficients = |_| affine.coefficients::<T>(c);
+        dispatch(AffineRuns { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+        sums_of_block(gated.as_tile(), x, affine.mean()[c])
     });
     sums.into_iter().map(|Scalar(dbeta, products)| (dbeta, products)).collect()
 }
@@ -184,14 +262,30 @@ fn sums_interleaved<T: Element>(
     x: View<'_, T>,
     rows: Interleaved,
     affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
 ) -> Vec<(f64, f64)> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mean = rows.spread(columns.clone(), 0, |c| affine.mean()[c]);
+        let gate = (!epilogue.passes()).then(|| affine.columns::<T>(&rows, columns.clone()));
+        // Whole steps of a sum; without a gate, whole blocks.
+        let step = if gate.is_some() { (PART / columns.len()).max(ROWS) / ROWS * ROWS } else { rows.rows };
+        let mut memory = vec![T::from_f64(0.0); if gate.is_some() { step * columns.len() } else { 0 }];
         Tree::of(blocks.map(|b| {
             let (mut dbeta, mut products) = (vec![0.0; columns.len()], vec![0.0; columns.len()]);
-            let rect = Rect { rows: rows.block(b), cols: columns.clone() };
-            let (dy, x) = (dy.tile(rows.width, &rect), x.tile(rows.width, &rect));
-            dispatch(SumRows { dy, x, mean: &mean, dbeta: &mut dbeta, products: &mut products });
+            let block = rows.block(b);
+            for start in block.clone().step_by(step) {
+                let rect = Rect { rows: start..block.end.min(start + step), cols: columns.clone() };
+                let (mut dy, x) = (dy.tile(rows.width, &rect), x.tile(rows.width, &rect));
+                let gated;
+                if let Some(gate) = &gate {
+                    let residual = epilogue.residual.map(|z| z.tile(rows.width, &rect));
+                    let coefficients = gate.each_ref().map(Vec::as_slice);
+                    gated = TileMut::of(&mut memory, x.rows(), x.cols());
+                    dispatch(AffineRows { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+                    dy = gated.as_tile();
+                }
+                dispatch(SumRows { dy, x, mean: &mean, dbeta: &mut dbeta, products: &mut products });
+            }
             Partial { dbeta, products }
         }))
     };
@@ -215,32 +309,49 @@ pub fn gradient_apply<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
     affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
     sums: &GradientSums,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine)?;
-    Error::check_channels("sums", sums.channels(), layout.channels())?;
+    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
     affine.check_counts(sums.count.iter().copied())?;
     let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
+    // With an activation a tile of each tensor is to stay in cache until dx is made of the gradient that passes.
+    let elements = tile::<T>(layout) / if epilogue.passes() { 1 } else { 4 };
     match Family::of(layout) {
         Family::Planar(planar) => {
             let channels: Vec<Apply<f64>> = (0..planar.channels).map(of).collect();
-            dx.map_tiles(&planar.planes(tile::<T>(layout)), |rect, dx| {
-                let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.inner, rect));
-                let coefficients = |r: usize| channels[(rect.rows.start + r) % planar.channels];
-                dispatch(ApplyRuns { dy, x: x.tile(planar.inner, rect), dx: &dx, coefficients });
+            dx.map_tiles(&planar.planes(elements), |rect, dx| {
+                let mut dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.inner, rect));
+                let x = x.tile(planar.inner, rect);
+                let channel = |r: usize| (rect.rows.start + r) % planar.channels;
+                if !epilogue.passes() {
+                    let residual = epilogue.residual.map(|z| z.tile(planar.inner, rect));
+                    let coefficients = |r| affine.coefficients::<T>(channel(r));
+                    dispatch(AffineRuns { x, y: &dx.cached(), coefficients, finish: Gate { dy, residual } });
+                    dy = dx.as_tile();
+                }
+                dispatch(ApplyRuns { dy, x, dx: &dx, coefficients: |r| channels[channel(r)] });
             });
         }
         Family::Interleaved(rows) => {
-            dx.map_tiles(&rows.tiles(tile::<T>(layout)), |rect, dx| {
-                let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(rows.width, rect));
+            dx.map_tiles(&rows.tiles(elements), |rect, dx| {
+                let mut dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(rows.width, rect));
+                let x = x.tile(rows.width, rect);
+                if !epilogue.passes() {
+                    let residual = epilogue.residual.map(|z| z.tile(rows.width, rect));
+                    let columns = affine.columns::<T>(&rows, rect.cols.clone());
+                    let coefficients = columns.each_ref().map(Vec::as_slice);
+                    dispatch(AffineRows { x, y: &dx.cached(), coefficients, finish: Gate { dy, residual } });
+                    dy = dx.as_tile();
+                }
                 let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(of(c)));
                 let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
                 let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
                 let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
-                dispatch(ApplyRows { dy, x: x.tile(rows.width, rect), dx: &dx, coefficients });
+                dispatch(ApplyRows { dy, x, dx: &dx, coefficients });
             });
         }
     }
@@ -265,17 +376,20 @@ pub fn backward<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
     affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine)?;
+    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
     affine.check_counts(repeat_n(layout.count() as f64, layout.channels()))?;
     match Family::of(layout) {
-        Family::Planar(planar) if planar.fuses() && !layout.is_empty() => Ok(fused(dy, x, planar, affine, dx)),
+        Family::Planar(planar) if planar.fuses() && !layout.is_empty() => {
+            Ok(fused(dy, x, planar, affine, epilogue, dx))
+        }
         _ => {
-            let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine)?;
-            gradient_apply(dy, x, affine, &sums, dx)?;
+            let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine, epilogue)?;
+            gradient_apply(dy, x, affine, epilogue, &sums, dx)?;
             Ok(sums)
         }
     }
@@ -286,13 +400,25 @@ fn fused<T: Element>(
     x: View<'_, T>,
     planar: Planar,
     affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> GradientSums {
     let count = (planar.outer * planar.inner) as f64;
     let groups = dx.map_tiles(&planar.groups(2 * size_of::<T>()), |rect, dx| {
-        let dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.width(), rect));
+        let mut dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.width(), rect));
         let x = x.tile(planar.width(), rect);
         let channels = planar.channels_of(rect);
+        if !epilogue.passes() {
+            let residual = epilogue.residual.map(|z| z.tile(planar.width(), rect));
+            let coefficients: Vec<_> = channels.clone().map(|c| affine.coefficients::<T>(c)).collect();
+            for r in 0..planar.outer {
+                let (dy, x) = (dy.split_row(r, planar.inner), x.split_row(r, planar.inner));
+                let finish = Gate { dy, residual: residual.map(|z| z.split_row(r, planar.inner)) };
+                let (gated, coefficients) = (dx.cached(), |c: usize| coefficients[c]);
+                dispatch(AffineRuns { x, y: &gated.split_row(r, planar.inner), coefficients, finish });
+            }
+            dy = dx.as_tile();
+        }
         let means = &affine.mean()[channels.clone()];
         let block = |c: usize, block| {
             let place = planar.rect(c, block);
@@ -325,15 +451,21 @@ pub fn infer_backward<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
     affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
     if dx.layout() != x.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
-    let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine)?;
+    let (mut dy, nothing) = (dy, Epilogue::default());
+    if !epilogue.passes() {
+        gate(dy, x, affine, epilogue, dx)?;
+        dy = None;
+    }
+    let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine, nothing)?;
     match dy {
-        Some(dy) => infer(dy, &affine.linear_part(), dx)?,
-        None => infer_in_place(&affine.linear_part(), dx)?,
+        Some(dy) => infer(dy, &affine.linear_part(), nothing, dx)?,
+        None => infer_in_place(&affine.linear_part(), nothing, dx)?,
     }
     Ok(sums)
 }

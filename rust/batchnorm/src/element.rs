@@ -15,7 +15,16 @@ mod sealed {
 /// The precision in which the affine form of inference is evaluated (contract 1): float64 for 32- and 64-bit tensors,
 /// float32 for 16-bit ones.
 pub trait Wide:
-    sealed::Sealed + Copy + Default + Send + Sync + Sub<Output = Self> + Mul<Output = Self> + Add<Output = Self> + 'static
+    sealed::Sealed
+    + Copy
+    + Default
+    + PartialOrd
+    + Send
+    + Sync
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Add<Output = Self>
+    + 'static
 {
     /// Rounds to nearest, ties to even.
     fn from_f64(value: f64) -> Self;
@@ -49,6 +58,8 @@ impl Wide for f64 {
 pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + 'static {
     /// Whether the mean enters the affine form as a high and a low part, since one `Wide` could not hold it.
     const SPLIT_MEAN: bool;
+    /// The largest number of that precision that rounds to 0, which is half the least positive number (ties go to even).
+    const ROUNDS_TO_ZERO: Self::Wide;
 
     /// To the precision of the affine form; exact.
     fn widen(self) -> Self::Wide;
@@ -69,6 +80,7 @@ pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + '
 
 impl Element for f64 {
     const SPLIT_MEAN: bool = false;
+    const ROUNDS_TO_ZERO: Self::Wide = 0.0;
     #[inline(always)]
     fn widen(self) -> f64 {
         self
@@ -81,6 +93,7 @@ impl Element for f64 {
 
 impl Element for f32 {
     const SPLIT_MEAN: bool = false;
+    const ROUNDS_TO_ZERO: Self::Wide = f64::from_bits((1023 - 150) << 52); // 2^-150
     #[inline(always)]
     fn widen(self) -> f64 {
         self.into()
@@ -93,6 +106,7 @@ impl Element for f32 {
 
 impl Element for f16 {
     const SPLIT_MEAN: bool = true;
+    const ROUNDS_TO_ZERO: Self::Wide = f32::from_bits((127 - 25) << 23); // 2^-25
     #[inline(always)]
     fn widen(self) -> f32 {
         self.to_f32()
@@ -105,6 +119,7 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const SPLIT_MEAN: bool = true;
+    const ROUNDS_TO_ZERO: Self::Wide = f32::from_bits(1 << 15); // 2^-134, subnormal
     #[inline(always)]
     fn widen(self) -> f32 {
         self.to_f32()

@@ -3,35 +3,51 @@
 use crate::affine::Affine;
 use crate::blocks::{Family, Planar, tile};
 use crate::element::Element;
+use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::simd::{AffineRows, AffineRuns, dispatch};
 use crate::view::{View, ViewMut};
 
-/// y = (x − mean)·s + β.
+/// y = (x − mean)·s + β, and what follows it.
 ///
 /// # Errors
 /// [`Error::Channels`], [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment
 /// names wrongly.
-pub fn infer<T: Element>(x: View<'_, T>, affine: &Affine, y: &mut ViewMut<'_, T>) -> Result<(), Error> {
+pub fn infer<T: Element>(
+    x: View<'_, T>,
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+    y: &mut ViewMut<'_, T>,
+) -> Result<(), Error> {
     if x.layout() != y.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
-    map(Some(x), affine, y)
+    map(Some(x), affine, epilogue, y)
 }
 
 /// The same with y in the memory of x.
 ///
 /// # Errors
-/// [`Error::Channels`], and [`Error::Threads`], [`Error::Level`] for what the environment names wrongly.
-pub fn infer_in_place<T: Element>(affine: &Affine, y: &mut ViewMut<'_, T>) -> Result<(), Error> {
-    map(None, affine, y)
+/// [`Error::Channels`], [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment names wrongly.
+pub fn infer_in_place<T: Element>(
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+    y: &mut ViewMut<'_, T>,
+) -> Result<(), Error> {
+    map(None, affine, epilogue, y)
 }
 
 /// Maps x, or where there is none y itself, into y.
-fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, T>) -> Result<(), Error> {
+fn map<T: Element>(
+    x: Option<View<'_, T>>,
+    affine: &Affine,
+    epilogue: Epilogue<View<'_, T>>,
+    y: &mut ViewMut<'_, T>,
+) -> Result<(), Error> {
     let _mode = crate::begin()?;
     let layout = y.layout();
     Error::check_channels("x", layout.channels(), affine.channels())?;
+    epilogue.check(layout)?;
     let elements = tile::<T>(layout);
     match Family::of(layout) {
         Family::Planar(planar) => {
@@ -39,7 +55,8 @@ fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, 
             y.map_tiles(&planar.planes(elements), |rect, y| {
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(inner, rect));
                 let coefficients = |r: usize| affine.coefficients::<T>((rect.rows.start + r) % channels);
-                dispatch(AffineRuns { x, y: &y, coefficients });
+                let finish = epilogue.map(|residual| residual.tile(inner, rect));
+                dispatch(AffineRuns { x, y: &y, coefficients, finish });
             });
         }
         Family::Interleaved(rows) => {
@@ -47,7 +64,8 @@ fn map<T: Element>(x: Option<View<'_, T>>, affine: &Affine, y: &mut ViewMut<'_, 
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(rows.width, rect));
                 let columns = affine.columns::<T>(&rows, rect.cols.clone());
                 let coefficients = columns.each_ref().map(Vec::as_slice);
-                dispatch(AffineRows { x, y: &y, coefficients });
+                let finish = epilogue.map(|residual| residual.tile(rows.width, rect));
+                dispatch(AffineRows { x, y: &y, coefficients, finish });
             });
         }
     }

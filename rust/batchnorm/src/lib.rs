@@ -20,23 +20,25 @@
 //! Inference (Algorithm 2): y = (x − E\[x\])·s + β with s = γ/√(Var\[x\]+ε), in float64 for 32- and 64-bit tensors and in
 //! float32 with a two-part mean for 16-bit ones, each operation rounded, none fused.
 //!
+//! An [`Epilogue`] may follow in the same pass: y = activation(v + residual), rounded once, where v is the y above.
+//!
 //! # Promises
 //!
 //! The bits of y, moments and gradients do not depend on the number of threads, the instruction-set level, alignment,
 //! or being in place; in inference not on the batch either.
 //!
 //! ```
-//! use batchnorm::{Affine, Layout, View, ViewMut, infer, train_forward};
+//! use batchnorm::{Activation, Affine, Epilogue, Layout, View, ViewMut, infer, train_forward};
 //!
 //! let layout = Layout::of_shape(&[4, 2], 1)?;
 //! let x: Vec<f32> = vec![1.0, 10.0, 2.0, 20.0, 3.0, 30.0, 4.0, 40.0];
 //! let mut y = vec![0.0; 8];
-//! let (moments, _) =
-//!     train_forward(View::new(&x, layout)?, None, None, 1e-5, &mut ViewMut::new(&mut y, layout)?)?;
+//! let (x, mut y) = (View::new(&x, layout)?, ViewMut::new(&mut y, layout)?);
+//! let (moments, _) = train_forward(x, None, None, 1e-5, Epilogue::default(), &mut y)?;
 //! assert_eq!(moments.mean(), [2.5, 25.0]);
 //!
 //! let frozen = Affine::new(moments.mean(), &moments.var_unbiased()?, None, None, 1e-5)?;
-//! infer(View::new(&x, layout)?, &frozen, &mut ViewMut::new(&mut y, layout)?)?;
+//! infer(x, &frozen, Epilogue { activation: Some(Activation::Relu), residual: Some(x) }, &mut y)?;
 //! # Ok::<(), batchnorm::Error>(())
 //! ```
 
@@ -45,6 +47,7 @@ mod backward;
 mod blocks;
 mod bytes;
 mod element;
+mod epilogue;
 mod error;
 mod floor;
 mod infer;
@@ -56,8 +59,9 @@ mod train;
 mod view;
 
 pub use affine::Affine;
-pub use backward::{GradientSums, backward, gradient_apply, gradient_sums, infer_backward};
+pub use backward::{GradientSums, backward, gate, gradient_apply, gradient_sums, infer_backward};
 pub use element::{Element, Wide};
+pub use epilogue::{Activation, Epilogue};
 pub use error::Error;
 pub use floor::copy;
 pub use half::{bf16, f16};

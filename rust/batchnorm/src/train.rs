@@ -3,6 +3,7 @@
 use crate::affine::{self, Affine, check_parameters, check_training_eps};
 use crate::blocks::{Family, Planar};
 use crate::element::Element;
+use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::infer::{infer, infer_in_place};
 use crate::moments::{Moments, moments, of_group};
@@ -20,11 +21,12 @@ pub fn normalize<T: Element>(
     gamma: Option<&[f64]>,
     beta: Option<&[f64]>,
     eps: f64,
+    epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<Affine, Error> {
     Error::check_channels("moments", moments.channels(), x.layout().channels())?;
     let affine = Affine::of_moments(moments, gamma, beta, eps)?;
-    infer(x, &affine, y)?;
+    infer(x, &affine, epilogue, y)?;
     Ok(affine)
 }
 
@@ -38,12 +40,13 @@ pub fn train_forward<T: Element>(
     gamma: Option<&[f64]>,
     beta: Option<&[f64]>,
     eps: f64,
+    epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(Moments, Affine), Error> {
     if x.layout() != y.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
-    forward(Some(x), gamma, beta, eps, y)
+    forward(Some(x), gamma, beta, eps, epilogue, y)
 }
 
 /// The same with y in the memory of x. A backward pass needs a copy of x.
@@ -54,9 +57,10 @@ pub fn train_forward_in_place<T: Element>(
     gamma: Option<&[f64]>,
     beta: Option<&[f64]>,
     eps: f64,
+    epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(Moments, Affine), Error> {
-    forward(None, gamma, beta, eps, y)
+    forward(None, gamma, beta, eps, epilogue, y)
 }
 
 /// Normalizes x, or where there is none y itself, into y.
@@ -65,18 +69,20 @@ fn forward<T: Element>(
     gamma: Option<&[f64]>,
     beta: Option<&[f64]>,
     eps: f64,
+    epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(Moments, Affine), Error> {
     let _mode = crate::begin()?;
     let layout = y.layout();
     check_training_eps(eps)?;
     check_parameters(layout.channels(), gamma, beta)?;
+    epilogue.check(layout)?;
     if layout.count() < 2 {
         return Err(Error::TooFewValues { channel: 0, count: layout.count() as f64, wanted: 2 });
     }
     let moments = match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() => {
-            let moments = fused(x, planar, gamma, beta, eps, y);
+            let moments = fused(x, planar, gamma, beta, eps, epilogue, y);
             let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
             return Ok((moments, affine));
         }
@@ -84,8 +90,8 @@ fn forward<T: Element>(
     };
     let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
     match x {
-        Some(x) => infer(x, &affine, y)?,
-        None => infer_in_place(&affine, y)?,
+        Some(x) => infer(x, &affine, epilogue, y)?,
+        None => infer_in_place(&affine, epilogue, y)?,
     }
     Ok((moments, affine))
 }
@@ -96,12 +102,14 @@ fn fused<T: Element>(
     gamma: Option<&[f64]>,
     beta: Option<&[f64]>,
     eps: f64,
+    epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Moments {
     let count = planar.outer * planar.inner;
     let at = |values: Option<&[f64]>, c: usize, absent| values.map_or(absent, |values| values[c]);
     let groups = y.map_tiles(&planar.groups(size_of::<T>()), |rect, y| {
         let x = x.map_or_else(|| y.as_tile(), |x| x.tile(planar.width(), rect));
+        let epilogue = epilogue.map(|residual| residual.tile(planar.width(), rect));
         let statistics = of_group(&planar, x);
         let coefficients: Vec<[T::Wide; 4]> = (planar.channels_of(rect).zip(&statistics))
             .map(|(c, &(mean, m2))| {
@@ -112,7 +120,8 @@ fn fused<T: Element>(
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (x, y) = (x.split_row(r, planar.inner), y.split_row(r, planar.inner));
-            dispatch(AffineRuns { x, y: &y, coefficients: |c: usize| coefficients[c] });
+            let finish = epilogue.map(|residual| residual.split_row(r, planar.inner));
+            dispatch(AffineRuns { x, y: &y, coefficients: |c: usize| coefficients[c], finish });
         }
         statistics
     });

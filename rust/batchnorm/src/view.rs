@@ -117,7 +117,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
     }
 
     /// The same memory to be read, while it is not written.
-    pub(crate) fn as_view(&self) -> View<'_, T> {
+    pub fn as_view(&self) -> View<'_, T> {
         View { data: self.data, layout: self.layout, memory: PhantomData }
     }
 

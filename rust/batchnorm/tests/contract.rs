@@ -5,8 +5,9 @@
 mod common;
 
 use batchnorm::{
-    Affine, Element, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, get_num_threads, gradient_sums,
-    infer, moments, set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
+    Activation, Affine, Element, Epilogue, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, gate,
+    get_num_threads, gradient_sums, infer, moments, set_num_threads, set_simd_level, simd_level, simd_levels,
+    train_forward,
 };
 use common::{EPS, everything, parameters, tensor};
 
@@ -76,7 +77,35 @@ fn bits_do_not_depend_on_threads_or_levels() {
     same_bits::<f64>();
     same_bits::<f16>();
     same_bits::<bf16>();
+    gate_at_the_least_number::<f32>(2f64.powi(-149));
+    gate_at_the_least_number::<f16>(2f64.powi(-24));
+    gate_at_the_least_number::<bf16>(2f64.powi(-133));
     set_simd_level(None).unwrap();
+}
+
+/// Half the least positive number rounds to 0, and so no gradient passes there; a little more does.
+fn gate_at_the_least_number<T: Element>(least: f64) {
+    for layout in [Layout::new(1, 1, 40).unwrap(), Layout::new(40, 1, 1).unwrap()] {
+        let affine = Affine::new(&[0.0], &[1.0], Some(&[0.5]), None, 0.0).unwrap();
+        let epilogue = Epilogue { activation: Some(Activation::Relu), residual: None };
+        let values = [-1.0, -least, -0.0, 0.0, least, 2.0 * least, 3.0 * least, 1.0, f64::INFINITY, f64::NAN];
+        let x: Vec<T> = (0..40).map(|i| T::from_f64(values[i % 10])).collect();
+        let dy = vec![T::from_f64(3.0); 40];
+        let (mut y, mut gated) = (dy.clone(), dy.clone());
+        let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
+        for level in simd_levels() {
+            set_simd_level(Some(level.name())).unwrap();
+            infer(x, &affine, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+            gate(Some(dy), x, &affine, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
+            for (i, (y, gated)) in y.iter().zip(&gated).enumerate() {
+                let y = y.to_f64();
+                assert_eq!(gated.to_f64(), if y > 0.0 { 3.0 } else { 0.0 }, "{level:?} {i}");
+                assert!(!y.is_sign_negative() || y.is_nan(), "{level:?} {i}");
+                assert_eq!(y > 0.0, (5..9).contains(&(i % 10)), "{level:?} {i}");
+                assert_eq!(y.is_nan(), i % 10 == 9);
+            }
+        }
+    }
 }
 
 #[test]
@@ -126,8 +155,15 @@ fn a_constant_channel_gives_beta_and_no_variance() {
             let (_, beta) = parameters(channels);
             let mut y = vec![0.0; layout.len()];
             let view = View::new(&x, layout).unwrap();
-            let (m, _) =
-                train_forward(view, None, Some(&beta), EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+            let (m, _) = train_forward(
+                view,
+                None,
+                Some(&beta),
+                EPS,
+                Epilogue::default(),
+                &mut ViewMut::new(&mut y, layout).unwrap(),
+            )
+            .unwrap();
             assert!(m.mean().iter().all(|&mean| mean == value) && m.m2().iter().all(|&m2| m2 == 0.0), "{layout:?}");
             for (c, b) in beta.iter().enumerate() {
                 assert!(channel(&y, layout, c).iter().all(|y| y == b), "{layout:?} {value}");
@@ -147,7 +183,15 @@ fn what_is_not_finite_stays_in_its_channel() {
             let [(m, y), (wanted, wanted_y)] = [&x, &clean].map(|x| {
                 let mut y = vec![0.0; layout.len()];
                 let view = View::new(x, layout).unwrap();
-                let (m, _) = train_forward(view, None, None, EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+                let (m, _) = train_forward(
+                    view,
+                    None,
+                    None,
+                    EPS,
+                    Epilogue::default(),
+                    &mut ViewMut::new(&mut y, layout).unwrap(),
+                )
+                .unwrap();
                 (m, y)
             });
             for c in 0..channels {
@@ -190,7 +234,11 @@ fn mismatched_buffers_are_refused() {
     let view = View::new(&x, layout).unwrap();
     let affine = Affine::new(&[0.0; 2], &[1.0; 2], None, None, EPS).unwrap();
     let mut y = ViewMut::new(&mut y, other).unwrap();
-    assert_eq!(infer(view, &affine, &mut y), Err(Error::LayoutMismatch { argument: "out" }));
-    let sums = gradient_sums(View::new(&x, other).unwrap(), view, &affine);
+    assert_eq!(infer(view, &affine, Epilogue::default(), &mut y), Err(Error::LayoutMismatch { argument: "out" }));
+    let sums = gradient_sums(View::new(&x, other).unwrap(), view, &affine, Epilogue::default());
     assert_eq!(sums, Err(Error::LayoutMismatch { argument: "dy" }));
+    let residual = Epilogue { residual: Some(View::new(&x, other).unwrap()), activation: None };
+    let mut y = [0.0f32; 8];
+    let mut y = ViewMut::new(&mut y, layout).unwrap();
+    assert_eq!(infer(view, &affine, residual, &mut y), Err(Error::LayoutMismatch { argument: "residual" }));
 }

@@ -26,6 +26,14 @@ pub trait Vectors: Copy + Sized {
     /// (x − mean)·s + β, each operation rounded; the mean in two parts where one would not hold it.
     #[doc(hidden)]
     fn affine<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
+    #[doc(hidden)]
+    fn add<L: Lanes>(a: Self::Vector<L>, b: Self::Vector<L>) -> Self::Vector<L>;
+    /// 0 where v ≤ 0, else v.
+    #[doc(hidden)]
+    fn relu<L: Lanes>(v: Self::Vector<L>) -> Self::Vector<L>;
+    /// d where v > floor, else 0.
+    #[doc(hidden)]
+    fn pass<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, floor: Self::Vector<L>) -> Self::Vector<L>;
     /// In float64, exact.
     #[doc(hidden)]
     fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2];
@@ -60,6 +68,18 @@ macro_rules! in_float64 {
             #[inline(always)]
             fn affine<L: Lanes>(x: [L::D; 2], [mean, _, s, beta]: [[L::D; 2]; 4]) -> [L::D; 2] {
                 std::array::from_fn(|h| L::add(L::mul(L::sub(x[h], mean[h]), s[h]), beta[h]))
+            }
+            #[inline(always)]
+            fn add<L: Lanes>(a: [L::D; 2], b: [L::D; 2]) -> [L::D; 2] {
+                std::array::from_fn(|h| L::add(a[h], b[h]))
+            }
+            #[inline(always)]
+            fn relu<L: Lanes>(v: [L::D; 2]) -> [L::D; 2] {
+                v.map(|v| L::relu(v))
+            }
+            #[inline(always)]
+            fn pass<L: Lanes>(d: [L::D; 2], v: [L::D; 2], floor: [L::D; 2]) -> [L::D; 2] {
+                std::array::from_fn(|h| L::pass(d[h], v[h], floor[h]))
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {
@@ -105,6 +125,18 @@ macro_rules! in_float32 {
             #[inline(always)]
             fn affine<L: Lanes>(x: L::S, [high, low, s, beta]: [L::S; 4]) -> L::S {
                 L::add_s(L::mul_s(L::sub_s(L::sub_s(x, high), low), s), beta)
+            }
+            #[inline(always)]
+            fn add<L: Lanes>(a: L::S, b: L::S) -> L::S {
+                L::add_s(a, b)
+            }
+            #[inline(always)]
+            fn relu<L: Lanes>(v: L::S) -> L::S {
+                L::relu_s(v)
+            }
+            #[inline(always)]
+            fn pass<L: Lanes>(d: L::S, v: L::S, floor: L::S) -> L::S {
+                L::pass_s(d, v, floor)
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {

@@ -6,14 +6,15 @@
 
 use super::elements::{Vectors, WIDTH};
 use super::lanes::Lanes;
-use super::map::{Apply, Map, affine, affine_eight, write};
+use super::map::{Apply, Finish, Map, affine, affine_eight, write};
 use super::{Kernel, LANES, close};
 use crate::element::Element;
 use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
 use std::array::from_fn;
 
-/// Rows in a step of a sum: its columns are loaded and stored once for all of them.
-const ROWS: usize = 4;
+/// Rows in a step of a sum: its columns are loaded and stored once for all of them. Rows that are given in parts of whole
+/// steps are summed in the same order.
+pub(crate) const ROWS: usize = 4;
 /// Bytes by which memory is asked for ahead of its use, at least.
 const AHEAD: usize = 4096;
 
@@ -197,43 +198,50 @@ fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
     column[j..j + LANES].as_chunks().0
 }
 
-/// y = (x − mean)·s + β, with coefficients a column.
-pub(crate) struct AffineRows<'a, 'b, T: Element> {
+/// y = (x − mean)·s + β, finished, with coefficients a column.
+pub(crate) struct AffineRows<'a, 'b, T: Element, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
     /// Mean (high and low part), s and β of each column; the first [`super::LANES`] columns stand again after the last,
     /// so that a step may cross from one row to the next.
     pub(crate) coefficients: [&'a [T::Wide]; 4],
+    pub(crate) finish: E,
 }
 
-impl<T: Element> Kernel for AffineRows<'_, '_, T> {
+impl<T: Element, E: Finish<T>> Kernel for AffineRows<'_, '_, T, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let period = self.y.cols();
-        let flat = AffineRows { x: self.x.flat(), ..self };
-        write::<L, T, _>(&self.y.flat(), period, self.y.streaming(), &flat);
+        let flat = AffineRows { x: self.x.flat(), finish: self.finish.flat(), ..self };
+        write::<L, T, _>(&self.y.flat_with(&self.x), period, self.y.streaming(), &flat);
     }
 }
 
-impl<'a, T: Element> Map<T> for AffineRows<'a, '_, T> {
-    type Inputs = Row<'a, T>;
+impl<'a, T: Element, E: Finish<T>> Map<T> for AffineRows<'a, '_, T, E> {
+    type Inputs = (Row<'a, T>, E::Inputs);
 
     #[inline(always)]
-    fn inputs(&self, r: usize) -> Row<'a, T> {
-        self.x.row(r)
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        (self.x.row(r), self.finish.inputs(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(&self, x: Row<'a, T>, i: usize, j: usize, y: ChunkMut<'_, T, LANES, S>) {
+    fn sixteen<L: Lanes, const S: bool>(
+        &self,
+        (x, rest): Self::Inputs,
+        i: usize,
+        j: usize,
+        y: ChunkMut<'_, T, LANES, S>,
+    ) {
         let (x, c) = (x.chunk::<LANES>(i), self.coefficients.map(|column| columns(column, j)));
         let c = [c.map(|c| T::column::<L>(c[0])), c.map(|c| T::column::<L>(c[1]))];
-        y.put(0, affine_eight::<L, T>(x.part(0), c[0]));
-        y.put(1, affine_eight::<L, T>(x.part(1), c[1]));
+        y.put(0, E::eight::<L>(rest, i, affine_eight::<L, T>(x.part(0), c[0])));
+        y.put(1, E::eight::<L>(rest, i + WIDTH, affine_eight::<L, T>(x.part(1), c[1])));
     }
     #[inline(always)]
-    fn one(&self, x: Row<'a, T>, i: usize, j: usize) -> T {
-        affine(x.one(i), self.coefficients.map(|column| column[j]))
+    fn one(&self, (x, rest): Self::Inputs, i: usize, j: usize) -> T {
+        E::one(rest, i, affine(x.one(i), self.coefficients.map(|column| column[j])))
     }
 }
 

@@ -26,6 +26,10 @@ pub trait Lanes: Copy + 'static {
     fn sub(a: Self::D, b: Self::D) -> Self::D;
     /// a · b
     fn mul(a: Self::D, b: Self::D) -> Self::D;
+    /// 0 where v ≤ 0, else v.
+    fn relu(v: Self::D) -> Self::D;
+    /// d where v > floor, else 0.
+    fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D;
     /// The bits that the mask has.
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D;
     /// Exact.
@@ -45,6 +49,10 @@ pub trait Lanes: Copy + 'static {
     fn sub_s(a: Self::S, b: Self::S) -> Self::S;
     /// a · b
     fn mul_s(a: Self::S, b: Self::S) -> Self::S;
+    /// 0 where v ≤ 0, else v.
+    fn relu_s(v: Self::S) -> Self::S;
+    /// d where v > floor, else 0.
+    fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S;
     /// Exact.
     fn of_f16(values: [f16; 8]) -> Self::S;
     /// Rounds to nearest.
@@ -97,6 +105,14 @@ impl Lanes for Portable {
         zip(a, b, |a, b| a * b)
     }
     #[inline(always)]
+    fn relu(v: Self::D) -> Self::D {
+        v.map(|v| if v <= 0.0 { 0.0 } else { v })
+    }
+    #[inline(always)]
+    fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D {
+        from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
+    }
+    #[inline(always)]
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D {
         from_fn(|lane| f64::from_bits(d[lane].to_bits() & mask[lane]))
     }
@@ -131,6 +147,14 @@ impl Lanes for Portable {
     #[inline(always)]
     fn mul_s(a: Self::S, b: Self::S) -> Self::S {
         zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn relu_s(v: Self::S) -> Self::S {
+        v.map(|v| if v <= 0.0 { 0.0 } else { v })
+    }
+    #[inline(always)]
+    fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S {
+        from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
     }
     #[inline(always)]
     fn of_f16(values: [f16; 8]) -> Self::S {
@@ -210,6 +234,14 @@ mod avx2 {
             avx2!(_mm256_mul_pd(a, b))
         }
         #[inline(always)]
+        fn relu(v: __m256d) -> __m256d {
+            avx2!(_mm256_and_pd(v, _mm256_cmp_pd::<_CMP_NLE_UQ>(v, _mm256_setzero_pd())))
+        }
+        #[inline(always)]
+        fn pass(d: __m256d, v: __m256d, floor: __m256d) -> __m256d {
+            avx2!(_mm256_and_pd(d, _mm256_cmp_pd::<_CMP_GT_OQ>(v, floor)))
+        }
+        #[inline(always)]
         fn keep(d: __m256d, mask: [u64; 4]) -> __m256d {
             avx2!(_mm256_and_pd(d, std::mem::transmute::<[u64; 4], __m256d>(mask)))
         }
@@ -244,6 +276,14 @@ mod avx2 {
         #[inline(always)]
         fn mul_s(a: __m256, b: __m256) -> __m256 {
             avx2!(_mm256_mul_ps(a, b))
+        }
+        #[inline(always)]
+        fn relu_s(v: __m256) -> __m256 {
+            avx2!(_mm256_and_ps(v, _mm256_cmp_ps::<_CMP_NLE_UQ>(v, _mm256_setzero_ps())))
+        }
+        #[inline(always)]
+        fn pass_s(d: __m256, v: __m256, floor: __m256) -> __m256 {
+            avx2!(_mm256_and_ps(d, _mm256_cmp_ps::<_CMP_GT_OQ>(v, floor)))
         }
         #[inline(always)]
         fn of_f16(values: [f16; 8]) -> __m256 {

@@ -4,6 +4,7 @@ use super::elements::WIDTH;
 use super::lanes::Lanes;
 use super::{Kernel, LANES};
 use crate::element::Element;
+use crate::epilogue::{Activation, Epilogue};
 use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
 
@@ -78,18 +79,108 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     }
 }
 
-/// The expression that defines inference (contract 1), each operation rounded: (x − mean)·s + β.
+/// The expression that defines inference (contract 1), each operation rounded: v = (x − mean)·s + β.
 #[inline(always)]
-pub(super) fn affine<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T {
+pub(super) fn affine<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T::Wide {
     let d = x.widen() - high;
     let d = if T::SPLIT_MEAN { d - low } else { d };
-    T::narrow(d * s + beta)
+    d * s + beta
 }
 
 /// The same of eight.
 #[inline(always)]
-pub(super) fn affine_eight<L: Lanes, T: Element>(x: [T; WIDTH], coefficients: [T::Vector<L>; 4]) -> [T; WIDTH] {
-    T::store::<L>(T::affine::<L>(T::load::<L>(x), coefficients))
+pub(super) fn affine_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector<L>; 4]) -> T::Vector<L> {
+    T::affine::<L>(T::load::<L>(x), c)
+}
+
+/// What is made of v.
+pub(crate) trait Finish<T: Element>: Copy {
+    /// What a row of it takes besides v.
+    type Inputs: Copy;
+
+    fn inputs(&self, r: usize) -> Self::Inputs;
+    /// The same over one row, where rows are adjacent.
+    fn flat(&self) -> Self;
+    /// Of elements `i .. i + 8`.
+    fn eight<L: Lanes>(inputs: Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH];
+    /// Of element `i`.
+    fn one(inputs: Self::Inputs, i: usize, v: T::Wide) -> T;
+}
+
+/// v + residual in the precision of v.
+#[inline(always)]
+fn plus_residual<T: Element>(v: T::Wide, residual: Option<Row<'_, T>>, i: usize) -> T::Wide {
+    residual.map_or(v, |residual| v + residual.one(i).widen())
+}
+
+/// The same of eight.
+#[inline(always)]
+fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<Row<'_, T>>, i: usize) -> T::Vector<L> {
+    match residual {
+        Some(residual) => T::add::<L>(v, T::load::<L>(residual.chunk::<WIDTH>(i).part(0))),
+        None => v,
+    }
+}
+
+/// y
+impl<'a, T: Element> Finish<T> for Epilogue<Tile<'a, T>> {
+    type Inputs = Epilogue<Row<'a, T>>;
+
+    #[inline(always)]
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        self.map(|tile| tile.row(r))
+    }
+    #[inline(always)]
+    fn flat(&self) -> Self {
+        self.map(|tile| tile.flat())
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>(inputs: Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH] {
+        let v = plus_residual_eight::<L, T>(v, inputs.residual, i);
+        T::store::<L>(match inputs.activation {
+            Some(Activation::Relu) => T::relu::<L>(v),
+            None => v,
+        })
+    }
+    #[inline(always)]
+    fn one(inputs: Self::Inputs, i: usize, v: T::Wide) -> T {
+        let (v, zero) = (plus_residual(v, inputs.residual, i), T::Wide::default());
+        T::narrow(match inputs.activation {
+            Some(Activation::Relu) if v <= zero => zero,
+            _ => v,
+        })
+    }
+}
+
+/// dy where y > 0, else 0. y is not read: that it rounds to more than 0 is seen by v + residual.
+#[derive(Clone, Copy)]
+pub(crate) struct Gate<'a, T: Element> {
+    pub(crate) dy: Tile<'a, T>,
+    pub(crate) residual: Option<Tile<'a, T>>,
+}
+
+impl<'a, T: Element> Finish<T> for Gate<'a, T> {
+    type Inputs = (Row<'a, T>, Option<Row<'a, T>>);
+
+    #[inline(always)]
+    fn inputs(&self, r: usize) -> Self::Inputs {
+        (self.dy.row(r), self.residual.map(|tile| tile.row(r)))
+    }
+    #[inline(always)]
+    fn flat(&self) -> Self {
+        Self { dy: self.dy.flat(), residual: self.residual.map(|tile| tile.flat()) }
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((dy, residual): Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH] {
+        let v = plus_residual_eight::<L, T>(v, residual, i);
+        let dy = T::load::<L>(dy.chunk::<WIDTH>(i).part(0));
+        T::store::<L>(T::pass::<L>(dy, v, T::splat::<L>(T::ROUNDS_TO_ZERO)))
+    }
+    #[inline(always)]
+    fn one((dy, residual): Self::Inputs, i: usize, v: T::Wide) -> T {
+        let passes = plus_residual(v, residual, i) > T::ROUNDS_TO_ZERO;
+        if passes { dy.one(i) } else { T::narrow(T::Wide::default()) }
+    }
 }
 
 /// What dx needs of a channel: dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64. A number a

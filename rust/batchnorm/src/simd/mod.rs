@@ -14,11 +14,11 @@ mod mode;
 mod planar;
 
 pub(crate) use elements::Vectors;
-pub(crate) use interleaved::{AffineRows, ApplyRows, MomentRows, SumRows};
+pub(crate) use interleaved::{AffineRows, ApplyRows, MomentRows, ROWS, SumRows};
 use lanes::Lanes;
 pub(crate) use level::dispatch;
 pub use level::{Level, set_simd_level, simd_level, simd_levels};
-pub(crate) use map::{Apply, Transfer};
+pub(crate) use map::{Apply, Gate, Transfer};
 pub(crate) use mode::FloatMode;
 pub(crate) use planar::{AffineRuns, ApplyRuns, MomentRuns, SumRuns};
 

@@ -1,7 +1,8 @@
 //! Kernels over runs of adjacent values of one channel.
 
+use super::elements::WIDTH;
 use super::lanes::Lanes;
-use super::map::{Apply, Map, affine, affine_eight, write};
+use super::map::{Apply, Finish, Map, affine, affine_eight, write};
 use super::{Kernel, LANES, Sum, close, total};
 use crate::element::Element;
 use crate::view::{ChunkMut, Row, Tile, TileMut};
@@ -127,15 +128,16 @@ fn about<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: f64, n: f64) -> (f64, f64,
     close(pivot, sum, squares, n)
 }
 
-/// y = (x − mean)·s + β, with coefficients a row.
-pub(crate) struct AffineRuns<'a, 'b, T: Element, F> {
+/// y = (x − mean)·s + β, finished, with coefficients a row.
+pub(crate) struct AffineRuns<'a, 'b, T: Element, F, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
     /// Mean (high and low part), s and β of a row.
     pub(crate) coefficients: F,
+    pub(crate) finish: E,
 }
 
-impl<T: Element, F: Fn(usize) -> [T::Wide; 4]> Kernel for AffineRuns<'_, '_, T, F> {
+impl<T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Kernel for AffineRuns<'_, '_, T, F, E> {
     type Output = ();
 
     #[inline(always)]
@@ -144,22 +146,28 @@ impl<T: Element, F: Fn(usize) -> [T::Wide; 4]> Kernel for AffineRuns<'_, '_, T, 
     }
 }
 
-impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4]> Map<T> for AffineRuns<'a, '_, T, F> {
-    type Inputs = (Row<'a, T>, [T::Wide; 4]);
+impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Map<T> for AffineRuns<'a, '_, T, F, E> {
+    type Inputs = (Row<'a, T>, [T::Wide; 4], E::Inputs);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.x.row(r), (self.coefficients)(r))
+        (self.x.row(r), (self.coefficients)(r), self.finish.inputs(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(&self, (x, c): Self::Inputs, i: usize, _: usize, y: ChunkMut<'_, T, LANES, S>) {
+    fn sixteen<L: Lanes, const S: bool>(
+        &self,
+        (x, c, rest): Self::Inputs,
+        i: usize,
+        _: usize,
+        y: ChunkMut<'_, T, LANES, S>,
+    ) {
         let (x, c) = (x.chunk::<LANES>(i), c.map(T::splat::<L>));
-        y.put(0, affine_eight::<L, T>(x.part(0), c));
-        y.put(1, affine_eight::<L, T>(x.part(1), c));
+        y.put(0, E::eight::<L>(rest, i, affine_eight::<L, T>(x.part(0), c)));
+        y.put(1, E::eight::<L>(rest, i + WIDTH, affine_eight::<L, T>(x.part(1), c)));
     }
     #[inline(always)]
-    fn one(&self, (x, c): Self::Inputs, i: usize, _: usize) -> T {
-        affine(x.one(i), c)
+    fn one(&self, (x, c, rest): Self::Inputs, i: usize, _: usize) -> T {
+        E::one(rest, i, affine(x.one(i), c))
     }
 }
 

@@ -86,7 +86,19 @@ pub(crate) struct TileMut<'a, T: Copy> {
     pub(super) memory: PhantomData<&'a mut [T]>,
 }
 
-impl<T: Element> TileMut<'_, T> {
+impl<'a, T: Element> TileMut<'a, T> {
+    /// Rows of `cols` elements, one after the other, at the beginning of a slice.
+    pub(crate) fn of(data: &'a mut [T], rows: usize, cols: usize) -> Self {
+        assert!(rows * cols <= data.len());
+        Self { data: data.as_mut_ptr(), rows, cols, stride: cols, streaming: false, memory: PhantomData }
+    }
+
+    /// The same, to be written to the caches since it is read again at once.
+    #[inline(always)]
+    pub(crate) fn cached(&self) -> TileMut<'_, T> {
+        TileMut { streaming: false, ..*self }
+    }
+
     #[inline(always)]
     pub(crate) fn rows(&self) -> usize {
         self.rows
@@ -102,6 +114,12 @@ impl<T: Element> TileMut<'_, T> {
     pub(crate) fn flat(&self) -> TileMut<'_, T> {
         let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
         TileMut { rows, cols, ..*self }
+    }
+
+    /// The same elements as one row, where rows are adjacent in this rectangle and in `x`.
+    #[inline(always)]
+    pub(crate) fn flat_with(&self, x: &Tile<'_, T>) -> TileMut<'_, T> {
+        if x.cols == x.stride { self.flat() } else { TileMut { ..*self } }
     }
 
     /// Whether to write past the caches.

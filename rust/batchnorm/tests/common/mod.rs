@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use batchnorm::{
-    Affine, Element, Layout, View, ViewMut, backward, gradient_apply, gradient_sums, infer, infer_backward,
-    infer_in_place, moments, normalize, train_forward, train_forward_in_place,
+    Activation, Affine, Element, Epilogue, Layout, View, ViewMut, backward, gate, gradient_apply, gradient_sums, infer,
+    infer_backward, infer_in_place, moments, normalize, train_forward, train_forward_in_place,
 };
 
 pub(crate) const EPS: f64 = 1e-5;
@@ -33,8 +33,15 @@ fn bits<T: Element>(values: &[T]) -> Vec<u64> {
     values.iter().map(|v| v.to_f64().to_bits()).collect()
 }
 
-/// Everything that a layer computes, as bits.
+/// Everything that a layer computes, as bits: alone, and with a residual and an activation.
 pub(crate) fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
+    let residual = tensor::<T>(layout, 3, 0.0);
+    let residual = Some(View::new(&residual, layout).unwrap());
+    let follows = [Epilogue::default(), Epilogue { activation: Some(Activation::Relu), residual }];
+    follows.into_iter().flat_map(|epilogue| all_with(layout, mean, epilogue)).collect()
+}
+
+fn all_with<T: Element>(layout: Layout, mean: f64, epilogue: Epilogue<View<'_, T>>) -> Vec<Vec<u64>> {
     let (x, dy) = (tensor::<T>(layout, 1, mean), tensor::<T>(layout, 2, 0.0));
     let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
     let (gamma, beta) = parameters(layout.channels());
@@ -42,35 +49,47 @@ pub(crate) fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>>
     let zero = vec![T::from_f64(0.0); layout.len()];
 
     let mut y = zero.clone();
-    let (m, affine) = train_forward(x, gamma, beta, EPS, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+    let (m, affine) = train_forward(x, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
     let mut halves = zero.clone();
     assert_eq!(moments(x).unwrap(), m, "train_forward and moments differ: {layout:?}");
-    let from_halves = normalize(x, &m, gamma, beta, EPS, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
+    let from_halves =
+        normalize(x, &m, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
     assert_eq!(from_halves, affine);
     assert_eq!(bits(&halves), bits(&y), "train_forward and normalize differ: {layout:?}");
 
     let mut dx = zero.clone();
-    let sums = backward(Some(dy), x, &affine, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
-    assert_eq!(gradient_sums(dy, x, &affine).unwrap(), sums);
-    gradient_apply(Some(dy), x, &affine, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
+    let sums = backward(Some(dy), x, &affine, epilogue, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
+    assert_eq!(gradient_sums(dy, x, &affine, epilogue).unwrap(), sums);
+    gradient_apply(Some(dy), x, &affine, epilogue, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
     assert_eq!(bits(&halves), bits(&dx), "backward and gradient_apply differ: {layout:?}");
 
     let frozen = Affine::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
     let mut z = zero.clone();
-    infer(x, &frozen, &mut ViewMut::new(&mut z, layout).unwrap()).unwrap();
+    infer(x, &frozen, epilogue, &mut ViewMut::new(&mut z, layout).unwrap()).unwrap();
     let mut in_place = tensor::<T>(layout, 1, mean);
-    infer_in_place(&frozen, &mut ViewMut::new(&mut in_place, layout).unwrap()).unwrap();
+    infer_in_place(&frozen, epilogue, &mut ViewMut::new(&mut in_place, layout).unwrap()).unwrap();
     assert_eq!(bits(&in_place), bits(&z), "in place and not differ: {layout:?}");
     let mut over = tensor::<T>(layout, 1, mean);
-    let again = train_forward_in_place(gamma, beta, EPS, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap();
+    let again =
+        train_forward_in_place(gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap();
     assert_eq!(again, (m.clone(), affine.clone()));
     assert_eq!(bits(&over), bits(&y), "train_forward in place and not differ: {layout:?}");
     let mut over = tensor::<T>(layout, 2, 0.0);
-    assert_eq!(backward(None, x, &affine, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(), sums);
+    assert_eq!(backward(None, x, &affine, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(), sums);
     assert_eq!(bits(&over), bits(&dx), "dx over dy and not differ: {layout:?}");
+    let mut gated = zero.clone();
+    gate(Some(dy), x, &affine, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
+    let through = View::new(&gated, layout).unwrap();
+    let nothing = Epilogue::default();
+    assert_eq!(
+        backward(Some(through), x, &affine, nothing, &mut ViewMut::new(&mut over, layout).unwrap()),
+        Ok(sums.clone())
+    );
+    assert_eq!(bits(&over), bits(&dx), "gradients through the activation in one step and two differ: {layout:?}");
     let mut frozen_dx = zero;
-    let frozen_sums = infer_backward(Some(dy), x, &frozen, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
+    let frozen_sums =
+        infer_backward(Some(dy), x, &frozen, epilogue, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
 
     let sums = [sums.dgamma(), sums.dbeta(), frozen_sums.dgamma(), m.mean(), m.m2()].map(bits);
-    [bits(&y), bits(&dx), bits(&z), bits(&frozen_dx)].into_iter().chain(sums).collect()
+    [bits(&y), bits(&dx), bits(&z), bits(&frozen_dx), bits(&gated)].into_iter().chain(sums).collect()
 }
