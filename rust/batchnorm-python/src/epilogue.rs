@@ -85,10 +85,11 @@ impl<'py> Back<'py> {
     }
 
     pub(crate) fn views<T: Element>(&mut self) -> Views<'_, T> {
-        let over_dy = self.dresidual.as_ref().map_or(self.over_dy, |(_, over_dy)| *over_dy);
+        let gated_over_dy = self.dresidual.as_ref().is_some_and(|(_, over_dy)| *over_dy);
         Views {
-            dy: (!over_dy).then(|| self.dy.view()),
+            dy: (!self.over_dy && !gated_over_dy).then(|| self.dy.view()),
             gated: self.dresidual.as_mut().map(|(dresidual, _)| dresidual.view_mut()),
+            gated_over_dy,
             dx: self.dx.view_mut(),
         }
     }
@@ -105,10 +106,11 @@ impl<'py> Back<'py> {
     }
 }
 
-/// The same as the core takes them: without dy, the first that is written holds it.
+/// The same as the core takes them: of memory that is written over there is no other view.
 pub(crate) struct Views<'a, T: Element> {
     dy: Option<View<'a, T>>,
     gated: Option<ViewMut<'a, T>>,
+    gated_over_dy: bool,
     dx: ViewMut<'a, T>,
 }
 
@@ -127,7 +129,8 @@ impl<T: Element> Views<'_, T> {
             None => rest(self.dy, epilogue, &mut self.dx),
             Some(gated) => {
                 affine.check_counts(count)?;
-                gate(self.dy, x, affine, epilogue, gated)?;
+                let dy = self.dy.or_else(|| (!self.gated_over_dy).then(|| self.dx.as_view()));
+                gate(dy, x, affine, epilogue, gated)?;
                 rest(Some(gated.as_view()), batchnorm::Epilogue::default(), &mut self.dx)
             }
         }

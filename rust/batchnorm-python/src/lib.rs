@@ -6,6 +6,7 @@ mod functions;
 mod json;
 mod memory;
 mod parameters;
+mod settings;
 mod values;
 
 use pyo3::prelude::*;
@@ -15,11 +16,12 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::functions::{
-        backward, copy, get_num_threads, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize,
-        release_memory, set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
+        backward, copy, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize, train_forward,
     };
     #[pymodule_export]
     use crate::json::{JsonNumbers, json_cut_data, json_put_data};
+    #[pymodule_export]
+    use crate::settings::{get_num_threads, release_memory, set_num_threads, set_simd_level, simd_level, simd_levels};
     #[pymodule_export]
     use crate::values::{Affine, Cache, GradientSums, Moments};
 

@@ -236,25 +236,29 @@ fn sums_planar<T: Element>(
     epilogue: Epilogue<View<'_, T>>,
 ) -> Vec<(f64, f64)> {
     let width = planar.width();
-    let sums = planar.map_channels(2 * x.bytes(), |c, block| {
-        let place = planar.rect(c, block);
+    let sums = planar.map_channels(2 * x.bytes(), |channels, block| {
+        let place = planar.rect(&channels, block);
         let (dy, x) = (dy.tile(width, &place), x.tile(width, &place));
+        let mean = &affine.mean()[channels.clone()];
         if epilogue.passes() {
-            return sums_of_block(dy, x, affine.mean()[c]);
+            return sums_of_block(dy, x, mean);
         }
         let residual = epilogue.residual.map(|z| z.tile(width, &place));
         let mut memory = vec![T::from_f64(0.0); dy.rows() * dy.cols()];
         let gated = TileMut::of(&mut memory, dy.rows(), dy.cols());
-        let coefficients = |_| affine.coefficients::<T>(c);
-        dispatch(AffineRuns { x, y: &gated, coefficients, finish: Gate { dy, residual } });
-        sums_of_block(gated.as_tile(), x, affine.mean()[c])
+        let run = dy.cols() / channels.len();
+        for r in 0..dy.rows() {
+            let finish = Gate { dy: dy.split_row(r, run), residual: residual.map(|z| z.split_row(r, run)) };
+            let coefficients = |c: usize| affine.coefficients::<T>(channels.start + c);
+            dispatch(AffineRuns { x: x.split_row(r, run), y: &gated.split_row(r, run), coefficients, finish });
+        }
+        sums_of_block(gated.as_tile(), x, mean)
     });
     sums.into_iter().map(|Scalar(dbeta, products)| (dbeta, products)).collect()
 }
 
-fn sums_of_block<T: Element>(dy: Tile<'_, T>, x: Tile<'_, T>, mean: f64) -> Scalar {
-    let (dbeta, products) = dispatch(SumRuns { dy, x, mean });
-    Scalar(dbeta, products)
+fn sums_of_block<T: Element>(dy: Tile<'_, T>, x: Tile<'_, T>, mean: &[f64]) -> Vec<Scalar> {
+    dispatch(SumRuns { dy, x, mean }).into_iter().map(|(dbeta, products)| Scalar(dbeta, products)).collect()
 }
 
 fn sums_interleaved<T: Element>(
@@ -318,11 +322,11 @@ pub fn gradient_apply<T: Element>(
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
     affine.check_counts(sums.count.iter().copied())?;
     let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
+    let channels: Vec<Apply<f64>> = (0..layout.channels()).map(of).collect();
     // With an activation a tile of each tensor is to stay in cache until dx is made of the gradient that passes.
     let elements = tile::<T>(layout) / if epilogue.passes() { 1 } else { 4 };
     match Family::of(layout) {
         Family::Planar(planar) => {
-            let channels: Vec<Apply<f64>> = (0..planar.channels).map(of).collect();
             dx.map_tiles(&planar.planes(elements), |rect, dx| {
                 let mut dy = dy.map_or_else(|| dx.as_tile(), |dy| dy.tile(planar.inner, rect));
                 let x = x.tile(planar.inner, rect);
@@ -347,7 +351,8 @@ pub fn gradient_apply<T: Element>(
                     dispatch(AffineRows { x, y: &dx.cached(), coefficients, finish: Gate { dy, residual } });
                     dy = dx.as_tile();
                 }
-                let column = |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(of(c)));
+                let column =
+                    |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]));
                 let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
                 let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
                 let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
@@ -420,9 +425,9 @@ fn fused<T: Element>(
             dy = dx.as_tile();
         }
         let means = &affine.mean()[channels.clone()];
-        let block = |c: usize, block| {
-            let place = planar.rect(c, block);
-            sums_of_block(dy.part(&place), x.part(&place), means[c])
+        let block = |channels: Range<usize>, block| {
+            let place = planar.rect(&channels, block);
+            sums_of_block(dy.part(&place), x.part(&place), &means[channels])
         };
         let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block);
         let coefficients: Vec<Apply<f64>> = (channels.zip(&sums))

@@ -5,11 +5,15 @@
 
 use crate::layout::Layout;
 use crate::parallel;
+use crate::simd::TOGETHER;
 use crate::view::{Grid, Rect};
 use std::ops::Range;
 
 /// From this many adjacent values of a channel on, a channel is walked by itself.
 const PLANAR_INNER: usize = 32;
+/// Up to this many adjacent values of a channel, channels are summed together: run by run, each would be read from as many
+/// places as there are runs.
+const SHORT_RUN: usize = 512;
 /// Values in a planar block: 16 KiB of float32.
 const PLANAR_BLOCK: usize = 4096;
 /// Rows in an interleaved block.
@@ -17,6 +21,8 @@ const INTERLEAVED_BLOCK: usize = 256;
 /// Most columns that are walked together: their sums stay in the first-level cache. (This and the number of tasks
 /// change no bits.)
 const STRIP: usize = 1024;
+/// Rows that a pass over every element takes at least, since each time it lays out what it needs of the columns.
+const LEAST_ROWS: usize = 32;
 /// Tasks that statistics are cut into where the layout allows: enough for any machine's threads.
 const TASKS: usize = 64;
 /// With fewer channels than this, tasks of whole channels would leave threads idle.
@@ -96,9 +102,9 @@ impl Planar {
         self.channels * self.inner
     }
 
-    /// Where a part of some runs of a channel lies in that matrix.
-    pub(crate) fn rect(&self, c: usize, (runs, part): (Range<usize>, Range<usize>)) -> Rect {
-        Rect { rows: runs, cols: c * self.inner + part.start..c * self.inner + part.end }
+    /// Where a block of some adjacent channels lies in that matrix: whole runs, or a part of those of one channel.
+    pub(crate) fn rect(&self, channels: &Range<usize>, (runs, part): (Range<usize>, Range<usize>)) -> Rect {
+        Rect { rows: runs, cols: channels.start * self.inner + part.start..(channels.end - 1) * self.inner + part.end }
     }
 
     /// Whether there are channels enough to give each task whole ones, and so to make both passes over a channel while it
@@ -113,20 +119,26 @@ impl Planar {
         Grid::new(self.outer, self.width(), self.outer, self.channels.div_ceil(GROUPS).min(most).max(1) * self.inner)
     }
 
-    /// The trees of some adjacent channels over `f(place of the channel, block)`, in the order in which memory lies as far
-    /// as blocks allow: the same runs of channel after channel, then the next runs. There is at least one block.
+    /// The trees of some adjacent channels over what `f(channels, block)` gives of each, in the order in which memory lies
+    /// as far as blocks allow: the same runs of all channels, then the next runs; or part by part, where a run is longer
+    /// than a block. There is at least one block.
     pub(crate) fn fold<P: Merge>(
         &self,
         channels: Range<usize>,
         blocks: Range<usize>,
-        f: impl Fn(usize, (Range<usize>, Range<usize>)) -> P,
+        f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Vec<P>,
     ) -> Vec<P> {
         let parts = self.parts();
         let mut trees: Vec<Tree<P>> = channels.clone().map(|_| Tree::new()).collect();
         for band in blocks.start / parts..blocks.end.div_ceil(parts) {
             let blocks = blocks.start.max(band * parts)..blocks.end.min((band + 1) * parts);
-            for (tree, c) in trees.iter_mut().zip(channels.clone()) {
-                blocks.clone().for_each(|b| tree.push(f(c, self.block(b))));
+            let together = if self.inner < SHORT_RUN { TOGETHER } else { 1 };
+            for (i, c) in (0..trees.len()).step_by(together).zip(channels.clone().step_by(together)) {
+                let trees = &mut trees[i..channels.len().min(i + together)];
+                for b in blocks.clone() {
+                    let leaves = f(c..c + trees.len(), self.block(b));
+                    trees.iter_mut().zip(leaves).for_each(|(tree, leaf)| tree.push(leaf));
+                }
             }
         }
         trees.into_iter().filter_map(Tree::finish).collect()
@@ -143,12 +155,12 @@ impl Planar {
         Grid::new(self.outer * self.channels, self.inner, elements / self.inner, elements)
     }
 
-    /// A partial result of every channel: the tree over `f(channel, block)`. With few channels each is cut into spans of
-    /// blocks.
+    /// A partial result of every channel: the tree over what `f(channels, block)` gives of each. With few channels they
+    /// are cut into spans of blocks.
     pub(crate) fn map_channels<P: Merge + Send + Sync>(
         &self,
         bytes: usize,
-        f: impl Fn(usize, (Range<usize>, Range<usize>)) -> P + Sync,
+        f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Vec<P> + Sync,
     ) -> Vec<P> {
         let (blocks, group) = (self.blocks(), self.channels.div_ceil(TASKS));
         let span = span_of(blocks, TASKS / self.channels);
@@ -217,7 +229,7 @@ impl Interleaved {
     /// Rectangles of about `elements` for a pass that maps every element by itself.
     pub(crate) fn tiles(&self, elements: usize) -> Grid {
         let cols = self.width.clamp(1, 4 * STRIP);
-        Grid::new(self.rows, self.width, elements / cols, cols)
+        Grid::new(self.rows, self.width, (elements / cols).max(LEAST_ROWS), cols)
     }
 
     /// The channels of some columns, each with how many of the columns belong to it.

@@ -207,19 +207,21 @@ pub fn moments<T: Element>(x: View<'_, T>) -> Result<Moments, Error> {
 }
 
 fn of_planar<T: Element>(x: View<'_, T>, planar: Planar) -> (Vec<f64>, Vec<f64>) {
-    let channels = planar.map_channels(x.bytes(), |c, block| of_block(x.tile(planar.width(), &planar.rect(c, block))));
+    let channels = planar.map_channels(x.bytes(), |channels, block| {
+        of_block(x.tile(planar.width(), &planar.rect(&channels, block)), channels.len())
+    });
     channels.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).unzip()
 }
 
-fn of_block<T: Element>(x: Tile<'_, T>) -> Scalar {
-    let (count, mean, m2) = dispatch(MomentRuns { x });
-    Scalar(count, mean, m2)
+fn of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<Scalar> {
+    dispatch(MomentRuns { x, channels }).into_iter().map(|(count, mean, m2)| Scalar(count, mean, m2)).collect()
 }
 
 /// Mean and M2 of each channel of a group that has at least one value, given as a tile of all its runs.
 pub(crate) fn of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Vec<(f64, f64)> {
-    let channels = 0..group.cols() / planar.inner;
-    let sums = planar.fold(channels, 0..planar.blocks(), |c, block| of_block(group.part(&planar.rect(c, block))));
+    let sums = planar.fold(0..group.cols() / planar.inner, 0..planar.blocks(), |channels, block| {
+        of_block(group.part(&planar.rect(&channels, block)), channels.len())
+    });
     sums.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).collect()
 }
 

@@ -20,12 +20,15 @@ pub(super) trait Map<T: Element> {
     fn one(&self, inputs: Self::Inputs, i: usize, j: usize) -> T;
 }
 
+/// Bytes of the shortest row that is written past the caches: the lines that two rows share are not.
+const STREAM_RUN: usize = 1024;
+
 /// Writes a tile; past the caches, in whole cache lines, where asked to. Columns start again after `period` elements.
 #[inline(always)]
 pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, period: usize, streaming: bool, map: &M) {
     for r in 0..y.rows() {
         let (inputs, row) = (map.inputs(r), y.row(r));
-        if streaming && row.before_line() + LANES <= row.len() {
+        if streaming && row.len() * size_of::<T>() >= STREAM_RUN {
             write_row::<L, T, M, true>(&row, period, map, inputs);
         } else {
             write_row::<L, T, M, false>(&row, period, map, inputs);

@@ -20,7 +20,7 @@ pub(crate) use level::dispatch;
 pub use level::{Level, set_simd_level, simd_level, simd_levels};
 pub(crate) use map::{Apply, Gate, Transfer};
 pub(crate) use mode::FloatMode;
-pub(crate) use planar::{AffineRuns, ApplyRuns, MomentRuns, SumRuns};
+pub(crate) use planar::{AffineRuns, ApplyRuns, MomentRuns, SumRuns, TOGETHER};
 
 /// A piece of work compiled once for each level.
 pub(crate) trait Kernel {

@@ -48,6 +48,7 @@ fn last<L: Lanes>(lanes: Sum<L>, count: usize) -> Sum<L> {
 }
 
 /// Two sums in the making.
+#[derive(Clone, Copy)]
 struct Sums<L: Lanes> {
     first: Sum<L>,
     second: Sum<L>,
@@ -70,62 +71,115 @@ impl<L: Lanes> Sums<L> {
     fn totals(self) -> (f64, f64) {
         (total::<L>(self.first), total::<L>(self.second))
     }
+
+    /// Adds the deviations of a run from `pivot`, and their squares.
+    #[inline(always)]
+    fn add_deviations<T: Element>(&mut self, x: &Row<'_, T>, pivot: f64) {
+        let (mut sums, about) = (*self, L::splat(pivot));
+        let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
+        let over = x.len() % LANES;
+        for i in (0..x.len() - over).step_by(LANES) {
+            let d = deviations(sixteen::<L, T>(x, i));
+            sums.add(d, d);
+        }
+        if over > 0 {
+            let d = last::<L>(deviations(ending::<L, T>(x)), over);
+            sums.add(d, d);
+        }
+        *self = sums;
+    }
+
+    /// Mean and M2 of the values whose deviations from `pivot` were added, and whether M2 cancelled.
+    #[inline(always)]
+    fn close(self, pivot: f64, n: f64) -> (f64, f64, bool) {
+        let (sum, squares) = self.totals();
+        close(pivot, sum, squares, n)
+    }
+
+    /// Adds the dy of a run, and their products with the deviations of x from `mean`.
+    #[inline(always)]
+    fn add_products<T: Element>(&mut self, dy: &Row<'_, T>, x: &Row<'_, T>, mean: f64) {
+        let (mut sums, about) = (*self, L::splat(mean));
+        let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
+        let over = dy.len() % LANES;
+        for i in (0..dy.len() - over).step_by(LANES) {
+            sums.add(sixteen::<L, T>(dy, i), deviations(sixteen::<L, T>(x, i)));
+        }
+        if over > 0 {
+            let deviations = deviations(ending::<L, T>(x));
+            sums.add(last::<L>(ending::<L, T>(dy), over), last::<L>(deviations, over));
+        }
+        *self = sums;
+    }
 }
 
-/// Count, mean and M2 of a block.
+/// Most adjacent channels whose runs are summed together, so that memory is walked in the order in which it lies. Their
+/// sums stay in the first-level cache.
+pub(crate) const TOGETHER: usize = 32;
+
+/// Count, mean and M2 of a block of each of some adjacent channels.
 pub(crate) struct MomentRuns<'a, T: Element> {
     pub(crate) x: Tile<'a, T>,
+    pub(crate) channels: usize,
 }
 
 impl<T: Element> Kernel for MomentRuns<'_, T> {
-    type Output = (f64, f64, f64);
+    type Output = Vec<(f64, f64, f64)>;
 
     /// One pass over deviations from a pivot p near the mean: with d = x − p, mean = p + Σd/n and
     /// M2 = Σd² − (Σd)²/n. Where the pivot turns out to be far off, so that the difference would cancel, a second pass
     /// takes the mean for pivot. Of equal values the pivot is that value exactly, so M2 is 0.
     #[inline(always)]
-    fn run<L: Lanes>(self) -> (f64, f64, f64) {
-        let n = (self.x.rows() * self.x.cols()) as f64;
-        let (mean, m2, cancelled) = about::<L, T>(self.x, pivot::<L, T>(&self.x.row(0)), n);
-        if cancelled {
-            let (mean, m2, _) = about::<L, T>(self.x, mean, n);
-            return (n, mean, m2);
+    fn run<L: Lanes>(self) -> Self::Output {
+        match self.channels {
+            1 => self.moments::<L, 1>(),
+            _ => self.moments::<L, TOGETHER>(),
         }
-        (n, mean, m2)
+    }
+}
+
+impl<T: Element> MomentRuns<'_, T> {
+    /// Of at most `MOST` channels.
+    #[inline(always)]
+    fn moments<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64, f64)> {
+        let Self { x, channels } = self;
+        let run = x.cols() / channels;
+        let n = (x.rows() * run) as f64;
+        let (mut pivots, mut sums) = ([0.0; MOST], [Sums::<L>::new(); MOST]);
+        for (c, pivot) in pivots[..channels].iter_mut().enumerate() {
+            *pivot = pivot_of::<L, T>(&x.row(0).part(c * run, run));
+        }
+        for r in 0..x.rows() {
+            let row = x.row(r);
+            for (c, (sums, pivot)) in sums[..channels].iter_mut().zip(pivots).enumerate() {
+                sums.add_deviations(&row.part(c * run, run), pivot);
+            }
+        }
+        let mut moments = Vec::with_capacity(channels);
+        for c in 0..channels {
+            let (mut mean, mut m2, cancelled) = sums[c].close(pivots[c], n);
+            if cancelled {
+                let mut sums = Sums::<L>::new();
+                for r in 0..x.rows() {
+                    sums.add_deviations(&x.row(r).part(c * run, run), mean);
+                }
+                (mean, m2, _) = sums.close(mean, n);
+            }
+            moments.push((n, mean, m2));
+        }
+        moments
     }
 }
 
 /// The mean of the first values; a power of two of them and scaled before they are added, so that equal values give
 /// themselves and nothing overflows.
 #[inline(always)]
-fn pivot<L: Lanes, T: Element>(row: &Row<'_, T>) -> f64 {
-    if row.len() < LANES {
-        return row.one(0).to_f64();
+fn pivot_of<L: Lanes, T: Element>(run: &Row<'_, T>) -> f64 {
+    if run.len() < LANES {
+        return run.one(0).to_f64();
     }
     let part = L::splat(1.0 / LANES as f64);
-    total::<L>(sixteen::<L, T>(row, 0).map(|v| L::mul(v, part)))
-}
-
-/// Mean and M2 from deviations about `pivot`, and whether M2 cancelled.
-#[inline(always)]
-fn about<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: f64, n: f64) -> (f64, f64, bool) {
-    let mut sums = Sums::<L>::new();
-    let about = L::splat(pivot);
-    for r in 0..x.rows() {
-        let row = x.row(r);
-        let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
-        let over = row.len() % LANES;
-        for i in (0..row.len() - over).step_by(LANES) {
-            let d = deviations(sixteen::<L, T>(&row, i));
-            sums.add(d, d);
-        }
-        if over > 0 {
-            let d = last::<L>(deviations(ending::<L, T>(&row)), over);
-            sums.add(d, d);
-        }
-    }
-    let (sum, squares) = sums.totals();
-    close(pivot, sum, squares, n)
+    total::<L>(sixteen::<L, T>(run, 0).map(|v| L::mul(v, part)))
 }
 
 /// y = (x − mean)·s + β, finished, with coefficients a row.
@@ -171,33 +225,45 @@ impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Map<T> for Affi
     }
 }
 
-/// Σdy and Σdy·(x − mean) of a block.
+/// Σdy and Σdy·(x − mean) of a block of each of some adjacent channels.
 pub(crate) struct SumRuns<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
-    pub(crate) mean: f64,
+    /// Of each channel.
+    pub(crate) mean: &'a [f64],
 }
 
 impl<T: Element> Kernel for SumRuns<'_, T> {
-    type Output = (f64, f64);
+    type Output = Vec<(f64, f64)>;
 
     #[inline(always)]
-    fn run<L: Lanes>(self) -> (f64, f64) {
-        let mut sums = Sums::<L>::new();
-        let about = L::splat(self.mean);
-        for r in 0..self.dy.rows() {
-            let (dy, x) = (self.dy.row(r), self.x.row(r));
-            let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
-            let over = dy.len() % LANES;
-            for i in (0..dy.len() - over).step_by(LANES) {
-                sums.add(sixteen::<L, T>(&dy, i), deviations(sixteen::<L, T>(&x, i)));
-            }
-            if over > 0 {
-                let deviations = deviations(ending::<L, T>(&x));
-                sums.add(last::<L>(ending::<L, T>(&dy), over), last::<L>(deviations, over));
+    fn run<L: Lanes>(self) -> Self::Output {
+        match self.mean.len() {
+            1 => self.sums::<L, 1>(),
+            _ => self.sums::<L, TOGETHER>(),
+        }
+    }
+}
+
+impl<T: Element> SumRuns<'_, T> {
+    /// Of at most `MOST` channels.
+    #[inline(always)]
+    fn sums<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64)> {
+        let Self { dy, x, mean } = self;
+        let run = x.cols() / mean.len();
+        let mut sums = [Sums::<L>::new(); MOST];
+        let sums = &mut sums[..mean.len()];
+        for r in 0..x.rows() {
+            let (dy, x) = (dy.row(r), x.row(r));
+            for (c, (sums, &mean)) in sums.iter_mut().zip(mean).enumerate() {
+                sums.add_products(&dy.part(c * run, run), &x.part(c * run, run), mean);
             }
         }
-        sums.totals()
+        let mut totals = Vec::with_capacity(mean.len());
+        for sums in sums {
+            totals.push(sums.totals());
+        }
+        totals
     }
 }
 

@@ -172,6 +172,13 @@ impl<'a, T: Element> Row<'a, T> {
         self.len
     }
 
+    /// Elements `i .. i + len` as a row.
+    #[inline(always)]
+    pub(crate) fn part(&self, i: usize, len: usize) -> Self {
+        assert!(i <= self.len && len <= self.len - i);
+        Self { data: self.data.wrapping_add(i), len, memory: PhantomData }
+    }
+
     /// Element `i`.
     #[inline(always)]
     pub(crate) fn one(&self, i: usize) -> T {
