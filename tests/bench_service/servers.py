@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,13 +205,15 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the process, and then whatever it left of the session that it was started in."""
+    if process.returncode is not None:
+        return
     process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    try:
+    deadline = time.monotonic() + STOP_SECONDS
+    # It is not reaped before its group is ended: so long nobody else has its number.
+    while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    with suppress(PermissionError):  # macOS, of a group that has ended
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+    process.wait()
