@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -72,6 +73,7 @@ def main() -> int:
         parser.error("no such row")
     names = [name for name in COMMANDS if name == OURS or any(name in row.peers for row in rows)]
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped then too
     console = Console(width=None if sys.stdout.isatty() else 150)
     results: dict[str, Any] = {
         "machine": {

@@ -126,6 +126,7 @@ def triton(space: Workspace, port: int) -> Command:
         (model / "1").mkdir(parents=True)
         (model / "config.pbtxt").write_text(TRITON_MODEL.replace("CHANNELS", str(channels)))
         shutil.copy(PEERS / "triton_model.py", model / "1" / "model.py")
+        shutil.copy(PEERS / "affine.py", model / "1")  # the stub leaves PYTHONPATH out
     arguments = [
         str(server / "bin" / "tritonserver"),
         f"--model-repository={folder / 'models'}",
