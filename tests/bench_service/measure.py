@@ -33,7 +33,12 @@ def start(
 
 
 def measure(
-    row: Row, ports: dict[str, int], space: Workspace, rounds: int, seconds: int, told: Callable[[str], object]
+    row: Row,
+    ports: dict[str, int],
+    space: Workspace,
+    rounds: int,
+    seconds: int,
+    told: Callable[[str], object],
 ) -> dict[str, Any]:
     """One row: the medians of every server whose answer is right, in another order each round."""
     sent = message(row, space.key)

@@ -89,7 +89,7 @@ class Checked(NamedTuple):
 
 
 def check(port: int, name: str, row: Row, sent: Message) -> Checked:
-    """Send a request once and look at the answer: ours must have Python's bits, and the empty one be empty."""
+    """Send a request once and look at the answer: ours has Python's bits, the empty one nothing."""
     deadline = time.monotonic() + LOADING_SECONDS
     while True:
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:

@@ -8,6 +8,7 @@ OURS = "ours"
 ROUTE = "FastAPI route"
 ENDPOINT = "ASGI endpoint"
 LISTS = "FastAPI, pydantic lists"
+MODELLED = "the same with a response model"
 MLSERVER = "MLServer"
 TRITON = "Triton"
 EMPTY = "empty ASGI endpoint"
@@ -40,16 +41,14 @@ class Row(NamedTuple):
 
 
 BINARY = (ROUTE, ENDPOINT, TRITON)
-JSON = (ROUTE, LISTS, MLSERVER, TRITON)
+JSON = (ROUTE, LISTS, MODELLED, MLSERVER, TRITON)
 SMALL = (Goal(ROUTE, RATE, 1.7), Goal(TRITON, RATE, 1.3), Goal(ROUTE, P99, 1), Goal(TRITON, P99, 1))
 
 ROWS = [
     Row((1, 256), "binary", 16, BINARY, SMALL),
     Row((32, 256), "binary", 16, BINARY, SMALL),
     Row((64, 4096), "binary", 16, BINARY, (Goal(ROUTE, RATE, 1.6), Goal(TRITON, RATE, 1.25))),
-    Row(
-        (1, 256), "JSON", 16, JSON, (Goal(ROUTE, RATE, 1.2), Goal(TRITON, RATE, 1), Goal(MLSERVER, RATE, 3))
-    ),
+    Row((1, 256), "JSON", 16, JSON, (Goal(ROUTE, RATE, 1.2), Goal(TRITON, RATE, 1), Goal(MLSERVER, RATE, 3))),
     Row(
         (32, 256),
         "JSON",

@@ -19,7 +19,7 @@ from pathlib import Path
 from batchnorm_service.keys import new_key
 from bench_service.environments import AbsentError, python_of
 from bench_service.messages import CHANNELS, model_name, save
-from bench_service.rows import EMPTY, ENDPOINT, LISTS, MLSERVER, OURS, ROUTE, TRITON
+from bench_service.rows import EMPTY, ENDPOINT, LISTS, MLSERVER, MODELLED, OURS, ROUTE, TRITON
 
 PEERS = Path(__file__).parent / "peers"
 START_SECONDS = 40
@@ -60,13 +60,13 @@ def ours(space: Workspace, port: int) -> Command:
     return Command([*command, "--port", str(port)], {"BATCHNORM_SERVICE_DRAIN_SECONDS": "0"})
 
 
-def uvicorn(module: str) -> Callable[[Workspace, int], Command]:
-    """Return what starts a module of `peers` on uvicorn, set up as ours is."""
+def uvicorn(app: str) -> Callable[[Workspace, int], Command]:
+    """Return what starts an app of `peers` on uvicorn, set up as ours is."""
     options = "--loop uvloop --http httptools --ws none --no-access-log --no-server-header --no-proxy-headers"
     options += " --timeout-keep-alive 65 --log-level warning --interface asgi3"
 
     def command(space: Workspace, port: int) -> Command:
-        serve = [sys.executable, "-m", "uvicorn", f"{module}:app", *options.split(), "--port", str(port)]
+        serve = [sys.executable, "-m", "uvicorn", app, *options.split(), "--port", str(port)]
         return Command(serve, {})
 
     return command
@@ -145,12 +145,13 @@ def triton(space: Workspace, port: int) -> Command:
 
 COMMANDS: dict[str, Callable[[Workspace, int], Command]] = {
     OURS: ours,
-    ROUTE: uvicorn("fastapi_route"),
-    ENDPOINT: uvicorn("asgi_endpoint"),
-    LISTS: uvicorn("fastapi_lists"),
+    ROUTE: uvicorn("fastapi_route:app"),
+    ENDPOINT: uvicorn("asgi_endpoint:app"),
+    LISTS: uvicorn("fastapi_lists:app"),
+    MODELLED: uvicorn("fastapi_lists:with_response_model"),
     MLSERVER: mlserver,
     TRITON: triton,
-    EMPTY: uvicorn("empty_endpoint"),
+    EMPTY: uvicorn("empty_endpoint:app"),
 }
 
 

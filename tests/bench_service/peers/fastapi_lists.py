@@ -1,4 +1,4 @@
-"""A FastAPI route as most would write it: pydantic models with lists of numbers."""
+"""FastAPI routes with pydantic models and lists of numbers: as most write them, and with a response model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 MODELS = affine.load()
 
 app = FastAPI()
+with_response_model = FastAPI()
 
 
 class Tensor(BaseModel):
@@ -29,10 +30,21 @@ class InferResponse(BaseModel):
     outputs: list[Tensor]
 
 
-@app.post("/v2/models/{name}/infer")
-async def infer(name: str, request: InferRequest) -> InferResponse:
+def normalize(name: str, tensor: Tensor) -> list[float]:
     scale, shift = MODELS[name]
-    tensor = request.inputs[0]
     y = np.array(tensor.data, np.float32).reshape(tensor.shape) * scale + shift
-    output = Tensor(name="y", shape=tensor.shape, datatype="FP32", data=y.ravel().tolist())
+    return y.ravel().tolist()
+
+
+@app.post("/v2/models/{name}/infer")
+async def infer(name: str, request: InferRequest):
+    tensor = request.inputs[0]
+    output = {"name": "y", "shape": tensor.shape, "datatype": "FP32", "data": normalize(name, tensor)}
+    return {"model_name": name, "model_version": "1", "outputs": [output]}
+
+
+@with_response_model.post("/v2/models/{name}/infer")
+async def infer_with_response_model(name: str, request: InferRequest) -> InferResponse:
+    tensor = request.inputs[0]
+    output = Tensor(name="y", shape=tensor.shape, datatype="FP32", data=normalize(name, tensor))
     return InferResponse(model_name=name, model_version="1", outputs=[output])
