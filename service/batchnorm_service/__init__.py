@@ -3,14 +3,21 @@
 Layers, each of which knows only those above it in this list:
 
     errors.py      the refusals, as exceptions without HTTP
-    models.py      frozen layers found on disk; calls `batchnorm.FrozenBatchNorm`, no HTTP, no JSON
+    models.py      one version of one model; calls `batchnorm.FrozenBatchNorm`, no HTTP, no JSON
+    sources.py     a directory of models, and one file of it as a layer
+    state.py       what the processes of a service share: the list of models, and who has taken it
+    repository.py  the models that are answered by; load and unload
     tensors.py     datatypes and numbers of the protocol <-> NumPy arrays
     protocol.py    one inference message <-> one call of a model
-    statistics.py  what was answered, counted
+    statistics.py  what was answered, counted; counters.py sums it over processes, metrics.py prints it
+    keys.py        who may ask for what
     service.py     the object that the endpoints share
     refusals.py    the one table from refusal to HTTP status
     infer.py       the endpoint that takes and gives tensors, plain ASGI
-    app.py         routes, and what every request passes
+    control.py     the endpoints of the repository and of metrics
+    gate.py        what every request passes first: keys, limits, counters
+    app.py         the routes
+    server.py      uvicorn, with an orderly end; supervisor.py and worker.py for several processes
 
 `settings.py` and `__main__.py` start a process. `batchnorm_service.app.create_app` is the entry point for an
 ASGI server; it is not imported here, so that the lower layers load without a web framework.

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 import batchnorm
 from batchnorm_service import __version__, logs
+from batchnorm_service.errors import LoadError
 from batchnorm_service.keys import SCOPES, Keyring, new_key
 from batchnorm_service.repository import Repository
 from batchnorm_service.server import serve, tls_context
@@ -88,9 +89,14 @@ def main(**options: Any) -> None:
         "BATCHNORM_NUM_THREADS", str(max(1, batchnorm.get_num_threads() // settings.workers))
     )
     logs.configure()
-    run_dir = Path(tempfile.mkdtemp(prefix="batchnorm-service-", dir=settings.run_dir))
+    try:
+        run_dir = Path(tempfile.mkdtemp(prefix="batchnorm-service-", dir=settings.run_dir))
+    except OSError as reason:
+        raise click.ClickException(f"no directory for shared state: {reason}") from None
     try:
         status = _run(settings, State(run_dir))
+    except LoadError as reason:
+        raise click.ClickException(str(reason)) from None
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
     sys.exit(status)

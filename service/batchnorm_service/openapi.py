@@ -39,11 +39,21 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """What an optional member of a request may be: null is as good as nothing."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _parameters(description: str, **known: dict[str, Any]) -> dict[str, Any]:
+    members = {name: _or_null(schema) for name, schema in known.items()}
+    return _or_null({"description": description, "type": "object", "properties": members})
+
+
+_FLAG: Final = {"type": "boolean"}
 _SHAPE: Final = _list({"type": "integer", "minimum": 0})
 _FREE_SHAPE: Final = _list({"type": "integer", "minimum": -1})
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _DURATION: Final = _record({"count": _COUNT, "ns": _COUNT})
-_PARAMETER: Final = {"type": ["string", "number", "boolean", "null"]}
 _DESCRIBED: Final = _list(_record({"name": _TEXT, "datatype": _TEXT, "shape": _FREE_SHAPE}))
 _CONFIGURED: Final = _list(_record({"name": _TEXT, "data_type": _TEXT, "dims": _FREE_SHAPE}))
 _NUMBERS: Final = {
@@ -54,8 +64,8 @@ _NUMBERS: Final = {
 
 SCHEMAS: Final[dict[str, Any]] = {
     "Error": _record({"error": _TEXT}),
-    "Live": _record({"live": {"type": "boolean"}}),
-    "Ready": _record({"ready": {"type": "boolean"}, "live": {"type": "boolean"}}),
+    "Live": _record({"live": _FLAG}),
+    "Ready": _record({"ready": _FLAG, "live": _FLAG}),
     "Server": _record({"name": _TEXT, "version": _TEXT, "extensions": _list(_TEXT)}),
     "Models": _record({"models": _list(_TEXT)}),
     "Index": _list(
@@ -69,9 +79,9 @@ SCHEMAS: Final[dict[str, Any]] = {
             "version",
         )
     ),
-    "IndexRequest": _record({"ready": {"type": "boolean"}}, "ready"),
+    "IndexRequest": _record({"ready": _FLAG}, "ready"),
     "ControlRequest": _record({"parameters": _OBJECT}, "parameters"),
-    "ModelReady": _record({"name": _TEXT, "ready": {"type": "boolean"}}),
+    "ModelReady": _record({"name": _TEXT, "ready": _FLAG}),
     "Model": _record(
         {
             "name": _TEXT,
@@ -121,47 +131,44 @@ SCHEMAS: Final[dict[str, Any]] = {
     ),
     "InferenceRequest": _record(
         {
-            "id": _TEXT,
-            "parameters": {
-                "description": "fingerprint: that the model must have, else 409. binary_data_output: "
-                "whether outputs are bytes, where they do not say it themselves.",
-                "type": "object",
-                "properties": {"fingerprint": _TEXT, "binary_data_output": {"type": "boolean"}},
-                "additionalProperties": _PARAMETER,
-            },
+            "id": _or_null(_TEXT),
+            "parameters": _parameters(
+                "fingerprint: that the model must have, else 409. binary_data_output: whether outputs are "
+                "bytes, where they do not say it themselves.",
+                fingerprint=_TEXT,
+                binary_data_output=_FLAG,
+            ),
             "inputs": _list(
                 _record(
                     {
                         "name": {"const": INPUT},
                         "shape": _SHAPE,
                         "datatype": {"enum": [*DTYPES]},
-                        "parameters": {
-                            "description": "binary_data_size: bytes that follow the JSON, in place of data.",
-                            "type": "object",
-                            "properties": {"binary_data_size": _COUNT},
-                            "additionalProperties": _PARAMETER,
-                        },
-                        "data": _NUMBERS,
+                        "parameters": _parameters(
+                            "binary_data_size: bytes that follow the JSON, in place of data.",
+                            binary_data_size=_COUNT,
+                        ),
+                        "data": _or_null(_NUMBERS),
                     },
                     "parameters",
                     "data",
                 )
             )
             | {"minItems": 1, "maxItems": 1},
-            "outputs": _list(
-                _record(
-                    {
-                        "name": {"const": OUTPUT},
-                        "parameters": {
-                            "type": "object",
-                            "properties": {"binary_data": {"type": "boolean"}},
-                            "additionalProperties": _PARAMETER,
+            "outputs": _or_null(
+                _list(
+                    _record(
+                        {
+                            "name": {"const": OUTPUT},
+                            "parameters": _parameters(
+                                "binary_data: whether the output is bytes.", binary_data=_FLAG
+                            ),
                         },
-                    },
-                    "parameters",
+                        "parameters",
+                    )
                 )
-            )
-            | {"maxItems": 1},
+                | {"maxItems": 1}
+            ),
         },
         "id",
         "parameters",
@@ -378,25 +385,11 @@ def _infer(path: str) -> dict[str, Any]:
         "Normalize a tensor",
         {kind: {"schema": answer, "examples": {name: ANSWERS[name]}} for kind, name, _, answer in forms},
     )
-    headers = [
-        (
-            _LENGTH,
-            "Bytes of JSON before those of the tensor; 0 for a raw request",
-            "[0-9]+",
-        ),
-        ("Accept-Encoding", "gzip or deflate, if it names nothing else, has the answer compressed", None),
-    ]
-    operation["parameters"] += [
-        {
-            "name": name,
-            "in": "header",
-            "description": text,
-            "schema": {"type": "string"} | ({"pattern": f"^{pattern}$"} if pattern else {}),
-        }
-        for name, text, pattern in headers
-    ]
+    # Headers that change what a body means, which its schema cannot say: so they are no parameters here.
     operation["description"] = (
-        "Content-Type is ignored. A body may have the Content-Encoding gzip or deflate."
+        "Content-Type is ignored, and so are unknown members. Inference-Header-Content-Length is the number "
+        "of bytes of JSON before those of the tensor; 0 for a raw request. Content-Encoding may be gzip or "
+        "deflate. Accept-Encoding with one of the two and nothing else has the answer compressed."
     )
     operation["requestBody"] = {
         "required": True,

@@ -21,6 +21,7 @@ from batchnorm_service.message import INPUT, Head
 from batchnorm_service.models import Model
 from batchnorm_service.tensors import (
     DATATYPES,
+    DTYPES,
     Bytes,
     cut_data,
     numbers_from_json,
@@ -144,7 +145,7 @@ def _json_length(given: bytes, available: int) -> int:
 
 
 def _check(model: Model, head: Head) -> None:
-    if head.dtype.name not in model.dtypes:
+    if DTYPES[head.datatype] not in model.dtypes:
         accepted = ", ".join(DATATYPES[dtype] for dtype in model.dtypes)
         raise InvalidInputError(f"input {INPUT!r}: datatype must be one of {accepted}, got {head.datatype!r}")
     if head.fingerprint is not None and head.fingerprint != model.layer.fingerprint:

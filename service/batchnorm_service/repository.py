@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -91,12 +92,20 @@ class Repository:
         raise ModelNotFoundError(f"there is no model {_label(name, version)}")
 
     def index(self) -> list[Entry]:
-        """Return what is loaded, what is not and why, and what lies in the directory and was never loaded."""
+        """Return what is loaded, what is not and why, and what lies in the directory and was never loaded.
+
+        Raises:
+            NotReadyError: the directory cannot be listed.
+        """
+        try:
+            sources = self._directory.sources()
+        except OSError as reason:
+            raise NotReadyError(f"the directory of models cannot be listed: {reason.strerror}") from reason
         listed = self._state.listing().entries
         known = {(entry.name, entry.version) for entry in listed}
         new = [
             Entry(source.name, source.version, None, source.problem or "not loaded yet")
-            for source in self._directory.sources()
+            for source in sources
             if (source.name, source.version) not in known
         ]
         return sorted([*listed, *new], key=lambda entry: (entry.name, len(entry.version), entry.version))
@@ -129,8 +138,12 @@ class Repository:
     # Changes
 
     def load_all(self) -> list[Entry]:
-        """List what the directory holds; what cannot be loaded is listed with its reason, and returned."""
-        with self._state.changing():
+        """List what the directory holds; what cannot be loaded is listed with its reason, and returned.
+
+        Raises:
+            LoadError: the directory cannot be listed, or the list not be written.
+        """
+        with self._changing():
             entries = self._read(self._directory.sources())
             self._state.publish(tuple(entries))
         if not any(entry.fingerprint for entry in entries):
@@ -145,14 +158,11 @@ class Repository:
 
         Raises:
             ModelNotFoundError: the directory holds nothing of that name.
-            LoadError: a version cannot be loaded; its reason is in the list too.
+            LoadError: a version cannot be loaded (its reason is listed too), or the list not be written.
             LaggingError: another change took too long.
         """
-        with self._state.changing():
-            try:
-                read = self._read(self._directory.sources(name))
-            except OSError as reason:
-                raise LoadError(f"the directory of models cannot be listed: {reason.strerror}") from reason
+        with self._changing():
+            read = self._read(self._directory.sources(name))
             if not read:
                 raise ModelNotFoundError(f"the directory of models holds no model {name!r}")
             listed = self._state.listing().entries
@@ -177,9 +187,10 @@ class Repository:
 
         Raises:
             ModelNotFoundError: there is no such model.
+            LoadError: the list cannot be written.
             LaggingError: another change took too long.
         """
-        with self._state.changing():
+        with self._changing():
             entries = self._state.listing().entries
             if all(entry.name != name for entry in entries):
                 raise ModelNotFoundError(f"there is no model {name!r}")
@@ -192,6 +203,14 @@ class Repository:
                     for entry in entries
                 )
             )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        try:
+            with self._state.changing():
+                yield
+        except OSError as reason:  # a full disk, a directory that is gone
+            raise LoadError(f"nothing was changed: {reason.strerror}") from reason
 
     def _read(self, sources: Iterable[Source]) -> list[Entry]:
         """Put the layers of sources into the state; of one seen already only the first counts."""

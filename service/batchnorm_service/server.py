@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import signal
@@ -38,45 +37,47 @@ MAX_HEAD: Final = 64 * 1024
 class Connection(HttpToolsProtocol):
     """uvicorn's connection, which counts among others and knows since when a request is incomplete."""
 
-    limits: Settings  # of the class that `serve` makes
+    limits: Settings  # of the class that `_configuration` makes
 
     def connection_made(self, transport: Any) -> None:
         """Refuse a connection beyond the limit."""
         super().connection_made(transport)
-        self._in_head, self._head_bytes = True, 0
-        self._since: float | None = self.loop.time()
+        self._head_bytes = 0
+        self._since: float | None = time.monotonic()  # of the first byte of a request that is incomplete
         if len(self.connections) > self.limits.max_connections:
             self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: try again")
 
     def data_received(self, data: bytes) -> None:
         """Refuse headers without end."""
         super().data_received(data)
-        if self._in_head:
+        if self._since is not None and self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD:
                 self.refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers exceed {MAX_HEAD} bytes")
 
     def on_message_begin(self) -> None:
-        """Note when the first byte of a request came."""
+        """Note when a request began."""
         super().on_message_begin()
-        self._in_head, self._head_bytes, self._since = True, 0, self.loop.time()
-
-    def on_headers_complete(self) -> None:
-        """Note when its body began."""
-        self._in_head, self._since = False, self.loop.time()
-        super().on_headers_complete()
+        self._head_bytes = 0
+        self._since = time.monotonic()
 
     def on_message_complete(self) -> None:
         """Note that it is whole."""
         self._since = None
         super().on_message_complete()
 
+    @property
+    def _in_head(self) -> bool:
+        return self.cycle is None or self.cycle.scope is not self.scope
+
     def check_time(self, now: float) -> None:
         """Refuse a request that has taken too long to arrive."""
-        limit = self.limits.header_seconds if self._in_head else self.limits.body_seconds
-        if self._since is not None and now - self._since > limit:
-            what = "headers" if self._in_head else "body"
-            self.refuse(HTTPStatus.REQUEST_TIMEOUT, f"the {what} took longer than {limit:g} s")
+        if self._since is not None:
+            in_head = self._in_head
+            limit = self.limits.header_seconds if in_head else self.limits.body_seconds
+            if now - self._since > limit:
+                what = "headers" if in_head else "body"
+                self.refuse(HTTPStatus.REQUEST_TIMEOUT, f"the {what} took longer than {limit:g} s")
 
     def refuse(self, status: HTTPStatus, reason: str) -> None:
         """Answer and close the connection; an answer that is under way is left to end first."""
@@ -118,7 +119,7 @@ class Server(uvicorn.Server):
         """Ten times a second, see whether it is time to end and who has stalled."""
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for connection in list(self.server_state.connections):
             if isinstance(connection, Connection):
                 connection.check_time(now)

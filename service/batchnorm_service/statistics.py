@@ -1,13 +1,11 @@
 """Statistics of inference, as the protocol's extension has them.
 
-A model's counters are one row of integers. Whoever keeps the rows decides how many processes share them:
-`Counters` is for one.
+A model's counters are one row of integers; whoever keeps the rows sums them over processes.
 """
 
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Iterable, MutableSequence, Sequence
 from typing import Any, Final, Protocol
 
@@ -32,24 +30,6 @@ class Rows(Protocol):
 
     def total(self, name: str, version: str) -> Sequence[int]:
         """Return the sums over all processes; of `LAST` the latest."""
-
-
-class Counters:
-    """The rows of one process, in its memory."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[str, str], array[int]] = {}
-
-    def mine(self, name: str, version: str) -> MutableSequence[int]:
-        """Return the row of a model."""
-        row = self._rows.get((name, version))
-        if row is None:
-            row = self._rows[name, version] = array("q", bytes(8 * LENGTH))
-        return row
-
-    def total(self, name: str, version: str) -> Sequence[int]:
-        """Return the same row."""
-        return self.mine(name, version)
 
 
 class Statistics:

@@ -35,7 +35,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save, ask = blocks("python")
     start, curl, control, new_key = blocks("console")
-    (documented,) = blocks("json")
+    documented, demanding = blocks("json")
     names = {}
     exec(save, names)
     assert start.split()[-1] == "models"
@@ -47,6 +47,10 @@ def test_the_examples_run(tmp_path, monkeypatch):
         answer = server.request("POST", path, body.encode(), headers)
         assert answer.body.decode() == documented.strip()
         assert answer.headers["Batchnorm-Fingerprint"] == names["layer"].fingerprint
+        assert server.infer("scale", demanding.encode()).status == 200
+        assert names["layer"].fingerprint in demanding
+        refused = server.infer("scale", demanding.replace("77b2", "0000").encode())
+        assert refused.status == 409
         assert "127.0.0.1:8080" in ask
         exec(ask.replace("127.0.0.1:8080", server.address), names)
         for line in control.splitlines():

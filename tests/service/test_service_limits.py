@@ -12,7 +12,7 @@ import pytest
 from serving import serve
 from test_service_process import INFER, message
 
-SECONDS = 0.6
+SECONDS = 0.4
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from batchnorm_service.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, Sha
 from batchnorm_service.logs import MAX_ID, JsonFormatter, request_id, safe_id
 from batchnorm_service.state import State
 
-DRAIN = 1.5
+DRAIN = 1.0
 
 
 def begun(server, rows=1000):
@@ -98,14 +98,6 @@ def test_a_second_signal_ends_the_drain(models, tmp_path):
         assert server.process.wait(STOP_SECONDS) == 0
 
 
-def test_nothing_is_left_behind(models, tmp_path):
-    (tmp_path / "run").mkdir()
-    with serve(tmp_path / "log", str(models), "--run-dir", str(tmp_path / "run")) as server:
-        assert len(list((tmp_path / "run").iterdir())) == 1
-        assert server.request("GET", "/v2/health/ready").status == 200
-    assert list((tmp_path / "run").iterdir()) == []
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_that_cannot_start_says_so(models, tmp_path, workers):
     """Without room for its shared state, or without it, the status is not 0 and nothing hangs."""
@@ -131,8 +123,11 @@ def test_a_process_that_cannot_start_says_so(models, tmp_path, workers):
 # Logs
 
 
-def test_every_line_is_json(models, tmp_path):
-    with serve(tmp_path / "log", str(models), "--access-log") as server:
+def test_every_line_is_json_and_nothing_else_is_left_behind(models, tmp_path):
+    (tmp_path / "run").mkdir()
+    arguments = (str(models), "--access-log", "--run-dir", str(tmp_path / "run"))
+    with serve(tmp_path / "log", *arguments) as server:
+        assert len(list((tmp_path / "run").iterdir())) == 1
         hostile = 'a"b\\c é{}\t' + "x" * 500
         answer = server.request(
             "GET", "/v2/models/nobody", None, {"X-Request-Id": hostile.encode("utf-8").decode("latin-1")}
@@ -142,6 +137,7 @@ def test_every_line_is_json(models, tmp_path):
         _, body, headers = message(3)
         server.request("POST", INFER, body, headers | {"X-Request-Id": "order-66"})
         assert "X-Request-Id" not in server.request("GET", "/v2/health/live").headers
+    assert list((tmp_path / "run").iterdir()) == []
     requests = [line for line in lines(server) if line["message"] == "request"]
     missing = next(line for line in requests if line["path"] == "/v2/models/nobody")
     assert (missing["status"], missing["method"], missing["request_id"]) == (

@@ -239,6 +239,33 @@ def test_a_file_that_changes_while_it_is_served_does_no_harm(root):
     assert later.get("a").layer == OLD
 
 
+def test_a_list_that_cannot_be_written(root):
+    put(root, "a.safetensors", OLD)
+    repository = open_repository(root)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for change in (repository.load, repository.unload):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        try:
+            with pytest.raises(LoadError):
+                change("a")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert repository.get("a").layer == OLD
+    repository.refresh()
+    assert repository.get("a").layer == OLD
+
+
+def test_a_directory_that_is_gone(root):
+    put(root, "a.safetensors", OLD)
+    repository = open_repository(root)
+    shutil.rmtree(root)
+    with pytest.raises(LoadError, match="nothing was changed: No such file"):
+        repository.load("a")
+    with pytest.raises(NotReadyError, match="cannot be listed: No such file"):
+        repository.index()
+    assert repository.get("a").layer == OLD
+
+
 # One process
 
 
@@ -443,21 +470,11 @@ def test_two_workers_change_together(root, tmp_path):
         assert post(server, "models/b/unload").status == 200
         assert {served(server, "b")[0] for _ in range(12)} == {503}
 
-        # A worker that stands still: the change stands, and the answer says who lags.
-        stalled, other = children(server)
-        os.kill(stalled, signal.SIGSTOP)
-        put(root, "a.safetensors", OLD)
-        answer = post(server, "models/a/load")
-        assert (answer.status, "1 of 2 workers" in answer.json()["error"]) == (503, True)
-        assert served(server, "a") == answers_of(OLD)
-        os.kill(stalled, signal.SIGCONT)
-        assert post(server, "models/a/load").status == 200
-
         # A worker that dies is replaced by one that serves the same, whatever the directory holds by now.
-        put(root, "a.safetensors", NEW)
-        os.kill(other, signal.SIGKILL)
+        put(root, "a.safetensors", OLD)
+        os.kill(children(server)[0], signal.SIGKILL)
         server.wait_for_log("Application startup complete", 3)
-        assert {served(server, "a") for _ in range(12)} == {answers_of(OLD)}
+        assert {served(server, "a") for _ in range(12)} == {answers_of(NEW)}
         assert {served(server, "b")[0] for _ in range(12)} == {503}
         assert post(server, "models/a/load").status == 200
 
@@ -470,3 +487,24 @@ def test_two_workers_change_together(root, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert "Traceback" not in server.log
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
+def test_a_worker_that_stands_still(root, tmp_path):
+    """The change stands, and the answer says after 5 seconds who lags."""
+    put(root, "a.safetensors", OLD)
+    with serve(tmp_path / "log", str(root), "--workers", "2", "--control") as server:
+        server.wait_for_log("Application startup complete", 2)
+        stalled = children(server)[0]
+        os.kill(stalled, signal.SIGSTOP)
+        try:
+            put(root, "a.safetensors", NEW)
+            answer = post(server, "models/a/load")
+            assert (answer.status, "1 of 2 workers" in answer.json()["error"]) == (503, True)
+            assert served(server, "a") == answers_of(NEW)
+            assert "batchnorm_generation 1.0" in server.request("GET", "/metrics").body.decode()
+        finally:
+            os.kill(stalled, signal.SIGCONT)
+        assert post(server, "models/a/load").status == 200
+        assert {served(server, "a") for _ in range(12)} == {answers_of(NEW)}
