@@ -13,7 +13,7 @@ step = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: requirements
 requirements:
@@ -100,6 +100,10 @@ bench-check: setup ## Fail where we are far behind the goals over the floor of a
 accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours and the peers' (updates docs/accuracy.md)
 	@PYTHONPATH=tests $(BIN)/python -m accuracy docs/accuracy.md
 
+.PHONY: bench-service
+bench-service: setup ## Time the service and other servers over HTTP (needs wrk; writes bench-output/; ONLY=JSON for a part, ROUNDS=5)
+	@PYTHONPATH=tests $(BIN)/python -m bench_service $(if $(ONLY),--only "$(ONLY)") $(if $(ROUNDS),--rounds "$(ROUNDS)")
+
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf $(VENV) .venv-kserve target demo-output bench-output
+	rm -rf $(VENV) .venv-kserve .venv-mlserver .venv-triton target demo-output bench-output

@@ -1,0 +1,1 @@
+"""The service beside other servers, over real sockets; `make bench-service`."""
