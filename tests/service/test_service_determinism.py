@@ -1,4 +1,4 @@
-"""The same tensor gives the same bytes: as JSON or binary, in any batches, from one process or two, after a reload."""
+"""One tensor gives the same bytes: as JSON or binary, in any batches, by one process or two, loaded twice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_same_bytes(tmp_path, models, layers, workers):
             for cuts in CUTS:
                 if cuts:  # the first answers come before any reload
                     loaded = server.request("POST", f"/v2/repository/models/{model}/load", b"")
-                    # One version of `planar` is broken on disk: that load is refused, and what was there goes on.
+                    # A version of `planar` is broken on disk: that load is refused, and the old one goes on.
                     assert loaded.status == (400 if model == "planar" else 200), loaded.body
                 for binary_in in (True, False):
                     for binary_out in (True, False):
