@@ -21,6 +21,8 @@ Layers, each of which knows only those above it in this list:
     openapi.py     the document of all paths, with examples
     gate.py        what every request passes first: keys, limits, counters
     app.py         the routes
+    logs.py        what is told of requests, a JSON object a line
+    lifecycle.py   what a process does beside answering
     server.py      uvicorn, with an orderly end; supervisor.py and worker.py for several processes
 
 `settings.py` and `__main__.py` start a process. `batchnorm_service.app.create_app` is the entry point for an
