@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import Process
+from contextlib import suppress
 from typing import Final
 
 from uvicorn.config import STARTUP_FAILURE
@@ -60,14 +61,14 @@ class _Supervisor:
         await asyncio.wait(slots, timeout=patience)
         for process in self._running:
             logger.error("worker %d did not end in time and is killed", process.pid)
-            process.kill()
+            _send(process, signal.SIGKILL)
         await asyncio.gather(*slots)
         return self._status
 
     def _stop(self, sig: signal.Signals) -> None:
         self._stopping.set()
         for process in self._running:
-            process.send_signal(sig)
+            _send(process, sig)
 
     async def _keep_one(self) -> None:
         loop = asyncio.get_running_loop()
@@ -79,7 +80,7 @@ class _Supervisor:
             )
             self._running.add(process)
             if self._stopping.is_set():
-                process.terminate()
+                _send(process, signal.SIGTERM)
             status = await process.wait()
             self._running.discard(process)
             if self._stopping.is_set():
@@ -91,3 +92,8 @@ class _Supervisor:
                 return
             logger.error("worker %d ended with status %d and is replaced", process.pid, status)
             await asyncio.sleep(began + RESTART_SECONDS - loop.time())
+
+
+def _send(process: Process, sig: signal.Signals) -> None:
+    with suppress(ProcessLookupError):  # it has ended, and the task that waits for it has not run yet
+        process.send_signal(sig)
