@@ -125,6 +125,49 @@ def test_a_fork_after_use_does_not_hang():
     succeeds(FORK)
 
 
+# Threads are in calls that take workers all the time, so that forks fall into the middle of it.
+FORK_AMID_CALLS = """
+import os, sys, threading, time, warnings
+import numpy as np
+import batchnorm as bn
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which is what is tested
+bn.set_num_threads(2)
+x = np.random.default_rng(0).standard_normal((2048, 64))  # 1 MiB: worth a second thread
+f = bn.FrozenBatchNorm(np.zeros(64), np.ones(64), dtype="float64")
+wanted = f(x)
+stop = threading.Event()
+
+def work():
+    y = np.empty_like(x)
+    while not stop.is_set():
+        f(x, out=y)
+
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+failed = 0
+for _ in range(300):
+    child = os.fork()
+    if not child:
+        os._exit(0 if np.array_equal(f(x), wanted) and bn.get_num_threads() == 2 else 7)
+    deadline = time.monotonic() + 20
+    while not (done := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            sys.exit("the forked child hangs")
+        time.sleep(0.0005)
+    failed += done[1] != 0
+stop.set()
+sys.exit(failed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_amid_calls_of_other_threads_does_not_hang():
+    succeeds(FORK_AMID_CALLS)
+
+
 @pytest.mark.usefixtures("restore_execution")
 def test_numbers_of_threads():
     for n in (1, 2, 5):

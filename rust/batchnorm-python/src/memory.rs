@@ -3,10 +3,13 @@
 //! An array's base is the [`Memory`] that it lies in, so the block comes back when the last view dies, in whatever
 //! thread. Blocks are mappings of their own: aligned to pages, and given back to the system for good.
 
+use batchnorm::PerProcess;
 use memmap2::MmapMut;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Smaller arrays come from NumPy: the C library's heap already keeps their memory.
 const WORTH_KEEPING: usize = 128 * 1024;
@@ -18,40 +21,40 @@ const WORTH_HUGE_PAGES: usize = 4 << 20;
 /// What is kept in all, unless one block alone is larger.
 const MOST_KEPT: usize = 256 << 20;
 
-/// Blocks that no array lies in, the oldest first.
-static KEPT: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
+/// Blocks that no array lies in, the oldest first. A forked child begins with none.
+static KEPT: PerProcess<Mutex<Vec<MmapMut>>> = PerProcess::new();
 
-/// The kept blocks, or `None` where they cannot be had, and a caller does without.
-///
-/// Nobody holds the lock for longer than it takes to move a few pointers, and no Python code runs meanwhile. One that
-/// stays locked was so in the parent when this process was forked: waiting for it would never end.
-fn kept() -> Option<MutexGuard<'static, Vec<MmapMut>>> {
-    const TRIES: usize = 1000;
-    for _ in 0..TRIES {
-        match KEPT.try_lock() {
-            Ok(kept) => return Some(kept),
-            Err(TryLockError::Poisoned(kept)) => return Some(kept.into_inner()),
-            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
-        }
-    }
-    None
+/// Calls `f` with the kept blocks. Nobody holds the lock for longer than it takes to move a few pointers, and no Python
+/// code runs meanwhile.
+fn with_kept<R>(f: impl FnOnce(&mut Vec<MmapMut>) -> R) -> R {
+    let Ok(kept) = KEPT.get(|_| Ok::<_, Infallible>(Mutex::default()));
+    // Blocks are moved whole, so a panic cannot have left one half moved.
+    f(&mut kept.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Whether `BATCHNORM_KEEP_MEMORY` lets memory be kept. Read once.
+/// Whether `BATCHNORM_KEEP_MEMORY` lets memory be kept. A valid value is read once.
 fn keeps() -> Result<bool, String> {
-    static KEEPS: OnceLock<Result<bool, String>> = OnceLock::new();
-    let read = || match std::env::var_os("BATCHNORM_KEEP_MEMORY") {
-        None => Ok(true),
-        Some(text) if text == "1" => Ok(true),
-        Some(text) if text == "0" => Ok(false),
-        Some(text) => Err(format!("BATCHNORM_KEEP_MEMORY is {text:?}; wanted 0 or 1")),
-    };
-    KEEPS.get_or_init(read).clone()
+    /// `UNKNOWN` until it is read. (A `OnceLock` that another thread fills during a fork would block the child for ever.)
+    static KEEPS: AtomicU8 = AtomicU8::new(UNKNOWN);
+    const UNKNOWN: u8 = 2;
+    match KEEPS.load(Ordering::Relaxed) {
+        UNKNOWN => {
+            let keeps = match std::env::var_os("BATCHNORM_KEEP_MEMORY") {
+                None => true,
+                Some(text) if text == "1" => true,
+                Some(text) if text == "0" => false,
+                Some(text) => return Err(format!("BATCHNORM_KEEP_MEMORY is {text:?}; wanted 0 or 1")),
+            };
+            KEEPS.store(keeps.into(), Ordering::Relaxed);
+            Ok(keeps)
+        }
+        keeps => Ok(keeps == 1),
+    }
 }
 
 /// Frees all kept blocks; returns their bytes.
 pub(crate) fn release() -> usize {
-    let blocks = kept().map(|mut kept| std::mem::take(&mut *kept)).unwrap_or_default();
+    let blocks = with_kept(std::mem::take);
     blocks.iter().map(|block| block.len()).sum()
 }
 
@@ -70,7 +73,7 @@ impl Memory {
     /// A kept block that is at most a quarter larger than it need be, the newest first; else a fresh one.
     fn new(bytes: usize) -> Option<Self> {
         let fits = |block: &MmapMut| (bytes..=bytes.saturating_add(bytes / 4)).contains(&block.len());
-        let reused = kept().and_then(|mut kept| kept.iter().rposition(fits).map(|i| kept.remove(i)));
+        let reused = with_kept(|kept| kept.iter().rposition(fits).map(|i| kept.remove(i)));
         let fresh = || map(bytes).or_else(|| (release() > 0).then(|| map(bytes)).flatten());
         reused.or_else(fresh).map(|block| Self(Some(block)))
     }
@@ -94,16 +97,18 @@ fn map(bytes: usize) -> Option<MmapMut> {
 impl Drop for Memory {
     fn drop(&mut self) {
         let Some(block) = self.0.take() else { return };
-        let Some(mut kept) = kept() else { return };
-        let mut bytes = block.len() + kept.iter().map(|old| old.len()).sum::<usize>();
-        let mut oldest = 0;
-        while bytes > MOST_KEPT && oldest < kept.len() {
-            bytes -= kept[oldest].len();
-            oldest += 1;
-        }
-        let surplus: Vec<MmapMut> = kept.drain(..oldest).collect();
-        kept.push(block);
-        drop(kept); // the system takes its time to unmap: not under the lock
+        // The system takes its time to unmap: not under the lock.
+        let surplus: Vec<MmapMut> = with_kept(|kept| {
+            let mut bytes = block.len() + kept.iter().map(|old| old.len()).sum::<usize>();
+            let mut oldest = 0;
+            while bytes > MOST_KEPT && oldest < kept.len() {
+                bytes -= kept[oldest].len();
+                oldest += 1;
+            }
+            let surplus = kept.drain(..oldest).collect();
+            kept.push(block);
+            surplus
+        });
         drop(surplus);
     }
 }

@@ -1,10 +1,11 @@
 //! The affine form of a layer: y = (x − mean)·s + β with s = γ/√(var + ε), per channel, in float64.
 
-use crate::blocks::Interleaved;
 use crate::element::{Element, Wide};
 use crate::error::Error;
+use crate::float_mode::FloatMode;
 use crate::moments::Moments;
-use crate::simd::{FloatMode, LANES};
+use crate::partition::Interleaved;
+use crate::simd::LANES;
 use std::ops::Range;
 
 /// Coefficients of a channel-wise affine map, from frozen statistics or from those of a batch.

@@ -23,17 +23,18 @@
 //! that of the residual too. It is made part by part in the memory where it is needed next, while it is in cache.
 
 use crate::affine::Affine;
-use crate::blocks::{Family, Interleaved, Merge, Planar, Tree, tile};
 use crate::bytes;
+use crate::copy::copy;
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
-use crate::floor::copy;
+use crate::float_mode::FloatMode;
 use crate::infer::{infer, infer_in_place};
 use crate::layout::Layout;
-use crate::simd::{
-    AffineRows, AffineRuns, Apply, ApplyRows, ApplyRuns, FloatMode, Gate, LANES, ROWS, SumRows, SumRuns, dispatch,
-};
+use crate::partition::{Family, Interleaved, Planar, tile};
+use crate::simd::{AffineRows, AffineRuns, Apply, ApplyRows, ApplyRuns, Gate, LANES, ROWS, SumRows, SumRuns, dispatch};
+use crate::tree::{Merge, Tree};
+use crate::verb::begin;
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
 use std::iter::repeat_n;
 use std::ops::Range;
@@ -159,7 +160,7 @@ pub fn gate<T: Element>(
     epilogue: Epilogue<View<'_, T>>,
     gated: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = x.layout();
     let others = [("dy", dy.map_or(layout, |dy| dy.layout())), ("dresidual", gated.layout())];
     check(layout, &others, affine, epilogue)?;
@@ -199,7 +200,7 @@ pub fn gradient_sums<T: Element>(
     affine: &Affine,
     epilogue: Epilogue<View<'_, T>>,
 ) -> Result<GradientSums, Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.layout())], affine, epilogue)?;
     let sums = if layout.is_empty() {
@@ -317,7 +318,7 @@ pub fn gradient_apply<T: Element>(
     sums: &GradientSums,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
     affine.check_counts(sums.count.iter().copied())?;
@@ -384,7 +385,7 @@ pub fn backward<T: Element>(
     epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = x.layout();
     check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
     affine.check_counts(repeat_n(layout.count() as f64, layout.channels()))?;

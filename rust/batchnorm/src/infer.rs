@@ -1,11 +1,12 @@
 //! Inference: frozen statistics, so every element is mapped by itself (Algorithm 2, step 11).
 
 use crate::affine::Affine;
-use crate::blocks::{Family, Planar, tile};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
+use crate::partition::{Family, Planar, tile};
 use crate::simd::{AffineRows, AffineRuns, dispatch};
+use crate::verb::begin;
 use crate::view::{View, ViewMut};
 
 /// y = (x − mean)·s + β, and what follows it.
@@ -44,7 +45,7 @@ fn map<T: Element>(
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = y.layout();
     Error::check_channels("x", layout.channels(), affine.channels())?;
     epilogue.check(layout)?;

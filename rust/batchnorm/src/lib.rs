@@ -44,38 +44,34 @@
 
 mod affine;
 mod backward;
-mod blocks;
 mod bytes;
+mod copy;
 mod element;
 mod epilogue;
 mod error;
-mod floor;
+mod float_mode;
 mod infer;
 mod layout;
 mod moments;
 mod parallel;
+mod partition;
 mod simd;
 mod train;
+mod tree;
+mod verb;
 mod view;
 
 pub use affine::Affine;
 pub use backward::{GradientSums, backward, gate, gradient_apply, gradient_sums, infer_backward};
+pub use copy::copy;
 pub use element::{Element, Wide};
 pub use epilogue::{Activation, Epilogue};
 pub use error::Error;
-pub use floor::copy;
 pub use half::{bf16, f16};
 pub use infer::{infer, infer_in_place};
 pub use layout::Layout;
 pub use moments::{Moments, moments};
-pub use parallel::{get_num_threads, set_num_threads};
+pub use parallel::{Owned, PerProcess, get_num_threads, set_num_threads};
 pub use simd::{Level, set_simd_level, simd_level, simd_levels};
 pub use train::{normalize, train_forward, train_forward_in_place};
 pub use view::{View, ViewMut};
-
-/// What every verb does first: refuses what the environment names wrongly, and puts floating point in the standard mode.
-fn begin() -> Result<simd::FloatMode, Error> {
-    simd_level()?;
-    parallel::check()?;
-    Ok(simd::FloatMode::standard())
-}

@@ -9,11 +9,14 @@
 //!
 //! so the statistics of a batch never come from E[x²] − E[x]², which cancels where |mean| is large beside the spread.
 
-use crate::blocks::{Family, Interleaved, Merge, Planar, Tree};
 use crate::bytes;
 use crate::element::Element;
 use crate::error::Error;
-use crate::simd::{FloatMode, MomentRows, MomentRuns, dispatch};
+use crate::float_mode::FloatMode;
+use crate::partition::{Family, Interleaved, Planar};
+use crate::simd::{MomentRows, MomentRuns, dispatch};
+use crate::tree::{Merge, Tree};
+use crate::verb::begin;
 use crate::view::{Rect, Tile, View};
 use std::ops::Range;
 
@@ -193,7 +196,7 @@ impl Merge for Scalar {
 /// # Errors
 /// [`Error::Threads`], [`Error::Level`] for what the environment names wrongly.
 pub fn moments<T: Element>(x: View<'_, T>) -> Result<Moments, Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = x.layout();
     let (mean, m2) = if layout.is_empty() {
         (vec![0.0; layout.channels()], vec![0.0; layout.channels()])

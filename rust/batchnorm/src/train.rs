@@ -1,13 +1,14 @@
 //! The training forward pass (Algorithm 1): statistics of the batch, then the affine form they make.
 
 use crate::affine::{self, Affine, check_parameters, check_training_eps};
-use crate::blocks::{Family, Planar};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::infer::{infer, infer_in_place};
 use crate::moments::{Moments, moments, of_group};
+use crate::partition::{Family, Planar};
 use crate::simd::{AffineRuns, dispatch};
+use crate::verb::begin;
 use crate::view::{View, ViewMut};
 
 /// Normalizes x by given moments, which may be those of more than x: of all micro-batches or processes. Absent γ are
@@ -72,7 +73,7 @@ fn forward<T: Element>(
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(Moments, Affine), Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = y.layout();
     check_training_eps(eps)?;
     check_parameters(layout.channels(), gamma, beta)?;

@@ -1,21 +1,28 @@
 //! Instruction-set levels.
 
 use super::Kernel;
-use super::lanes::Portable;
+#[cfg(target_arch = "x86_64")]
+use super::lanes::avx2;
+use super::lanes::portable;
 use crate::error::Error;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// An instruction-set level that kernels are compiled for.
+///
+/// A level is added here and nowhere else: a variant, its place in `ALL`, its arms below, and its lanes in `lanes/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Level {
     /// What the compiler's target has: SSE2 on x86-64, NEON on AArch64.
-    Baseline = 1,
+    Baseline,
     /// AVX2 and F16C; FMA is not used.
-    Avx2 = 2,
+    Avx2,
 }
 
 impl Level {
+    /// Every level, lowest first; the place is the variant's number.
+    const ALL: [Self; 2] = [Self::Baseline, Self::Avx2];
+
     /// The name by which a level is forced.
     pub fn name(self) -> &'static str {
         match self {
@@ -28,23 +35,41 @@ impl Level {
         match self {
             Self::Baseline => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c"),
+            Self::Avx2 => avx2::Token::detect().is_some(),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 => false,
         }
     }
+
+    #[inline]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => match avx2::Token::detect() {
+                Some(token) => token.run(kernel),
+                None => portable::run(kernel),
+            },
+            _ => portable::run(kernel),
+        }
+    }
 }
 
-/// The level in use; 0 until it is chosen.
-static CHOSEN: AtomicU8 = AtomicU8::new(0);
+/// The number of the level in use; `UNKNOWN` until it is chosen.
+static CHOSEN: AtomicU8 = AtomicU8::new(UNKNOWN);
+const UNKNOWN: u8 = u8::MAX;
+
+#[inline]
+fn chosen() -> Option<Level> {
+    Level::ALL.get(usize::from(CHOSEN.load(Ordering::Relaxed))).copied()
+}
 
 /// The levels that this machine can run, lowest first.
 pub fn simd_levels() -> Vec<Level> {
-    [Level::Baseline, Level::Avx2].into_iter().filter(|level| level.available()).collect()
+    Level::ALL.into_iter().filter(|level| level.available()).collect()
 }
 
 fn highest() -> Level {
-    if Level::Avx2.available() { Level::Avx2 } else { Level::Baseline }
+    Level::ALL.into_iter().rfind(|level| level.available()).unwrap_or(Level::Baseline)
 }
 
 fn by_name(name: &str, source: &str) -> Result<Level, Error> {
@@ -59,10 +84,9 @@ fn by_name(name: &str, source: &str) -> Result<Level, Error> {
 /// # Errors
 /// [`Error::Level`] where `BATCHNORM_SIMD` names a level that this machine cannot run.
 pub fn simd_level() -> Result<Level, Error> {
-    match CHOSEN.load(Ordering::Relaxed) {
-        1 => Ok(Level::Baseline),
-        2 => Ok(Level::Avx2),
-        _ => set_simd_level(None),
+    match chosen() {
+        Some(level) => Ok(level),
+        None => set_simd_level(None),
     }
 }
 
@@ -84,22 +108,18 @@ pub fn set_simd_level(name: Option<&str>) -> Result<Level, Error> {
 /// Runs a kernel at the level in use.
 #[inline]
 pub(crate) fn dispatch<K: Kernel>(kernel: K) -> K::Output {
-    #[cfg(target_arch = "x86_64")]
-    if CHOSEN.load(Ordering::Relaxed) == Level::Avx2 as u8 {
-        // SAFETY: `Avx2` is only ever chosen where `available` has found AVX2 and F16C.
-        return unsafe { avx2(kernel) };
+    chosen().unwrap_or(Level::Baseline).run(kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Level;
+
+    #[test]
+    fn levels_stand_at_their_numbers() {
+        for (i, level) in Level::ALL.into_iter().enumerate() {
+            assert_eq!(level as usize, i);
+        }
+        assert!(Level::Baseline.available());
     }
-    baseline(kernel)
-}
-
-#[inline(never)]
-fn baseline<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Portable>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(never)]
-#[target_feature(enable = "avx2,f16c")]
-fn avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<super::lanes::Avx2>()
 }

@@ -3,14 +3,13 @@
 //! A kernel is written once, in [`Lanes`], and compiled once a level. Since no level fuses a multiply with an add, and
 //! lanes are combined in an order that does not depend on the register width, all levels give the same bits (contract 3).
 
-#![allow(unsafe_code, reason = "instruction sets and the floating-point mode")]
+#![allow(unsafe_code, reason = "instruction sets")]
 
 mod elements;
 mod interleaved;
 mod lanes;
 mod level;
 mod map;
-mod mode;
 mod planar;
 
 pub(crate) use elements::Vectors;
@@ -19,7 +18,6 @@ use lanes::Lanes;
 pub(crate) use level::dispatch;
 pub use level::{Level, set_simd_level, simd_level, simd_levels};
 pub(crate) use map::{Apply, Gate, Transfer};
-pub(crate) use mode::FloatMode;
 pub(crate) use planar::{AffineRuns, ApplyRuns, MomentRuns, SumRuns, TOGETHER};
 
 /// A piece of work compiled once for each level.

@@ -1,5 +1,7 @@
 //! The floating-point mode: round to nearest, no flush to zero, whatever the host program has set.
 
+#![allow(unsafe_code, reason = "the control register of the processor")]
+
 #[cfg(target_arch = "x86_64")]
 mod register {
     use std::arch::asm;

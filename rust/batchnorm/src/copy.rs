@@ -3,6 +3,7 @@
 use crate::element::Element;
 use crate::error::Error;
 use crate::simd::{Transfer, dispatch};
+use crate::verb::begin;
 use crate::view::{Grid, View, ViewMut};
 
 /// y = x, or y = x + z: reads one or two tensors and writes one, past the caches if `streaming`. For benchmarks.
@@ -15,7 +16,7 @@ pub fn copy<T: Element>(
     y: &mut ViewMut<'_, T>,
     streaming: bool,
 ) -> Result<(), Error> {
-    let _mode = crate::begin()?;
+    let _mode = begin()?;
     let layout = x.layout();
     if y.layout() != layout {
         return Err(Error::LayoutMismatch { argument: "out" });
@@ -23,7 +24,7 @@ pub fn copy<T: Element>(
     if z.is_some_and(|z| z.layout() != layout) {
         return Err(Error::LayoutMismatch { argument: "z" });
     }
-    let elements = crate::blocks::tile::<T>(layout);
+    let elements = crate::partition::tile::<T>(layout);
     let grid = Grid::new(1, layout.len(), 1, elements);
     y.map_tiles(&grid, |rect, y| {
         let (x, z) = (x.tile(layout.len(), rect), z.map(|z| z.tile(layout.len(), rect)));

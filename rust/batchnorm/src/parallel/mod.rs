@@ -1,0 +1,103 @@
+//! Threads: the map over tasks, and the pool that works on them.
+//!
+//! The calling thread works too, so a pool of n threads has n − 1 workers. Which thread computes what is left to
+//! chance; what is computed is not (see [`crate::partition`]). No other module names rayon.
+
+mod affinity;
+mod pool;
+mod process;
+
+use crate::error::Error;
+use crate::float_mode::FloatMode;
+pub use pool::{get_num_threads, set_num_threads};
+pub use process::{Owned, PerProcess};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Below this many bytes the work is done before a sleeping thread has woken.
+const WORTH_A_THREAD: usize = 1 << 20;
+/// How long a caller stays awake for the last tasks of its helpers.
+const LAST_TASK: Duration = Duration::from_micros(200);
+
+/// Refuses what `BATCHNORM_NUM_THREADS` may say wrongly, before a verb does anything.
+pub(crate) fn check() -> Result<(), Error> {
+    pool::default_threads().map(drop)
+}
+
+/// Calls `f(0)`, …, `f(tasks − 1)`, on several threads where `bytes` of memory traffic make it worth while, and gives
+/// the results in order. Floating point is in the standard mode throughout.
+#[allow(clippy::expect_used, reason = "a lost result is a defect, and must not become a shorter list")]
+pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    let alone = || {
+        let _mode = FloatMode::standard();
+        (0..tasks).map(&f).collect()
+    };
+    if tasks < 2 || bytes < WORTH_A_THREAD {
+        return alone();
+    }
+    // A pool that the system refuses costs time, not correctness.
+    let Ok(pool::Pool { threads, workers: Some(workers) }) = pool::pool() else {
+        return alone();
+    };
+    let helpers = workers.reserve((threads - 1).min(tasks - 1));
+    if helpers.count == 0 {
+        return alone();
+    }
+    let next = AtomicUsize::new(0);
+    let results: Vec<OnceLock<R>> = (0..tasks).map(|_| OnceLock::new()).collect();
+    let at_work = AtomicUsize::new(helpers.count);
+    let work = || {
+        let _mode = FloatMode::standard();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(slot) = results.get(i) else { break };
+            let _ = slot.set(f(i)); // `i` is handed out once, so the slot is empty
+        }
+    };
+    workers.pool.in_place_scope(|scope| {
+        for _ in 0..helpers.count {
+            scope.spawn(|_| {
+                work();
+                at_work.fetch_sub(1, Ordering::Release);
+            });
+        }
+        work();
+        // Helpers are on their last task. To sleep until they are done and be woken takes longer than that mostly does.
+        let start = Instant::now();
+        while at_work.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_TASK {
+            std::hint::spin_loop();
+        }
+    });
+    results.into_iter().map(|slot| slot.into_inner().expect("every task was handed out and is done")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+    use super::*;
+    use std::sync::{Barrier, mpsc};
+
+    #[test]
+    fn a_call_does_not_wait_for_the_workers_of_another() {
+        set_num_threads(2).unwrap();
+        let (started, finish) = (Barrier::new(3), Barrier::new(3));
+        let (done, result) = mpsc::channel();
+        std::thread::scope(|scope| {
+            // Both threads of the pool hang in this call until the other one has come back.
+            scope.spawn(|| {
+                map(2, WORTH_A_THREAD, |_| {
+                    started.wait();
+                    finish.wait();
+                })
+            });
+            started.wait();
+            scope.spawn(move || done.send(map(4, WORTH_A_THREAD, |i| i)));
+            let other = result.recv_timeout(Duration::from_secs(20));
+            finish.wait();
+            assert_eq!(other.unwrap(), [0, 1, 2, 3]);
+        });
+        let workers = pool::pool().unwrap().workers.unwrap();
+        assert_eq!(workers.reserve(2).count, 1, "the worker is idle again");
+    }
+}

@@ -1,0 +1,132 @@
+//! Lanes as arrays, on every machine.
+
+use super::Lanes;
+use crate::simd::Kernel;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use std::array::from_fn;
+
+/// Runs a kernel on what the compiler's target has.
+#[inline(never)]
+pub(in crate::simd) fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run::<Portable>()
+}
+
+/// Arrays, for the compiler to vectorize as it can.
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+#[inline(always)]
+fn zip<V: Copy, const N: usize>(a: [V; N], b: [V; N], f: impl Fn(V, V) -> V) -> [V; N] {
+    from_fn(|lane| f(a[lane], b[lane]))
+}
+
+impl Lanes for Portable {
+    type D = [f64; 4];
+    type S = [f32; 8];
+
+    #[inline(always)]
+    fn splat(value: f64) -> Self::D {
+        [value; 4]
+    }
+    #[inline(always)]
+    fn get(values: [f64; 4]) -> Self::D {
+        values
+    }
+    #[inline(always)]
+    fn put(d: Self::D) -> [f64; 4] {
+        d
+    }
+    #[inline(always)]
+    fn add(a: Self::D, b: Self::D) -> Self::D {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(a: Self::D, b: Self::D) -> Self::D {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(a: Self::D, b: Self::D) -> Self::D {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn relu(v: Self::D) -> Self::D {
+        v.map(|v| if v <= 0.0 { 0.0 } else { v })
+    }
+    #[inline(always)]
+    fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D {
+        from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
+    }
+    #[inline(always)]
+    fn keep(d: Self::D, mask: [u64; 4]) -> Self::D {
+        from_fn(|lane| f64::from_bits(d[lane].to_bits() & mask[lane]))
+    }
+    #[inline(always)]
+    fn of_f32(values: [f32; 4]) -> Self::D {
+        values.map(f64::from)
+    }
+    #[inline(always)]
+    fn to_f32(d: Self::D) -> [f32; 4] {
+        d.map(|d| d as f32)
+    }
+    #[inline(always)]
+    fn splat_s(value: f32) -> Self::S {
+        [value; 8]
+    }
+    #[inline(always)]
+    fn get_s(values: [f32; 8]) -> Self::S {
+        values
+    }
+    #[inline(always)]
+    fn put_s(s: Self::S) -> [f32; 8] {
+        s
+    }
+    #[inline(always)]
+    fn add_s(a: Self::S, b: Self::S) -> Self::S {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub_s(a: Self::S, b: Self::S) -> Self::S {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul_s(a: Self::S, b: Self::S) -> Self::S {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn relu_s(v: Self::S) -> Self::S {
+        v.map(|v| if v <= 0.0 { 0.0 } else { v })
+    }
+    #[inline(always)]
+    fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S {
+        from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
+    }
+    #[inline(always)]
+    fn of_f16(values: [f16; 8]) -> Self::S {
+        let mut wide = [0.0; 8];
+        values.convert_to_f32_slice(&mut wide);
+        wide
+    }
+    #[inline(always)]
+    fn to_f16(s: Self::S) -> [f16; 8] {
+        let mut narrow = [f16::ZERO; 8];
+        narrow.convert_from_f32_slice(&s);
+        narrow
+    }
+    #[inline(always)]
+    fn of_bf16(values: [bf16; 8]) -> Self::S {
+        values.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    fn to_bf16(s: Self::S) -> [bf16; 8] {
+        s.map(bf16::from_f32)
+    }
+    #[inline(always)]
+    fn widen(s: Self::S) -> [Self::D; 2] {
+        [from_fn(|lane| s[lane].into()), from_fn(|lane| s[lane + 4].into())]
+    }
+    #[inline(always)]
+    fn narrow([low, high]: [Self::D; 2]) -> Self::S {
+        from_fn(|lane| if lane < 4 { low[lane] as f32 } else { high[lane - 4] as f32 })
+    }
+}

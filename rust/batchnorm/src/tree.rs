@@ -1,0 +1,80 @@
+//! The fixed tree in which the partial results of blocks are combined.
+//!
+//! Its shape follows from the number of blocks alone, so that results do not depend on who computed which of them
+//! (contract 3).
+
+/// A partial result of some blocks that takes in that of the blocks after it.
+pub(crate) trait Merge {
+    fn merge(&mut self, right: &Self);
+}
+
+/// Combines partial results in the order of a binary counter: the shape of the tree follows from how many there are.
+///
+/// A tree over leaves that are themselves finished trees of 2^k leaves each (the last may have fewer) gives the same
+/// result as one tree over all: spans of 2^k blocks can be computed apart.
+pub(crate) struct Tree<P> {
+    nodes: Vec<(u32, P)>,
+}
+
+impl<P: Merge> Tree<P> {
+    pub(crate) fn new() -> Self {
+        Self { nodes: Vec::new() }
+    }
+
+    pub(crate) fn push(&mut self, mut leaf: P) {
+        let mut level = 0;
+        while let Some((_, mut left)) = self.nodes.pop_if(|(l, _)| *l == level) {
+            left.merge(&leaf);
+            (leaf, level) = (left, level + 1);
+        }
+        self.nodes.push((level, leaf));
+    }
+
+    /// `None` where nothing was pushed.
+    pub(crate) fn finish(mut self) -> Option<P> {
+        let (_, mut right) = self.nodes.pop()?;
+        while let Some((_, mut left)) = self.nodes.pop() {
+            left.merge(&right);
+            right = left;
+        }
+        Some(right)
+    }
+
+    /// The tree over `leaves`, in their order.
+    pub(crate) fn of(leaves: impl IntoIterator<Item = P>) -> Option<P> {
+        let mut tree = Self::new();
+        leaves.into_iter().for_each(|leaf| tree.push(leaf));
+        tree.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+    use super::*;
+    use std::ops::Range;
+
+    /// Writes down how it was merged.
+    impl Merge for String {
+        fn merge(&mut self, right: &Self) {
+            *self = format!("({self}{right})");
+        }
+    }
+
+    fn leaves(range: Range<usize>) -> impl Iterator<Item = String> {
+        range.map(|i| format!("{i},"))
+    }
+
+    #[test]
+    fn the_tree_is_the_same_however_it_is_split() {
+        assert_eq!(Tree::of(leaves(0..5)).unwrap(), "(((0,1,)(2,3,))4,)");
+        for n in 1..70 {
+            let whole = Tree::of(leaves(0..n)).unwrap();
+            for span in [1, 2, 4, 8, 16, 32, 64] {
+                let spans = (0..n).step_by(span).map(|s| Tree::of(leaves(s..n.min(s + span))).unwrap());
+                assert_eq!(Tree::of(spans).unwrap(), whole, "{n} leaves in spans of {span}");
+            }
+        }
+        assert!(Tree::<String>::of([]).is_none());
+    }
+}
