@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm._checks import channels_where
-from batchnorm._core import Affine, Moments
+from batchnorm._core import Coefficients, Moments
 from batchnorm._types import Gradients
 from batchnorm.conventions import torch_parameters
 
@@ -87,7 +87,7 @@ class FrozenBatchNorm:
     channel_axis: int
     dtype: np.dtype[Any]
     fingerprint: str
-    _affine: Affine
+    _coefficients: Coefficients
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class FrozenBatchNorm:
         dtype = _parameter_dtype(dtype)
         channel_axis = _checked_axis(channel_axis)
         # Refuses, by name, whatever was wrong before rounding.
-        channels = Affine(mean, var, gamma, beta, eps=eps).channels
+        channels = Coefficients(mean, var, gamma, beta, eps=eps).channels
         given = {
             "mean": np.asarray(mean),
             "var": np.asarray(var),
@@ -120,7 +120,7 @@ class FrozenBatchNorm:
         put("eps", eps)
         put("channel_axis", channel_axis)
         put("dtype", dtype)
-        put("_affine", Affine(**rounded, eps=eps))
+        put("_coefficients", Coefficients(**rounded, eps=eps))
         put("fingerprint", _fingerprint(self))
         _warn_of_coarse_means(exact["mean"], self)
 
@@ -260,7 +260,7 @@ class FrozenBatchNorm:
         if out is not None:
             self._refuse_float64("out", out)
         axis = self.channel_axis
-        y = self._affine.infer(x, channel_axis=axis, out=out, activation=activation, residual=residual)
+        y = self._coefficients.infer(x, channel_axis=axis, out=out, activation=activation, residual=residual)
         if out is None:
             self._refuse_float64("x", y)
         return y
@@ -282,7 +282,7 @@ class FrozenBatchNorm:
     def _backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None, **epilogue: Any) -> Gradients:
         if out is not None:
             self._refuse_float64("out", out)
-        gradients = self._affine.backward(dy, x, channel_axis=self.channel_axis, out=out, **epilogue)
+        gradients = self._coefficients.backward(dy, x, channel_axis=self.channel_axis, out=out, **epilogue)
         if out is None:
             self._refuse_float64("dy", gradients.dx)
         return gradients
