@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from batchnorm_service.__main__ import main
 from batchnorm_service.errors import ForbiddenError, UnauthorizedError
-from batchnorm_service.gate import scope_of
+from batchnorm_service.http.admission import scope_of
 from batchnorm_service.keys import SCOPES, Keyring, new_key, parse
 
 PATHS = {

@@ -13,10 +13,10 @@ import pytest
 from serving import CHANNELS, make_layer
 
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
-from batchnorm_service.models import Model
-from batchnorm_service.repository import Repository
-from batchnorm_service.sources import Directory
-from batchnorm_service.state import State
+from batchnorm_service.models.directory import Directory
+from batchnorm_service.models.model import Model
+from batchnorm_service.models.repository import Repository
+from batchnorm_service.models.shared_state import State
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def put(root, path, layer=None):
 
 
 def test_no_web_framework_is_loaded():
-    code = "import sys, batchnorm_service.protocol; print(*sys.modules)"
+    code = "import sys, batchnorm_service.protocol.exchange; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = set(output.split())
-    assert "batchnorm_service.models" in loaded
+    assert "batchnorm_service.models.model" in loaded
     assert not {"fastapi", "starlette", "uvicorn", "pydantic"} & loaded
 
 

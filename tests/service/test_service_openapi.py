@@ -13,7 +13,7 @@ from serving import serve
 from starlette.routing import Route
 
 import batchnorm as bn
-from batchnorm_service.app import create_app
+from batchnorm_service.http.app import create_app
 from batchnorm_service.settings import Settings
 
 # Of the routes, what describes the document itself, and another spelling of a path.

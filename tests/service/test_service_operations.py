@@ -20,10 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import STOP_SECONDS, serve
 from test_service_process import INFER, message
 
-from batchnorm_service import statistics
-from batchnorm_service.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, SharedRows
+from batchnorm_service.counts import statistics
+from batchnorm_service.counts.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, SharedRows
 from batchnorm_service.logs import MAX_ID, JsonFormatter, request_id, safe_id
-from batchnorm_service.state import State
+from batchnorm_service.models.shared_state import State
 
 DRAIN = 1.0
 
@@ -103,7 +103,7 @@ def test_a_process_that_cannot_start_says_so(models, tmp_path, workers):
     """Without room for its shared state, or without it, the status is not 0 and nothing hangs."""
     environment = {**os.environ, "BATCHNORM_SERVICE_RUN_DIR": str(tmp_path)}
     code = (
-        "import batchnorm_service.__main__ as m, batchnorm_service.repository as r\n"
+        "import batchnorm_service.__main__ as m, batchnorm_service.models.repository as r\n"
         "load = r.Repository.load_all\n"
         "def spoiled(self):\n"
         "    failed = load(self)\n"

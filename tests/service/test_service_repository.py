@@ -27,9 +27,9 @@ from tritonclient.utils import InferenceServerException
 import batchnorm as bn
 from batchnorm.onnx import load_frozen
 from batchnorm_service.errors import LoadError, ModelNotFoundError, NotReadyError
-from batchnorm_service.repository import Repository
-from batchnorm_service.sources import Directory
-from batchnorm_service.state import State
+from batchnorm_service.models.directory import Directory
+from batchnorm_service.models.repository import Repository
+from batchnorm_service.models.shared_state import State
 
 X = np.arange(3 * CHANNELS, dtype=np.float32).reshape(3, CHANNELS)
 OLD, NEW = make_layer(1), make_layer(2)

@@ -10,7 +10,7 @@ import numpy as np
 from starlette.types import Receive
 
 from batchnorm_service.errors import BodyTooLargeError, InvalidInputError
-from batchnorm_service.tensors import Bytes
+from batchnorm_service.protocol.tensors import Bytes
 
 # zlib's window sizes: the format `deflate` of HTTP is that of zlib.
 CODINGS: Final = {b"gzip": 31, b"deflate": 15}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from batchnorm import FrozenBatchNorm
-from batchnorm_service.models import MAX_RANK
+from batchnorm_service.models.model import MAX_RANK
 
 # A name is one segment of a URL and one component of a path: no slash, no leading dot, no percent.
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")

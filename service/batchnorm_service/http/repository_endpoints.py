@@ -17,6 +17,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from batchnorm_service.context import Service
 from batchnorm_service.errors import (
     BodyTooLargeError,
     ForbiddenError,
@@ -24,11 +25,10 @@ from batchnorm_service.errors import (
     LaggingError,
     UnsupportedError,
 )
-from batchnorm_service.metrics import Metrics
-from batchnorm_service.protocol import Rules
-from batchnorm_service.service import Service
-from batchnorm_service.state import PATIENCE_SECONDS
-from batchnorm_service.tensors import parse_json
+from batchnorm_service.http.metrics import Metrics
+from batchnorm_service.models.shared_state import PATIENCE_SECONDS
+from batchnorm_service.protocol.exchange import Rules
+from batchnorm_service.protocol.tensors import parse_json
 
 # Bodies of these requests are a few words.
 MAX_BODY: Final = 64 * 1024

@@ -12,11 +12,12 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from batchnorm_service import __version__, metadata
-from batchnorm_service.message import INPUT, OUTPUT
-from batchnorm_service.refusals import STATUS
-from batchnorm_service.sources import NAME, VERSION
-from batchnorm_service.tensors import DTYPES, JSON_DATATYPES
+from batchnorm_service import __version__
+from batchnorm_service.http.error_answers import STATUS
+from batchnorm_service.models.directory import NAME, VERSION
+from batchnorm_service.protocol import metadata
+from batchnorm_service.protocol.request import INPUT, OUTPUT
+from batchnorm_service.protocol.tensors import DTYPES, JSON_DATATYPES
 
 _DESCRIPTION: Final = """Frozen batch normalization layers by the Open Inference Protocol v2.
 Every answer but 200 is `{"error": text}`; a defect is answered 500."""

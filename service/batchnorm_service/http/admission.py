@@ -13,7 +13,8 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchnorm_service.counters import (
+from batchnorm_service.context import Service
+from batchnorm_service.counts.counters import (
     BOUNDS,
     BYTES_IN_FLIGHT,
     DURATIONS,
@@ -22,9 +23,8 @@ from batchnorm_service.counters import (
     STATUSES,
 )
 from batchnorm_service.errors import OverloadedError, ServiceError
+from batchnorm_service.http.error_answers import answer_to
 from batchnorm_service.logs import request_id, safe_id
-from batchnorm_service.refusals import answer_to
-from batchnorm_service.service import Service
 
 logger = logging.getLogger(__name__)
 

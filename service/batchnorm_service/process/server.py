@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from batchnorm_service.app import create_app
+from batchnorm_service.http.app import create_app
 from batchnorm_service.lifecycle import Lifecycle
+from batchnorm_service.models.shared_state import State
 from batchnorm_service.settings import Settings
-from batchnorm_service.state import State
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from batchnorm_service import __version__, metadata, openapi, refusals
-from batchnorm_service.control import Control
+from batchnorm_service import __version__
+from batchnorm_service.context import Service, start
 from batchnorm_service.errors import NotReadyError, ServiceError
-from batchnorm_service.gate import Gate
-from batchnorm_service.infer import Infer
+from batchnorm_service.http import error_answers, openapi
+from batchnorm_service.http.admission import Gate
+from batchnorm_service.http.infer import Infer
+from batchnorm_service.http.repository_endpoints import Control
 from batchnorm_service.lifecycle import watch
-from batchnorm_service.models import Model
-from batchnorm_service.service import Service, start
+from batchnorm_service.models.model import Model
+from batchnorm_service.models.shared_state import State
+from batchnorm_service.protocol import metadata
 from batchnorm_service.settings import Settings
-from batchnorm_service.state import State
 
 _OF_MODEL: Final = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
 _INFER: Final = re.compile("/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
@@ -170,24 +172,24 @@ class _Endpoints:
 
 
 async def _on_refusal(request: Request, refusal: ServiceError) -> Response:
-    return refusals.answer_to(refusal)
+    return error_answers.answer_to(refusal)
 
 
 async def _on_http_exception(request: Request, refusal: HTTPException) -> Response:
     request.scope["status"] = refusal.status_code
-    return refusals.answer(refusal.status_code, refusal.detail, refusal.headers)
+    return error_answers.answer(refusal.status_code, refusal.detail, refusal.headers)
 
 
 async def _on_invalid_parameter(request: Request, refusal: RequestValidationError) -> Response:
     first = refusal.errors()[0]
-    return refusals.answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return error_answers.answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 async def _on_disconnect(request: Request, refusal: ClientDisconnect) -> Response:
-    return refusals.answer(
+    return error_answers.answer(
         400, "the request is incomplete"
     )  # nobody reads it; it keeps a traceback out of the log
 
 
 async def _on_defect(request: Request, defect: Exception) -> Response:
-    return refusals.answer(500, refusals.DEFECT)  # uvicorn writes the traceback
+    return error_answers.answer(500, error_answers.DEFECT)  # uvicorn writes the traceback
