@@ -108,7 +108,7 @@ def _message(model: Model, reply: exchange.Reply, coding: bytes) -> tuple[_Heade
         headers.append((_JSON_LENGTH, b"%d" % reply.json_length))
     if coding in CODINGS:
         parts = [compress(coding, parts)]
-        headers.append((b"content-encoding", coding))
+        headers.append((b"content-encoding", coding.removeprefix(b"x-")))
     size = sum(map(len, parts))
     headers.append((b"content-length", b"%d" % size))
     return headers, [b"".join(parts)] if len(parts) > 1 and size <= JOINED_BYTES else parts
