@@ -390,6 +390,14 @@ def test_strict_and_single(root, tmp_path):
         assert index(server)["mine", "3"]["state"] == "UNAVAILABLE"
 
 
+def test_strict_with_a_misplaced_file(root):
+    put(root, "good.safetensors", OLD)
+    put(root, "scale/bn.safetensors", OLD)
+    result = command(str(root), "--strict", "--port", "0")
+    assert result.returncode == 1
+    assert "model 'scale' is not loaded: bn.safetensors must lie in the folder of a version" in result.stderr
+
+
 def test_a_full_disk(root, tmp_path):
     """What cannot be copied is not loaded; the rest is served, and a load that fails keeps it so."""
     put(root, "small.safetensors", OLD)
