@@ -36,7 +36,7 @@ from batchnorm_service.settings import Settings
 LAYERS: Final[tuple[Callable[[Service, ASGIApp], ASGIApp], ...]] = (Admission,)
 
 
-def create_app(settings: Settings | None = None, state: State | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, state: State | None = None) -> Application:
     """Load the models and return the ASGI application that serves them; its `state.service` is the `Service`.
 
     Args:

@@ -104,7 +104,7 @@ def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
         rest = whole[len(whole) - len(rest) - len(machine.unused_data) :]
         if not rest:
             return b"".join(parts)
-        if coding == b"deflate" or rest[:2] != _GZIP_MAGIC:
+        if coding == b"deflate" or bytes(rest[:2]) != _GZIP_MAGIC:
             raise InvalidInputError(f"{len(rest)} bytes follow the end of {coding.decode()}")
         window = _WINDOW
     raise BodyTooLargeError(f"the body has more than {MAX_MEMBERS} members of {coding.decode()}")

@@ -12,10 +12,9 @@ from types import FrameType
 from typing import Final
 
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 
-from batchnorm_service.http.app import create_app
+from batchnorm_service.http.app import Application, create_app
 from batchnorm_service.lifecycle import Lifecycle
 from batchnorm_service.models.shared_state import State
 from batchnorm_service.process.connection import Connection
@@ -77,7 +76,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def _configuration(settings: Settings, app: FastAPI) -> uvicorn.Config:
+def _configuration(settings: Settings, app: Application) -> uvicorn.Config:
     context = tls_context(settings)
     return uvicorn.Config(
         app,
