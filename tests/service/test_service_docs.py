@@ -13,9 +13,9 @@ from serving import serve
 from starlette.routing import Route
 from test_service_process import command
 
-from batchnorm_service.app import create_app
-from batchnorm_service.metrics import Metrics
-from batchnorm_service.refusals import STATUS
+from batchnorm_service.http.app import create_app
+from batchnorm_service.http.error_answers import STATUS
+from batchnorm_service.http.metrics import Metrics
 from batchnorm_service.settings import ENV_PREFIX, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
@@ -83,7 +83,7 @@ def test_statuses_are_those_of_the_code():
 
 
 def test_metrics_are_those_of_the_code(models):
-    service = create_app(Settings(models=models)).state.service
+    service = create_app(Settings(models=models)).state.context
     printed = Metrics(service).text("")[0].decode()
     families = set(re.findall(r"# TYPE (\S+)", printed))
     section = PAGE.split("\n## Watch\n")[1].split("\n## ")[0]

@@ -19,7 +19,7 @@ from batchnorm_service.errors import (
     UnsupportedEncodingError,
     UnsupportedError,
 )
-from batchnorm_service.refusals import STATUS
+from batchnorm_service.http.error_answers import STATUS
 
 X = np.zeros((2, CHANNELS), np.float32)
 OF_MODEL = "/v2/models/planar"
@@ -74,10 +74,12 @@ BAD_LENGTHS = ("-1", "+5", "abc", "1e3", "0x10", "5.0", "1" * 30, "", "1_0")
 
 CASES = [
     # framing
-    invalid("no body", "malformed", b""),
+    invalid("no body", "the body is empty", b""),
     invalid("not json", "malformed", b"hello"),
     invalid("cut json", "malformed", b'{"inputs":['),
-    invalid("bytes after json", "malformed", json.dumps(given()).encode() + b"\0\0"),
+    invalid("bytes after json", "needs Inference-Header", json.dumps(given()).encode() + b"\0\0"),
+    invalid("bytes alone", "needs Inference-Header", X.tobytes()),
+    invalid("bytes that are text", "needs Inference-Header", json.dumps(binary()).encode() + b"text" * 10),
     invalid("not utf-8", "malformed", b'{"inputs":"\xff"}'),
     invalid("utf-16", "malformed", json.dumps(given()).encode("utf-16")),
     invalid("not an object", "must be an object", b"[1]"),
@@ -323,7 +325,7 @@ def test_defects_and_bad_parameters(tmp_path, models):
     script = tmp_path / "defect.py"
     script.write_text(
         "import sys, uvicorn\n"
-        "from batchnorm_service.app import create_app\n"
+        "from batchnorm_service.http.app import create_app\n"
         "from batchnorm_service.settings import Settings\n"
         "async def defect() -> None: raise RuntimeError('secret')\n"
         "async def typed(number: int) -> int: return number\n"

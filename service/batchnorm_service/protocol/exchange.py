@@ -15,11 +15,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from batchnorm._core import JsonNumbers
-from batchnorm_service import message
 from batchnorm_service.errors import BodyTooLargeError, FingerprintMismatchError, InvalidInputError
-from batchnorm_service.message import INPUT, Head
-from batchnorm_service.models import Model
-from batchnorm_service.tensors import (
+from batchnorm_service.models.model import Model
+from batchnorm_service.protocol import request
+from batchnorm_service.protocol.request import INPUT, Head
+from batchnorm_service.protocol.tensors import (
     DATATYPES,
     DTYPES,
     Bytes,
@@ -30,6 +30,8 @@ from batchnorm_service.tensors import (
 )
 
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
+# No text has them: a body with one is no JSON alone.
+_NOT_TEXT: Final = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,32 @@ def _read(
     """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
     if length == 0 and json_length is not None:
-        return message.raw(model, len(body)), [], 0
+        return request.raw(model, len(body)), [], 0
     arrays: list[JsonNumbers] = []
-    if length == len(body):
-        text, arrays = cut_data(body, rules.max_elements)
-    else:
-        text = bytes(body[:length])
-    head = message.parse(text, rules.max_depth)
+    try:
+        if length == len(body):
+            text, arrays = cut_data(body, rules.max_elements)
+        else:
+            text = bytes(body[:length])
+        head = request.parse(text, rules.max_depth)
+    except InvalidInputError as reason:
+        if json_length is None and (hint := _hint(bytes(body))):
+            raise InvalidInputError(f"{reason} ({hint})") from reason
+        raise
     if (rest := len(body) - length) != (head.size or 0):
         raise InvalidInputError(
             f"input {INPUT!r}: {rest} bytes follow the JSON, which announces {head.size or 0}"
         )
     return head, arrays, length
+
+
+def _hint(body: bytes) -> str:
+    """Return why a body that was read as JSON may be none; empty where nothing shows it."""
+    if not body:
+        return "the body is empty"
+    if b"binary_data_size" in body or _NOT_TEXT.search(body):
+        return "a tensor as bytes needs Inference-Header-Content-Length, the length of the JSON before it"
+    return ""
 
 
 def _json_length(given: bytes, available: int) -> int:
