@@ -58,8 +58,8 @@ def fit(source, *options):
     return bn.FrozenBatchNorm.load("fitted.safetensors")
 
 
-def refusal(*arguments):
-    """The one line that a refused command prints; the folder must be left as it was."""
+def error_of(*arguments):
+    """The one line that a command prints if it fails; the folder must be left as it was."""
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 2, result.output
@@ -332,7 +332,7 @@ def test_a_source_that_goes_bad_midway_leaves_the_old_output():
     """Beyond the first chunk, when some of the output has already been written."""
     Path("x.csv").write_text("1,2\n" * 530_000 + "3,x\n")
     Path("y.csv").write_text("old")
-    told = refusal("apply", "bn.safetensors", "x.csv", "-o", "y.csv")
+    told = error_of("apply", "bn.safetensors", "x.csv", "-o", "y.csv")
     assert told == "x.csv: line 530001, column 2: 'x' is not a number"
 
 

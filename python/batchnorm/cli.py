@@ -19,11 +19,23 @@ from batchnorm import _core
 from batchnorm._atomic import replacing
 from batchnorm._checks import channels_where
 from batchnorm.frozen import FrozenBatchNorm
-from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer
+from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer, open_source
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 _PIPE_WIDTH = 160  # holds a row of float64 parameters
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _regular(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
+    # A layer is read more than once, which a pipe cannot give.
+    if not path.is_file():
+        raise click.BadParameter(f"{str(path)!r} is no regular file.")
+    return path
+
+
+def _layer_argument(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    kind = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return click.argument(name, type=kind, callback=_regular)
 
 
 def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
@@ -87,7 +99,7 @@ def main() -> None:
 
 
 @main.command(epilog="Example: batchnorm fit my.csv -o bn.safetensors")
-@click.argument("src", type=_FILE)
+@click.argument("src", type=_SOURCE)
 @_output("The .safetensors file to write.")
 @click.option("--eps", type=float, default=1e-5, show_default=True, help="Added to the variance.")
 @click.option(
@@ -106,19 +118,19 @@ def fit(
     """Write the frozen layer that normalizes the data in SRC.
 
     SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel, and a first line
-    without any number is a header. It is read chunk by chunk and need not fit into memory.
+    without any number is a header. Or it is a pipe that carries one of them, or - for standard input. It is
+    read once, chunk by chunk, and need not fit into memory.
     """
     _refuse_other_suffix(output, ".safetensors")
-    source = _open(src, channel_axis, np.dtype(np.float64))
-    if isinstance(source, CsvSource) and channel_axis not in (1, -1):
-        raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
-
-    with _progress("fit") as advance:
-        moments = merge_in_order(_parts(source, channel_axis, advance))
+    with open_source(src, channel_axis, np.dtype(np.float64)) as source:
+        if isinstance(source, CsvSource) and channel_axis not in (1, -1):
+            raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+        with _progress("fit") as advance:
+            moments = merge_in_order(_parts(source, channel_axis, advance))
     if moments is None or moments.count.min(initial=np.inf) < 2:
-        raise ValueError(f"{src}: fewer than 2 values in a channel")
+        raise ValueError(f"{source.name}: fewer than 2 values in a channel")
     if dtype is None:
-        dtype = "float64" if isinstance(source, NpySource) and source.array.itemsize == 8 else "float32"
+        dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer = FrozenBatchNorm.from_moments(
@@ -135,37 +147,29 @@ def fit(
 
 
 @main.command(epilog="Example: batchnorm apply bn.safetensors my.csv -o normalized.csv")
-@click.argument("model", type=_FILE)
-@click.argument("src", type=_FILE)
+@_layer_argument("model")
+@click.argument("src", type=_SOURCE)
 @_output("The file to write, of the format of SRC.")
 def apply(model: Path, src: Path, output: Path) -> None:
     """Normalize the data in SRC by the frozen layer in MODEL.
 
-    SRC and the output are both .npy or both .csv. The output takes its place when it is whole. NaN and Inf
-    are errors in a .csv, and give NaN and Inf from a .npy.
+    SRC is anything that fit reads, and the output is of its format, .npy or .csv. The output takes its place
+    when it is whole. NaN and Inf are errors in a .csv, and give NaN and Inf from a .npy.
     """
     layer = FrozenBatchNorm.load(model)
-    if output.suffix.lower() != src.suffix.lower():
-        raise ValueError(f"{output}: wanted a name that ends in {src.suffix}, as that of SRC does")
-    source = _open(src, layer.channel_axis, layer.dtype)
-    if source.channels != layer.channels or (
-        isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
-    ):
-        wanted = f"{layer.channels} on axis {layer.channel_axis}"
-        raise ValueError(f"{src}: {source.channels} channels, but {model} wants {wanted}")
-    if layer.dtype == np.float32 and isinstance(source, NpySource) and source.array.itemsize == 8:
-        raise TypeError(
-            f"{src}: float64, but {model} is float32; fit it with --dtype float64, or convert {src}"
-        )
-    with replacing(output) as file, _progress("apply") as advance:
-        write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
-        for done, chunk in source.chunks():
-            write(layer(chunk))
-            advance(done)
+    with open_source(src, layer.channel_axis, layer.dtype) as source:
+        if output.suffix.lower() != source.suffix:
+            raise ValueError(f"{output}: wanted a name that ends in {source.suffix}, the format of SRC")
+        _check_fit_together(layer, model, source)
+        with replacing(output) as file, _progress("apply") as advance:
+            write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
+            for done, chunk in source.chunks():
+                write(layer(chunk))
+                advance(done)
 
 
 @main.command(epilog="Example: batchnorm inspect bn.safetensors")
-@click.argument("file", type=_FILE)
+@_layer_argument("file")
 @_JSON
 def inspect(file: Path, as_json: bool) -> None:
     """Show the frozen layer in FILE."""
@@ -196,7 +200,7 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 @main.command(epilog="Example: batchnorm export bn.safetensors -o bn.onnx --rank 2")
-@click.argument("file", type=_FILE)
+@_layer_argument("file")
 @_output("The .onnx file to write.")
 @click.option(
     "--mode",
@@ -257,22 +261,27 @@ def demo(output: Path) -> None:
 
 
 def _parts(
-    source: NpySource | CsvSource, channel_axis: int, advance: Callable[[float], None]
+    source: NpySource | CsvSource, channel_axis: int, advance: Callable[[float | None], None]
 ) -> Iterator[_core.Moments]:
     for done, chunk in source.chunks():
         part = _core.moments(chunk, channel_axis=channel_axis)
         if bad := channels_where(~(np.isfinite(part.mean) & np.isfinite(part.m2))):
-            raise ValueError(f"{source.path}: values or their variance are not finite in {bad}")
+            raise ValueError(f"{source.name}: values or their variance are not finite in {bad}")
         yield part
         advance(done)
 
 
-def _open(path: Path, channel_axis: int, dtype: np.dtype[Any]) -> NpySource | CsvSource:
-    if path.suffix.lower() == ".npy":
-        return NpySource(path, channel_axis)
-    if path.suffix.lower() == ".csv":
-        return CsvSource(path, dtype)
-    raise ValueError(f"{path}: wanted a name that ends in .npy or .csv")
+def _check_fit_together(layer: FrozenBatchNorm, model: Path, source: NpySource | CsvSource) -> None:
+    if source.channels != layer.channels or (
+        isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
+    ):
+        wanted = f"{layer.channels} on axis {layer.channel_axis}"
+        raise ValueError(f"{source.name}: {source.channels} channels, but {model} wants {wanted}")
+    if layer.dtype == np.float32 and isinstance(source, NpySource) and source.dtype.itemsize == 8:
+        raise TypeError(
+            f"{source.name}: float64, but {model} is float32; fit it with --dtype float64, or convert "
+            f"{source.name}"
+        )
 
 
 @contextlib.contextmanager
@@ -285,17 +294,22 @@ def _extra(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(label: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar on standard error if a person looks on; yields what moves it to a part of 0 to 1."""
+def _progress(label: str) -> Iterator[Callable[[float | None], None]]:
+    """Show a bar on standard error if it is a terminal; yields what moves it to a fraction, None if unknown."""
     if not sys.stderr.isatty():
-        yield lambda part: None
+        yield lambda fraction: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=1.0)
-        yield lambda part: bar.update(task, completed=part)
+        task = bar.add_task(label, total=None)
+
+        def advance(fraction: float | None) -> None:
+            if fraction is not None:
+                bar.update(task, total=1.0, completed=fraction)
+
+        yield advance
 
 
 def _print_json(**values: Any) -> None:

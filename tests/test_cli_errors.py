@@ -1,4 +1,4 @@
-"""What the command line refuses: one line on standard error, status 2, and every file left as it was."""
+"""Errors of the command line: one line on standard error, status 2, and every file left as it was."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from click.testing import CliRunner
 
 import batchnorm as bn
 from batchnorm.cli import main
-from test_cli import CSV, EXAMPLES, folder, refusal  # noqa: F401  (the fixture)
+from test_cli import CSV, EXAMPLES, error_of, folder  # noqa: F401  (the fixture)
 
 
 def good(shape=(4, 2), dtype=np.float32):
     return np.arange(np.prod(shape), dtype=np.float64).reshape(shape).astype(dtype)
 
 
-REFUSED_SOURCES = {
+BAD_SOURCES = {
     "no_number.csv": ("a,b\n1,2\n3,x\n", "line 3, column 2 (b): 'x' is not a number"),
     "no_header.csv": ("1,2\n3,4\n5,1_0\n", "line 3, column 2: '1_0' is not a number"),
     "empty_field.csv": ("a,b\n,2\n3,4\n", "line 2, column 1 (a): '' is not a number"),
@@ -59,15 +59,15 @@ REFUSED_SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_SOURCES)
-def test_fit_refuses(name):
-    content, message = REFUSED_SOURCES[name]
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_sources(name):
+    content, message = BAD_SOURCES[name]
     path = Path(name)
     if isinstance(content, np.ndarray):
         np.save(path, content)
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    told = refusal("fit", name, "-o", "x.safetensors")
+    told = error_of("fit", name, "-o", "x.safetensors")
     assert message in told
     assert name in told or name == "no_channels.npy"
 
@@ -75,7 +75,7 @@ def test_fit_refuses(name):
 def test_a_npy_cut_short_is_refused():
     np.save("x.npy", good((100, 2)))
     Path("x.npy").write_bytes(Path("x.npy").read_bytes()[:-1])
-    assert refusal("fit", "x.npy", "-o", "x.safetensors").startswith("x.npy: no array can be read")
+    assert error_of("fit", "x.npy", "-o", "x.safetensors").startswith("x.npy: no array can be read")
 
 
 MISUSE = {
@@ -126,7 +126,7 @@ def test_misuse(line):
     flipped = bytearray(Path("bn.safetensors").read_bytes())
     flipped[-1] ^= 1
     Path("flipped.safetensors").write_bytes(flipped)
-    assert MISUSE[line] in refusal(*line.split())
+    assert MISUSE[line] in error_of(*line.split())
 
 
 @pytest.mark.parametrize(
