@@ -237,7 +237,7 @@ def test_fit_merges_chunks_of_2_to_the_20_values(rng):
         tree, channel_axis=2, dtype="float64"
     )
     Path("x.csv").write_text("\n".join(f"{int(v)}" for v in x[:, 0]))
-    assert fit("x.csv", "--dtype", "float64") == expected
+    assert fit("x.csv", "--dtype", "float64", "--header", "no") == expected
 
 
 @pytest.mark.parametrize("channel_axis", [0, -2])

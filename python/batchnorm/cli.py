@@ -19,10 +19,25 @@ from batchnorm import _core
 from batchnorm._atomic import replacing
 from batchnorm._checks import channels_where
 from batchnorm.frozen import FrozenBatchNorm
-from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer, open_source
+from batchnorm.streaming import (
+    CsvSource,
+    Header,
+    NpySource,
+    csv_writer,
+    merge_in_order,
+    npy_writer,
+    open_source,
+)
 
 _SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 _PIPE_WIDTH = 160  # holds a row of float64 parameters
+_HEADER = click.option(
+    "--header",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="auto",
+    show_default=True,
+    help="Whether the first line of a .csv names the columns; auto: if it holds no number.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -111,18 +126,25 @@ def main() -> None:
 @click.option(
     "--ddof", type=click.Choice([0, 1]), default=1, show_default=True, help="1: unbiased variance; 0: biased."
 )
+@_HEADER
 @_JSON
 def fit(
-    src: Path, output: Path, eps: float, dtype: str | None, channel_axis: int, ddof: int, as_json: bool
+    src: Path,
+    output: Path,
+    eps: float,
+    dtype: str | None,
+    channel_axis: int,
+    ddof: int,
+    header: Header,
+    as_json: bool,
 ) -> None:
     """Write the frozen layer that normalizes the data in SRC.
 
-    SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel, and a first line
-    without any number is a header. Or it is a pipe that carries one of them, or - for standard input. It is
-    read once, chunk by chunk, and need not fit into memory.
+    SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel. It may also be a
+    pipe, or - for standard input. It is read once, chunk by chunk, and need not fit into memory.
     """
     _refuse_other_suffix(output, ".safetensors")
-    with open_source(src, channel_axis, np.dtype(np.float64)) as source:
+    with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
         if isinstance(source, CsvSource) and channel_axis not in (1, -1):
             raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
         with _progress("fit") as advance:
@@ -150,14 +172,15 @@ def fit(
 @_layer_argument("model")
 @click.argument("src", type=_SOURCE)
 @_output("The file to write, of the format of SRC.")
-def apply(model: Path, src: Path, output: Path) -> None:
+@_HEADER
+def apply(model: Path, src: Path, output: Path, header: Header) -> None:
     """Normalize the data in SRC by the frozen layer in MODEL.
 
     SRC is anything that fit reads, and the output is of its format, .npy or .csv. The output takes its place
     when it is whole. NaN and Inf are errors in a .csv, and give NaN and Inf from a .npy.
     """
     layer = FrozenBatchNorm.load(model)
-    with open_source(src, layer.channel_axis, layer.dtype) as source:
+    with open_source(src, layer.channel_axis, layer.dtype, header) as source:
         if output.suffix.lower() != source.suffix:
             raise ValueError(f"{output}: wanted a name that ends in {source.suffix}, the format of SRC")
         _check_fit_together(layer, model, source)
@@ -295,7 +318,7 @@ def _extra(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(label: str) -> Iterator[Callable[[float | None], None]]:
-    """Show a bar on standard error if it is a terminal; yields what moves it to a fraction, None if unknown."""
+    """Show a bar on standard error if that is a terminal; yield a function that moves it to a fraction."""
     if not sys.stderr.isatty():
         yield lambda fraction: None
         return

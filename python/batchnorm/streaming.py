@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +25,21 @@ from batchnorm._core import Moments
 CHUNK_VALUES = 2**20
 """4 to 8 MiB of floats: work enough for every thread, and little beside the memory of any machine."""
 
+Header: TypeAlias = Literal["auto", "yes", "no"]
+
 STANDARD_INPUT = Path("-")
 
 # The first byte of every .npy; no UTF-8 text begins with it.
 _NPY_FIRST_BYTE = b"\x93"
+# What pandas and R write or read as a missing value, in lower case.
+_MISSING = frozenset(("", "#n/a", "#na", "<na>", "n/a", "na", "nan", "none", "null"))
 _DESCRIPTOR_FOLDERS = (Path("/dev"), Path("/dev/fd"))
 
 
 @contextlib.contextmanager
-def open_source(path: Path, channel_axis: int, dtype: np.dtype[Any]) -> Iterator[NpySource | CsvSource]:
+def open_source(
+    path: Path, channel_axis: int, dtype: np.dtype[Any], header: Header
+) -> Iterator[NpySource | CsvSource]:
     """Open the array or table at ``path``, which is read once, from start to end.
 
     The suffix of a file says which of the two it is. Standard input (``-``), a pipe or a device is an array
@@ -43,6 +49,7 @@ def open_source(path: Path, channel_axis: int, dtype: np.dtype[Any]) -> Iterator
         path: A .npy or .csv file, or what is read like one.
         channel_axis: Axis of the channels of an array.
         dtype: float32 or float64, what the numbers of a table become.
+        header: Whether the first line of a table names its columns.
 
     Raises:
         OSError: The data cannot be read; ``filename`` is the name of the source.
@@ -59,9 +66,11 @@ def open_source(path: Path, channel_axis: int, dtype: np.dtype[Any]) -> Iterator
             file = stack.enter_context(_standard_input() if path == STANDARD_INPUT else path.open("rb"))
             is_npy = file.peek(1)[:1] == _NPY_FIRST_BYTE if stream else suffix == NpySource.suffix
         if is_npy:
+            if header != "auto":
+                raise ValueError(f"--header: was {header}, but {name} is a .npy, which has no such line")
             yield NpySource(file, name, channel_axis, mapped=not stream)
         else:
-            yield CsvSource(file, name, dtype)
+            yield CsvSource(file, name, dtype, header)
 
 
 class NpySource:
@@ -131,43 +140,53 @@ class NpySource:
 class CsvSource:
     """Comma-separated finite numbers: a line is a sample, a column is a channel.
 
-    The first line names the columns if none of its fields is a number.
+    With ``header="auto"``, the first line names the columns if no field of it is a number, and not all are
+    missing values. A first line of numbers is a sample, or an error if it may as well be a header.
 
     Args:
         file: At the start of the table, which is UTF-8.
         name: What errors call it.
         dtype: float32 or float64, what the numbers become.
+        header: Whether the first line names the columns.
 
     Raises:
-        ValueError: No lines or no text; and, while reading, by line and column: a field that is no finite
-            number, a line of another number of fields, a blank line before the last.
+        ValueError: No lines or no text; a first line that may be a header or a sample; and, while reading,
+            by line and column: a field that is no finite number, a line of another number of fields, a blank
+            line before the last.
     """
 
     suffix = ".csv"
 
-    def __init__(self, file: io.BufferedReader, name: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, file: io.BufferedReader, name: str, dtype: np.dtype[Any], header: Header) -> None:
         self.name, self.dtype, self._file = name, dtype, file
         status = os.fstat(file.fileno())
         self._size = status.st_size if stat.S_ISREG(status.st_mode) else None
         # An attribute, for it closes the file when it is collected.
         self._text = text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        self._auto = header == "auto"
         read: list[str] = []
         with self._reading():
-            first = next(csv.reader(_recorded(text, read)), [])
-        if not first:
-            raise ValueError(f"{name}: line 1: blank, wanted numbers or the names of the columns")
-        self.channels = len(first)
-        self.header = None if any(map(_is_number, first)) else first
-        self._lines = itertools.chain(read if self.header is None else [], text)
-        self._first_line = 1 if self.header is None else len(read) + 1
+            lines = _recorded(text, read)
+            first = next(csv.reader(lines), [])
+            if not first:
+                raise ValueError(f"{name}: line 1: blank, wanted numbers or the names of the columns")
+            self.channels = len(first)
+            self._step = max(1, CHUNK_VALUES // self.channels)
+            named = _is_header(first) if self._auto else header == "yes"
+            self.header = first if named else None
+            self._first_line = len(read) + 1 if named else 1
+            if self._auto and not named and _may_be_header(first, itertools.islice(lines, self._step)):
+                raise ValueError(
+                    f"{name}: line 1 may be a header or a sample; say which by --header yes or --header no"
+                )
+        self._lines = text if named else itertools.chain(read, text)
 
     def chunks(self) -> Iterator[tuple[float | None, NDArray[Any]]]:
         """Yield the fraction read so far, None of a stream, and the next lines in shape (lines, columns)."""
-        step = max(1, CHUNK_VALUES // self.channels)
         first = self._first_line
         lines = self._data_lines()
         with self._reading():
-            while chunk := list(itertools.islice(lines, step)):
+            while chunk := list(itertools.islice(lines, self._step)):
                 values = self._parse(chunk, first)
                 yield self._file.tell() / self._size if self._size else None, values
                 first += len(chunk)
@@ -210,8 +229,9 @@ class CsvSource:
             fields = next(csv.reader([line]))
             for column, field in enumerate(fields[: self.channels]):
                 if not _is_number(field):
+                    hint = " (--header yes makes line 1 a header)" * (number == 1 and self._auto)
                     return ValueError(
-                        f"{self.name}: line {number}, {self._column(column)}: {field!r} is not a number"
+                        f"{self.name}: line {number}, {self._column(column)}: {field!r} is not a number{hint}"
                     )
             if len(fields) != self.channels:
                 return ValueError(f"{self.name}: line {number}: {len(fields)} fields, wanted {self.channels}")
@@ -300,6 +320,40 @@ def _recorded(lines: Iterable[str], read: list[str]) -> Iterator[str]:
     for line in lines:
         read.append(line)
         yield line
+
+
+def _is_header(fields: list[str]) -> bool:
+    missing = all(field.strip().casefold() in _MISSING for field in fields)
+    return not missing and not any(map(_is_number, fields))
+
+
+def _may_be_header(first: list[str], lines: Iterable[str]) -> bool:
+    """Whether a first line of numbers may be the names of the columns.
+
+    That is so if they are 0, 1, 2, …, as pandas names the columns of an array, or if all are written as
+    integers and in some column no number below is.
+    """
+    if not all(map(_is_number, first)):
+        return False
+    if [float(field) for field in first] == list(range(len(first))):
+        return True
+    if not all(map(_is_integer, first)):
+        return False
+    undecided, fractional = set(range(len(first))), set()
+    for line in lines:
+        fields = next(csv.reader([line]), [])
+        for column in sorted(undecided & set(range(len(fields)))):
+            if _is_integer(fields[column]):
+                undecided.remove(column)
+            elif _is_number(fields[column]):
+                fractional.add(column)
+        if not undecided:
+            break
+    return bool(undecided & fractional)
+
+
+def _is_integer(field: str) -> bool:
+    return _is_number(field) and field.strip().lstrip("+-").isdigit()
 
 
 def _is_number(field: str) -> bool:
