@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm import _core
 from batchnorm._atomic import replacing
@@ -27,9 +28,11 @@ from batchnorm.streaming import (
     merge_in_order,
     npy_writer,
     open_source,
+    rounding_error,
 )
 
 _SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+_COARSE = 1e-4  # in standard deviations: what rounding may cost without a warning
 _PIPE_WIDTH = 160  # holds a row of float64 parameters
 _HEADER = click.option(
     "--header",
@@ -147,19 +150,21 @@ def fit(
     with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
         if isinstance(source, CsvSource) and channel_axis not in (1, -1):
             raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+        if dtype is None:
+            dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
+        rounding = _Rounding(np.dtype(dtype), source, channel_axis)
         with _progress("fit") as advance:
-            moments = merge_in_order(_parts(source, channel_axis, advance))
+            moments = merge_in_order(_parts(source, channel_axis, rounding, advance))
     if moments is None or moments.count.min(initial=np.inf) < 2:
         raise ValueError(f"{source.name}: fewer than 2 values in a channel")
-    if dtype is None:
-        dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer = FrozenBatchNorm.from_moments(
             moments, eps=eps, ddof=ddof, channel_axis=channel_axis, dtype=dtype
         )
     for warning in caught:
-        click.echo(f"batchnorm: warning: {warning.message}", err=True)
+        _warn(str(warning.message))
+    rounding.warn(layer)
     layer.save(output)
     count = int(moments.count[0])
     if as_json:
@@ -185,10 +190,15 @@ def apply(model: Path, src: Path, output: Path, header: Header) -> None:
             raise ValueError(f"{output}: wanted a name that ends in {source.suffix}, the format of SRC")
         _check_fit_together(layer, model, source)
         with replacing(output) as file, _progress("apply") as advance:
+            rounding = _Rounding(layer.dtype, source, layer.channel_axis)
             write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
             for done, chunk in source.chunks():
-                write(layer(chunk))
+                rounding.add(chunk)
+                write(
+                    layer(chunk if isinstance(source, NpySource) else chunk.astype(layer.dtype, copy=False))
+                )
                 advance(done)
+        rounding.warn(layer)
 
 
 @main.command(epilog="Example: batchnorm inspect bn.safetensors")
@@ -283,10 +293,33 @@ def demo(output: Path) -> None:
         raise click.ClickException(str(error)) from error
 
 
+class _Rounding:
+    """What rounding the values of a source to the dtype of a layer costs, by channel."""
+
+    def __init__(self, dtype: np.dtype[Any], source: NpySource | CsvSource, channel_axis: int) -> None:
+        self._dtype, self._source, self._channel_axis = dtype, source, channel_axis
+        self._error = np.zeros(source.channels)
+
+    def add(self, chunk: NDArray[Any]) -> None:
+        np.maximum(self._error, rounding_error(chunk, self._dtype, self._channel_axis), out=self._error)
+
+    def warn(self, layer: FrozenBatchNorm) -> None:
+        sigma = np.sqrt(layer.var.astype(np.float64) + layer.eps)
+        if there := channels_where(self._error > _COARSE * sigma):
+            _warn(
+                f"{self._source.name}: rounding to {self._dtype.name} moves values by more than {_COARSE:g} "
+                f"standard deviations in {there}; a layer fitted with --dtype float64 keeps them"
+            )
+
+
 def _parts(
-    source: NpySource | CsvSource, channel_axis: int, advance: Callable[[float | None], None]
+    source: NpySource | CsvSource,
+    channel_axis: int,
+    rounding: _Rounding,
+    advance: Callable[[float | None], None],
 ) -> Iterator[_core.Moments]:
     for done, chunk in source.chunks():
+        rounding.add(chunk)
         part = _core.moments(chunk, channel_axis=channel_axis)
         if bad := channels_where(~(np.isfinite(part.mean) & np.isfinite(part.m2))):
             raise ValueError(f"{source.name}: values or their variance are not finite in {bad}")
@@ -333,6 +366,10 @@ def _progress(label: str) -> Iterator[Callable[[float | None], None]]:
                 bar.update(task, total=1.0, completed=fraction)
 
         yield advance
+
+
+def _warn(message: str) -> None:
+    click.echo(f"batchnorm: warning: {message}", err=True)
 
 
 def _print_json(**values: Any) -> None:

@@ -48,7 +48,7 @@ def open_source(
     Args:
         path: A .npy or .csv file, or what is read like one.
         channel_axis: Axis of the channels of an array.
-        dtype: float32 or float64, what the numbers of a table become.
+        dtype: float32 or float64, in which the numbers of a table have to be finite.
         header: Whether the first line of a table names its columns.
 
     Raises:
@@ -146,7 +146,7 @@ class CsvSource:
     Args:
         file: At the start of the table, which is UTF-8.
         name: What errors call it.
-        dtype: float32 or float64, what the numbers become.
+        dtype: float32 or float64, in which the numbers have to be finite.
         header: Whether the first line names the columns.
 
     Raises:
@@ -182,7 +182,7 @@ class CsvSource:
         self._lines = text if named else itertools.chain(read, text)
 
     def chunks(self) -> Iterator[tuple[float | None, NDArray[Any]]]:
-        """Yield the fraction read so far, None of a stream, and the next lines in shape (lines, columns)."""
+        """Yield the fraction read so far, None of a stream, and the next lines: float64, (lines, columns)."""
         first = self._first_line
         lines = self._data_lines()
         with self._reading():
@@ -211,13 +211,15 @@ class CsvSource:
 
     def _parse(self, lines: list[str], first: int) -> NDArray[Any]:
         try:
-            values = np.loadtxt(lines, self.dtype, comments=None, delimiter=",", quotechar='"', ndmin=2)
+            values = np.loadtxt(lines, np.float64, comments=None, delimiter=",", quotechar='"', ndmin=2)
         except ValueError:
-            values = np.empty((0, 0), self.dtype)
+            values = np.empty((0, 0))
         if values.shape != (len(lines), self.channels):
             raise self._what_is_wrong(lines, first)
-        if not np.isfinite(values).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
+        with np.errstate(over="ignore", under="ignore"):
+            finite = np.isfinite(values.astype(self.dtype, copy=False))
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
             raise ValueError(
                 f"{self.name}: line {first + row}, {self._column(column)}: not finite as {self.dtype.name}"
             )
@@ -257,6 +259,21 @@ def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
     for _, part in reversed(waiting):
         total = part if total is None else part.merge(total)
     return total
+
+
+def rounding_error(values: NDArray[Any], dtype: np.dtype[Any], channel_axis: int) -> NDArray[np.float64]:
+    """The most by which rounding to ``dtype`` moves a value of each channel."""
+    channel_axis %= values.ndim
+    if dtype.itemsize >= values.dtype.itemsize:
+        return np.zeros(values.shape[channel_axis])
+    if values.size > CHUNK_VALUES:  # in halves, so that no memory is needed that grows with the values
+        axis = int(np.argmax(values.shape))
+        parts = [rounding_error(half, dtype, channel_axis) for half in np.array_split(values, 2, axis)]
+        return np.concatenate(parts) if axis == channel_axis else np.maximum(*parts)
+    with np.errstate(over="ignore", under="ignore"):
+        error = np.abs(values - values.astype(dtype))
+    by_channel = np.moveaxis(error, channel_axis, 0).reshape(values.shape[channel_axis], -1)
+    return np.asarray(by_channel.max(axis=1, initial=0), np.float64)
 
 
 def npy_writer(file: IO[bytes], source: NpySource) -> Callable[[NDArray[Any]], None]:
