@@ -200,6 +200,8 @@ def test_fit_reports(folder):
     assert told == {"path": "bn.safetensors", "fingerprint": layer.fingerprint, "count": 3, "channels": 2}
     plain = run("fit", "my.csv", "-o", "bn.safetensors")
     assert plain == f"bn.safetensors: 2 channels of 3 values, fingerprint {layer.fingerprint}\n"
+    Path("one.csv").write_text("1.5\n2.5\n")
+    assert run("fit", "one.csv", "-o", "x.safetensors").startswith("x.safetensors: 1 channel of 2 values, ")
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8"])

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from batchnorm.streaming import (
     CsvSource,
     Header,
     NpySource,
+    counted,
     csv_writer,
     merge_in_order,
     npy_writer,
@@ -65,7 +67,7 @@ def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
     return path
 
 
-def _refuse_other_suffix(path: Path, suffix: str) -> None:
+def _check_suffix(path: Path, suffix: str) -> None:
     if path.suffix.lower() != suffix:
         raise ValueError(f"{path}: wanted a name that ends in {suffix}")
 
@@ -75,7 +77,7 @@ def _output(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option("-o", "--output", type=kind, required=True, callback=_writable, help=text)
 
 
-class _Refusal(click.ClickException):
+class _CommandError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
@@ -84,29 +86,50 @@ class _Refusal(click.ClickException):
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn what the library and the parser refuse into one line on standard error and exit status 2."""
+    """Turn errors of the library and the parser into one line on standard error and exit status 2."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
         hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
-        raise _Refusal(error.format_message() + hint) from error
+        raise _CommandError(error.format_message() + hint) from error
     except (ValueError, TypeError, ImportError) as error:
-        raise _Refusal(str(error)) from error
+        raise _CommandError(_by_options(str(error))) from error
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of our output has seen enough: click ends in silence
             raise
-        raise _Refusal(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+        raise _CommandError(
+            f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        ) from error
+
+
+def _by_options(message: str) -> str:
+    """Call arguments of the library, in a message of it, by the options of the running command."""
+    context = click.get_current_context(silent=True)
+    for option in context.command.params if context else ():
+        if isinstance(option, click.Option):
+            flag = max(option.opts, key=len)
+            message = re.sub(rf"^{option.name}(?=: | is )", flag, message)
+            message = re.sub(rf"\b{option.name}='?([\w.]+)'?", rf"{flag} \1", message)
+    return message
+
+
+class _Command(click.Command):
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
 
 
 class _Commands(click.Group):
+    command_class = _Command
+
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with _one_line():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line():
+        with _one_line():  # errors in the arguments of a command
             return super().invoke(ctx)
 
 
@@ -146,7 +169,7 @@ def fit(
     SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel. It may also be a
     pipe, or - for standard input. It is read once, chunk by chunk, and need not fit into memory.
     """
-    _refuse_other_suffix(output, ".safetensors")
+    _check_suffix(output, ".safetensors")
     with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
         if isinstance(source, CsvSource) and channel_axis not in (1, -1):
             raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
@@ -163,14 +186,16 @@ def fit(
             moments, eps=eps, ddof=ddof, channel_axis=channel_axis, dtype=dtype
         )
     for warning in caught:
-        _warn(str(warning.message))
+        _warn(_by_options(str(warning.message)))
     rounding.warn(layer)
     layer.save(output)
     count = int(moments.count[0])
     if as_json:
         _print_json(path=str(output), fingerprint=layer.fingerprint, count=count, channels=layer.channels)
     else:
-        click.echo(f"{output}: {layer.channels} channels of {count} values, fingerprint {layer.fingerprint}")
+        channels = counted(layer.channels, "channel")
+        values = counted(count, "value")
+        click.echo(f"{output}: {channels} of {values}, fingerprint {layer.fingerprint}")
 
 
 @main.command(epilog="Example: batchnorm apply bn.safetensors my.csv -o normalized.csv")
@@ -249,7 +274,7 @@ def export(
     file: Path, output: Path, mode: Literal["inference", "exact"], opset: int, rank: int, as_json: bool
 ) -> None:
     """Write the frozen layer in FILE as an ONNX model."""
-    _refuse_other_suffix(output, ".onnx")
+    _check_suffix(output, ".onnx")
     layer = FrozenBatchNorm.load(file)
     model = layer.to_onnx(opset=opset, mode=mode, rank=rank)
     with replacing(output) as target:
@@ -332,7 +357,7 @@ def _check_fit_together(layer: FrozenBatchNorm, model: Path, source: NpySource |
         isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
     ):
         wanted = f"{layer.channels} on axis {layer.channel_axis}"
-        raise ValueError(f"{source.name}: {source.channels} channels, but {model} wants {wanted}")
+        raise ValueError(f"{source.name}: {counted(source.channels, 'channel')}, but {model} wants {wanted}")
     if layer.dtype == np.float32 and isinstance(source, NpySource) and source.dtype.itemsize == 8:
         raise TypeError(
             f"{source.name}: float64, but {model} is float32; fit it with --dtype float64, or convert "

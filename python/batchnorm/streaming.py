@@ -205,7 +205,9 @@ class CsvSource:
             if not line.strip():
                 blank = blank or number
             elif blank:
-                raise ValueError(f"{self.name}: line {blank}: blank, wanted {self.channels} numbers")
+                raise ValueError(
+                    f"{self.name}: line {blank}: blank, wanted {counted(self.channels, 'number')}"
+                )
             else:
                 yield line
 
@@ -236,11 +238,18 @@ class CsvSource:
                         f"{self.name}: line {number}, {self._column(column)}: {field!r} is not a number{hint}"
                     )
             if len(fields) != self.channels:
-                return ValueError(f"{self.name}: line {number}: {len(fields)} fields, wanted {self.channels}")
+                return ValueError(
+                    f"{self.name}: line {number}: {counted(len(fields), 'field')}, wanted {self.channels}"
+                )
         return ValueError(f"{self.name}: lines {first} to {number}: wanted comma-separated numbers")
 
     def _column(self, index: int) -> str:
         return f"column {index + 1}" + (f" ({self.header[index]})" if self.header else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 channel", "2 channels" and so on."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def merge_in_order(parts: Iterable[Moments]) -> Moments | None:

@@ -28,12 +28,12 @@ def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> 
     opset, rank = _integer("opset", opset), _integer("rank", rank)
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
-        raise ValueError(f"opset: {opset!r}, but {_OLDEST_OPSET} to {newest} is wanted")
+        raise ValueError(f"opset: was {opset}, wanted {_OLDEST_OPSET} to {newest}")
     if not 2 <= rank <= _LARGEST_RANK or not -rank <= layer.channel_axis < rank:
-        wanted = f"2 to {_LARGEST_RANK}, with an axis {layer.channel_axis},"
-        raise ValueError(f"rank: {rank!r}, but {wanted} is wanted")
+        wanted = f"2 to {_LARGEST_RANK}, with an axis {layer.channel_axis}"
+        raise ValueError(f"rank: was {rank}, wanted {wanted}")
     if mode not in ("inference", "exact"):
-        raise ValueError(f"mode: {mode!r}, but 'inference' or 'exact' is wanted")
+        raise ValueError(f"mode: was {mode!r}, wanted 'inference' or 'exact'")
 
     axis = layer.channel_axis % rank
     build = _inference if mode == "inference" else _exact
@@ -62,7 +62,7 @@ def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> 
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: {value!r}, but an integer is wanted")
+        raise TypeError(f"{name}: was {value!r}, wanted an integer")
     return operator.index(value)
 
 
