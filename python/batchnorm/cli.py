@@ -96,6 +96,8 @@ def _one_line() -> Iterator[None]:
         raise _CommandError(error.format_message() + hint) from error
     except (ValueError, TypeError, ImportError) as error:
         raise _CommandError(_by_options(str(error))) from error
+    except MemoryError as error:
+        raise _CommandError(": ".join(filter(None, ("not enough memory", str(error))))) from error
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of our output has seen enough: click ends in silence
             raise
