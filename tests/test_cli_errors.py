@@ -72,7 +72,7 @@ def test_bad_sources(name):
     assert name in told or name == "no_channels.npy"
 
 
-def test_a_npy_cut_short_is_refused():
+def test_a_npy_cut_short():
     np.save("x.npy", good((100, 2)))
     Path("x.npy").write_bytes(Path("x.npy").read_bytes()[:-1])
     assert error_of("fit", "x.npy", "-o", "x.safetensors").startswith("x.npy: no array can be read")
@@ -171,7 +171,7 @@ def test_only_regular_files_are_replaced(tmp_path):
     assert bn.FrozenBatchNorm.load(target).channels == 2
 
     for command, words in (
-        (["fit", source, "-o", pipe], "no regular file"),
+        (["fit", source, "-o", pipe], "not a regular file"),
         (["fit", source, "-o", source], "ends in .safetensors"),
         (["export", target, "-o", source], "ends in .onnx"),
     ):

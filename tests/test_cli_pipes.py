@@ -138,4 +138,4 @@ def test_a_standard_input_that_cannot_be_read():
 def test_a_layer_is_no_pipe(line):
     """It would be read more than once, and a pipe without a writer is waited for."""
     os.mkfifo("pipe")
-    assert "'pipe' is no regular file" in error_of(*line.split())
+    assert "'pipe' is not a regular file" in error_of(*line.split())

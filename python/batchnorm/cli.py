@@ -49,7 +49,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 def _regular(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
     # A layer is read more than once, which a pipe cannot give.
     if not path.is_file():
-        raise click.BadParameter(f"{str(path)!r} is no regular file.")
+        raise click.BadParameter(f"{str(path)!r} is not a regular file.")
     return path
 
 
@@ -59,9 +59,9 @@ def _layer_argument(name: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
-    # Said before the work and not after it.
+    # Checked before the work is done.
     if path.exists() and not path.is_file():
-        raise click.BadParameter(f"{str(path)!r} is no regular file, which alone can be replaced.")
+        raise click.BadParameter(f"{str(path)!r} is not a regular file, and only those are replaced.")
     if not os.access(path.parent, os.W_OK):
         raise click.BadParameter(f"there is no folder {str(path.parent)!r} that can be written to.")
     return path
@@ -99,15 +99,14 @@ def _one_line() -> Iterator[None]:
     except MemoryError as error:
         raise _CommandError(": ".join(filter(None, ("not enough memory", str(error))))) from error
     except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of our output has seen enough: click ends in silence
+        if error.errno == errno.EPIPE:  # whoever read our output has left: click ends in silence
             raise
-        raise _CommandError(
-            f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        ) from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise _CommandError(f"{where}{error.strerror or error}") from error
 
 
 def _by_options(message: str) -> str:
-    """Call arguments of the library, in a message of it, by the options of the running command."""
+    """Replace the names of arguments, in a message of the library, by the options of the running command."""
     context = click.get_current_context(silent=True)
     for option in context.command.params if context else ():
         if isinstance(option, click.Option):
@@ -148,7 +147,7 @@ def main() -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),
-    help="Of the parameters.  [default: float64 for a float64 .npy, else float32]",
+    help="Type of the parameters.  [default: float64 for a float64 .npy, else float32]",
 )
 @click.option("--channel-axis", type=int, default=1, show_default=True, help="Axis of the channels.")
 @click.option(
@@ -221,9 +220,8 @@ def apply(model: Path, src: Path, output: Path, header: Header) -> None:
             write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
             for done, chunk in source.chunks():
                 rounding.add(chunk)
-                write(
-                    layer(chunk if isinstance(source, NpySource) else chunk.astype(layer.dtype, copy=False))
-                )
+                x = chunk.astype(layer.dtype, copy=False) if isinstance(source, CsvSource) else chunk
+                write(layer(x))
                 advance(done)
         rounding.warn(layer)
 
@@ -267,7 +265,7 @@ def inspect(file: Path, as_json: bool) -> None:
     type=click.Choice(["inference", "exact"]),
     default="inference",
     show_default=True,
-    help="One BatchNormalization node, or arithmetic that gives our very bits.",
+    help="One BatchNormalization node, or arithmetic that gives the bits of apply.",
 )
 @click.option("--opset", type=int, default=15, show_default=True, help="ONNX operator set.")
 @click.option("--rank", type=int, default=4, show_default=True, help="Axes of x; 2 for the rows of a .csv.")
@@ -369,7 +367,7 @@ def _check_fit_together(layer: FrozenBatchNorm, model: Path, source: NpySource |
 
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Say how to install what an import within the block misses."""
+    """Say how to install a package that cannot be imported in the block."""
     try:
         yield
     except ModuleNotFoundError as error:

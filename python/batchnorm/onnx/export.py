@@ -1,4 +1,4 @@
-"""A frozen layer as an ONNX model; `docs/onnx.md` tells what each mode promises."""
+"""Writes a frozen layer as an ONNX model; `docs/onnx.md` tells what each mode promises."""
 
 from __future__ import annotations
 

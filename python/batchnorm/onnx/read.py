@@ -1,4 +1,4 @@
-"""The frozen layer in an ONNX model: ours in either mode, or any with one constant BatchNormalization."""
+"""Reads a frozen layer from an ONNX model, one of `FrozenBatchNorm.to_onnx` or of others."""
 
 from __future__ import annotations
 
