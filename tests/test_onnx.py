@@ -167,16 +167,25 @@ def test_the_default_is_one_node_of_opset_15_for_four_axes():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"opset": 14}, f"opset: 14, but 15 to {NEWEST} is wanted"),
-        ({"opset": NEWEST + 1}, f"opset: {NEWEST + 1}, but 15 to {NEWEST} is wanted"),
-        ({"mode": "folded"}, "mode: 'folded', but 'inference' or 'exact' is wanted"),
-        ({"rank": 1}, "rank: 1, but 2 or more, with an axis 2, is wanted"),
-        ({"rank": 2}, "rank: 2, but 2 or more, with an axis 2, is wanted"),
+        ({"opset": 14}, f"opset: was 14, wanted 15 to {NEWEST}"),
+        ({"opset": NEWEST + 1}, f"opset: was {NEWEST + 1}, wanted 15 to {NEWEST}"),
+        ({"mode": "folded"}, "mode: was 'folded', wanted 'inference' or 'exact'"),
+        ({"rank": 1}, "rank: was 1, wanted 2 to 64, with an axis 2"),
+        ({"rank": 2}, "rank: was 2, wanted 2 to 64, with an axis 2"),
+        ({"rank": 10**12}, "rank: was 1000000000000, wanted 2 to 64, with an axis 2"),
     ],
 )
-def test_refused_arguments(arguments, match):
+def test_arguments_out_of_range(arguments, match):
     with pytest.raises(ValueError, match=match):
         bn.FrozenBatchNorm([0.0], [1.0], channel_axis=2).to_onnx(**arguments)
+
+
+@pytest.mark.parametrize("name", ["rank", "opset"])
+@pytest.mark.parametrize("value", ["2", 4.0, None, True])
+def test_arguments_that_are_no_integers(name, value):
+    with pytest.raises(TypeError, match=f"^{name}: was {value!r}, wanted an integer$"):
+        bn.FrozenBatchNorm([0.0], [1.0]).to_onnx(**{name: value})
+    bn.FrozenBatchNorm([0.0], [1.0]).to_onnx(**{name: np.int64(15)})
 
 
 @MODES

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,28 +15,59 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm import _core
 from batchnorm._atomic import replacing
 from batchnorm._checks import channels_where
 from batchnorm.frozen import FrozenBatchNorm
-from batchnorm.streaming import CsvSource, NpySource, csv_writer, merge_in_order, npy_writer
+from batchnorm.streaming import (
+    CsvSource,
+    Header,
+    NpySource,
+    counted,
+    csv_writer,
+    merge_in_order,
+    npy_writer,
+    open_source,
+    rounding_error,
+)
 
-_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+_COARSE = 1e-4  # in standard deviations: what rounding may cost without a warning
 _PIPE_WIDTH = 160  # holds a row of float64 parameters
+_HEADER = click.option(
+    "--header",
+    type=click.Choice(["auto", "yes", "no"]),
+    default="auto",
+    show_default=True,
+    help="Whether the first line of a .csv names the columns; auto: if it holds no number.",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
+def _regular(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
+    # A layer is read more than once, which a pipe cannot give.
+    if not path.is_file():
+        raise click.BadParameter(f"{str(path)!r} is not a regular file.")
+    return path
+
+
+def _layer_argument(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    kind = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return click.argument(name, type=kind, callback=_regular)
+
+
 def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
-    # Said before the work and not after it.
+    # Checked before the work is done.
     if path.exists() and not path.is_file():
-        raise click.BadParameter(f"{str(path)!r} is no regular file, which alone can be replaced.")
+        raise click.BadParameter(f"{str(path)!r} is not a regular file, and only those are replaced.")
     if not os.access(path.parent, os.W_OK):
         raise click.BadParameter(f"there is no folder {str(path.parent)!r} that can be written to.")
     return path
 
 
-def _refuse_other_suffix(path: Path, suffix: str) -> None:
+def _check_suffix(path: Path, suffix: str) -> None:
     if path.suffix.lower() != suffix:
         raise ValueError(f"{path}: wanted a name that ends in {suffix}")
 
@@ -45,7 +77,7 @@ def _output(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option("-o", "--output", type=kind, required=True, callback=_writable, help=text)
 
 
-class _Refusal(click.ClickException):
+class _CommandError(click.ClickException):
     exit_code = 2
 
     def show(self, file: Any = None) -> None:
@@ -54,29 +86,51 @@ class _Refusal(click.ClickException):
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Turn what the library and the parser refuse into one line on standard error and exit status 2."""
+    """Turn errors of the library and the parser into one line on standard error and exit status 2."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
         raise
     except click.UsageError as error:
         hint = f" (see '{error.ctx.command_path} --help')" if error.ctx else ""
-        raise _Refusal(error.format_message() + hint) from error
+        raise _CommandError(error.format_message() + hint) from error
     except (ValueError, TypeError, ImportError) as error:
-        raise _Refusal(str(error)) from error
+        raise _CommandError(_by_options(str(error))) from error
+    except MemoryError as error:
+        raise _CommandError(": ".join(filter(None, ("not enough memory", str(error))))) from error
     except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of our output has seen enough: click ends in silence
+        if error.errno == errno.EPIPE:  # whoever read our output has left: click ends in silence
             raise
-        raise _Refusal(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise _CommandError(f"{where}{error.strerror or error}") from error
+
+
+def _by_options(message: str) -> str:
+    """Replace the names of arguments, in a message of the library, by the options of the running command."""
+    context = click.get_current_context(silent=True)
+    for option in context.command.params if context else ():
+        if isinstance(option, click.Option):
+            flag = max(option.opts, key=len)
+            message = re.sub(rf"^{option.name}(?=: | is )", flag, message)
+            message = re.sub(rf"\b{option.name}='?([\w.]+)'?", rf"{flag} \1", message)
+    return message
+
+
+class _Command(click.Command):
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
 
 
 class _Commands(click.Group):
+    command_class = _Command
+
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with _one_line():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line():
+        with _one_line():  # errors in the arguments of a command
             return super().invoke(ctx)
 
 
@@ -87,85 +141,93 @@ def main() -> None:
 
 
 @main.command(epilog="Example: batchnorm fit my.csv -o bn.safetensors")
-@click.argument("src", type=_FILE)
+@click.argument("src", type=_SOURCE)
 @_output("The .safetensors file to write.")
 @click.option("--eps", type=float, default=1e-5, show_default=True, help="Added to the variance.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),
-    help="Of the parameters.  [default: float64 for a float64 .npy, else float32]",
+    help="Type of the parameters.  [default: float64 for a float64 .npy, else float32]",
 )
 @click.option("--channel-axis", type=int, default=1, show_default=True, help="Axis of the channels.")
 @click.option(
     "--ddof", type=click.Choice([0, 1]), default=1, show_default=True, help="1: unbiased variance; 0: biased."
 )
+@_HEADER
 @_JSON
 def fit(
-    src: Path, output: Path, eps: float, dtype: str | None, channel_axis: int, ddof: int, as_json: bool
+    src: Path,
+    output: Path,
+    eps: float,
+    dtype: str | None,
+    channel_axis: int,
+    ddof: int,
+    header: Header,
+    as_json: bool,
 ) -> None:
     """Write the frozen layer that normalizes the data in SRC.
 
-    SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel, and a first line
-    without any number is a header. It is read chunk by chunk and need not fit into memory.
+    SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel. It may also be a
+    pipe, or - for standard input. It is read once, chunk by chunk, and need not fit into memory.
     """
-    _refuse_other_suffix(output, ".safetensors")
-    source = _open(src, channel_axis, np.dtype(np.float64))
-    if isinstance(source, CsvSource) and channel_axis not in (1, -1):
-        raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
-
-    with _progress("fit") as advance:
-        moments = merge_in_order(_parts(source, channel_axis, advance))
+    _check_suffix(output, ".safetensors")
+    with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
+        if isinstance(source, CsvSource) and channel_axis not in (1, -1):
+            raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+        if dtype is None:
+            dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
+        rounding = _Rounding(np.dtype(dtype), source, channel_axis)
+        with _progress("fit") as advance:
+            moments = merge_in_order(_parts(source, channel_axis, rounding, advance))
     if moments is None or moments.count.min(initial=np.inf) < 2:
-        raise ValueError(f"{src}: fewer than 2 values in a channel")
-    if dtype is None:
-        dtype = "float64" if isinstance(source, NpySource) and source.array.itemsize == 8 else "float32"
+        raise ValueError(f"{source.name}: fewer than 2 values in a channel")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         layer = FrozenBatchNorm.from_moments(
             moments, eps=eps, ddof=ddof, channel_axis=channel_axis, dtype=dtype
         )
     for warning in caught:
-        click.echo(f"batchnorm: warning: {warning.message}", err=True)
+        _warn(_by_options(str(warning.message)))
+    rounding.warn(layer)
     layer.save(output)
     count = int(moments.count[0])
     if as_json:
         _print_json(path=str(output), fingerprint=layer.fingerprint, count=count, channels=layer.channels)
     else:
-        click.echo(f"{output}: {layer.channels} channels of {count} values, fingerprint {layer.fingerprint}")
+        channels = counted(layer.channels, "channel")
+        values = counted(count, "value")
+        click.echo(f"{output}: {channels} of {values}, fingerprint {layer.fingerprint}")
 
 
 @main.command(epilog="Example: batchnorm apply bn.safetensors my.csv -o normalized.csv")
-@click.argument("model", type=_FILE)
-@click.argument("src", type=_FILE)
+@_layer_argument("model")
+@click.argument("src", type=_SOURCE)
 @_output("The file to write, of the format of SRC.")
-def apply(model: Path, src: Path, output: Path) -> None:
+@_HEADER
+def apply(model: Path, src: Path, output: Path, header: Header) -> None:
     """Normalize the data in SRC by the frozen layer in MODEL.
 
-    SRC and the output are both .npy or both .csv. The output takes its place when it is whole. NaN and Inf
-    are errors in a .csv, and give NaN and Inf from a .npy.
+    SRC is anything that fit reads, and the output is of its format, .npy or .csv. The output takes its place
+    when it is whole. NaN and Inf are errors in a .csv, and give NaN and Inf from a .npy.
     """
     layer = FrozenBatchNorm.load(model)
-    if output.suffix.lower() != src.suffix.lower():
-        raise ValueError(f"{output}: wanted a name that ends in {src.suffix}, as that of SRC does")
-    source = _open(src, layer.channel_axis, layer.dtype)
-    if source.channels != layer.channels or (
-        isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
-    ):
-        wanted = f"{layer.channels} on axis {layer.channel_axis}"
-        raise ValueError(f"{src}: {source.channels} channels, but {model} wants {wanted}")
-    if layer.dtype == np.float32 and isinstance(source, NpySource) and source.array.itemsize == 8:
-        raise TypeError(
-            f"{src}: float64, but {model} is float32; fit it with --dtype float64, or convert {src}"
-        )
-    with replacing(output) as file, _progress("apply") as advance:
-        write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
-        for done, chunk in source.chunks():
-            write(layer(chunk))
-            advance(done)
+    with open_source(src, layer.channel_axis, layer.dtype, header) as source:
+        if output.suffix.lower() != source.suffix:
+            raise ValueError(f"{output}: wanted a name that ends in {source.suffix}, the format of SRC")
+        _check_fit_together(layer, model, source)
+        with replacing(output) as file, _progress("apply") as advance:
+            rounding = _Rounding(layer.dtype, source, layer.channel_axis)
+            write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
+            for done, chunk in source.chunks():
+                rounding.add(chunk)
+                x = chunk.astype(layer.dtype, copy=False) if isinstance(source, CsvSource) else chunk
+                write(layer(x))
+                advance(done)
+        rounding.warn(layer)
 
 
 @main.command(epilog="Example: batchnorm inspect bn.safetensors")
-@click.argument("file", type=_FILE)
+@_layer_argument("file")
 @_JSON
 def inspect(file: Path, as_json: bool) -> None:
     """Show the frozen layer in FILE."""
@@ -196,14 +258,14 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 @main.command(epilog="Example: batchnorm export bn.safetensors -o bn.onnx --rank 2")
-@click.argument("file", type=_FILE)
+@_layer_argument("file")
 @_output("The .onnx file to write.")
 @click.option(
     "--mode",
     type=click.Choice(["inference", "exact"]),
     default="inference",
     show_default=True,
-    help="One BatchNormalization node, or arithmetic that gives our very bits.",
+    help="One BatchNormalization node, or arithmetic that gives the bits of apply.",
 )
 @click.option("--opset", type=int, default=15, show_default=True, help="ONNX operator set.")
 @click.option("--rank", type=int, default=4, show_default=True, help="Axes of x; 2 for the rows of a .csv.")
@@ -212,7 +274,7 @@ def export(
     file: Path, output: Path, mode: Literal["inference", "exact"], opset: int, rank: int, as_json: bool
 ) -> None:
     """Write the frozen layer in FILE as an ONNX model."""
-    _refuse_other_suffix(output, ".onnx")
+    _check_suffix(output, ".onnx")
     layer = FrozenBatchNorm.load(file)
     model = layer.to_onnx(opset=opset, mode=mode, rank=rank)
     with replacing(output) as target:
@@ -256,28 +318,56 @@ def demo(output: Path) -> None:
         raise click.ClickException(str(error)) from error
 
 
+class _Rounding:
+    """What rounding the values of a source to the dtype of a layer costs, by channel."""
+
+    def __init__(self, dtype: np.dtype[Any], source: NpySource | CsvSource, channel_axis: int) -> None:
+        self._dtype, self._source, self._channel_axis = dtype, source, channel_axis
+        self._error = np.zeros(source.channels)
+
+    def add(self, chunk: NDArray[Any]) -> None:
+        np.maximum(self._error, rounding_error(chunk, self._dtype, self._channel_axis), out=self._error)
+
+    def warn(self, layer: FrozenBatchNorm) -> None:
+        sigma = np.sqrt(layer.var.astype(np.float64) + layer.eps)
+        if there := channels_where(self._error > _COARSE * sigma):
+            _warn(
+                f"{self._source.name}: rounding to {self._dtype.name} moves values by more than {_COARSE:g} "
+                f"standard deviations in {there}; a layer fitted with --dtype float64 keeps them"
+            )
+
+
 def _parts(
-    source: NpySource | CsvSource, channel_axis: int, advance: Callable[[float], None]
+    source: NpySource | CsvSource,
+    channel_axis: int,
+    rounding: _Rounding,
+    advance: Callable[[float | None], None],
 ) -> Iterator[_core.Moments]:
     for done, chunk in source.chunks():
+        rounding.add(chunk)
         part = _core.moments(chunk, channel_axis=channel_axis)
         if bad := channels_where(~(np.isfinite(part.mean) & np.isfinite(part.m2))):
-            raise ValueError(f"{source.path}: values or their variance are not finite in {bad}")
+            raise ValueError(f"{source.name}: values or their variance are not finite in {bad}")
         yield part
         advance(done)
 
 
-def _open(path: Path, channel_axis: int, dtype: np.dtype[Any]) -> NpySource | CsvSource:
-    if path.suffix.lower() == ".npy":
-        return NpySource(path, channel_axis)
-    if path.suffix.lower() == ".csv":
-        return CsvSource(path, dtype)
-    raise ValueError(f"{path}: wanted a name that ends in .npy or .csv")
+def _check_fit_together(layer: FrozenBatchNorm, model: Path, source: NpySource | CsvSource) -> None:
+    if source.channels != layer.channels or (
+        isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
+    ):
+        wanted = f"{layer.channels} on axis {layer.channel_axis}"
+        raise ValueError(f"{source.name}: {counted(source.channels, 'channel')}, but {model} wants {wanted}")
+    if layer.dtype == np.float32 and isinstance(source, NpySource) and source.dtype.itemsize == 8:
+        raise TypeError(
+            f"{source.name}: float64, but {model} is float32; fit it with --dtype float64, or convert "
+            f"{source.name}"
+        )
 
 
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Say how to install what an import within the block misses."""
+    """Say how to install a package that cannot be imported in the block."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -285,17 +375,26 @@ def _extra(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(label: str) -> Iterator[Callable[[float], None]]:
-    """Show a bar on standard error if a person looks on; yields what moves it to a part of 0 to 1."""
+def _progress(label: str) -> Iterator[Callable[[float | None], None]]:
+    """Show a bar on standard error if that is a terminal; yield a function that moves it to a fraction."""
     if not sys.stderr.isatty():
-        yield lambda part: None
+        yield lambda fraction: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=1.0)
-        yield lambda part: bar.update(task, completed=part)
+        task = bar.add_task(label, total=None)
+
+        def advance(fraction: float | None) -> None:
+            if fraction is not None:
+                bar.update(task, total=1.0, completed=fraction)
+
+        yield advance
+
+
+def _warn(message: str) -> None:
+    click.echo(f"batchnorm: warning: {message}", err=True)
 
 
 def _print_json(**values: Any) -> None:

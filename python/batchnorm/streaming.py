@@ -1,7 +1,7 @@
-"""Read and write .npy and .csv files chunk by chunk, so that a file need not fit into memory.
+"""Read and write .npy and .csv data, files or pipes, chunk by chunk, so that they need not fit into memory.
 
 A chunk is as many entries of axis 0 as make up ``CHUNK_VALUES`` values, at least one. That rule is fixed, and
-moments of chunks are merged in a fixed tree, so what comes out depends on the file alone.
+moments of chunks are merged in a fixed tree, so the result depends on the data alone.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import csv
 import io
 import itertools
 import math
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,108 +25,205 @@ from batchnorm._core import Moments
 CHUNK_VALUES = 2**20
 """4 to 8 MiB of floats: work enough for every thread, and little beside the memory of any machine."""
 
+Header: TypeAlias = Literal["auto", "yes", "no"]
 
-class NpySource:
-    """An array of float16, float32 or float64 in a .npy file, memory-mapped.
+STANDARD_INPUT = Path("-")
 
-    With the channels on axis 0 there is no axis of samples to cut, and the whole array is one chunk.
+# The first byte of every .npy; no UTF-8 text begins with it.
+_NPY_FIRST_BYTE = b"\x93"
+# What pandas and R write or read as a missing value, in lower case.
+_MISSING = frozenset(("", "#n/a", "#na", "<na>", "n/a", "na", "nan", "none", "null"))
+_DESCRIPTOR_FOLDERS = (Path("/dev"), Path("/dev/fd"))
+
+
+@contextlib.contextmanager
+def open_source(
+    path: Path, channel_axis: int, dtype: np.dtype[Any], header: Header
+) -> Iterator[NpySource | CsvSource]:
+    """Open the array or table at ``path``, which is read once, from start to end.
+
+    The suffix of a file says which of the two it is. Standard input (``-``), a pipe or a device is an array
+    if it begins as a .npy does, else a table.
+
+    Args:
+        path: A .npy or .csv file, or what is read like one.
+        channel_axis: Axis of the channels of an array.
+        dtype: float32 or float64, in which the numbers of a table have to be finite.
+        header: Whether the first line of a table names its columns.
 
     Raises:
-        ValueError: No .npy file, a damaged one, or no axis ``channel_axis``.
+        OSError: The data cannot be read; ``filename`` is the name of the source.
+        ValueError: A file with another suffix, or what the class of the source raises.
+        TypeError: What the class of the source raises.
+    """
+    name = "standard input" if path == STANDARD_INPUT else str(path)
+    stream = not path.is_file() or path.absolute().parent in _DESCRIPTOR_FOLDERS
+    suffix = path.suffix.lower()
+    if not stream and suffix not in (NpySource.suffix, CsvSource.suffix):
+        raise ValueError(f"{name}: wanted a name that ends in .npy or .csv")
+    with contextlib.ExitStack() as stack:
+        with _named(name):
+            file = stack.enter_context(_standard_input() if path == STANDARD_INPUT else path.open("rb"))
+            is_npy = file.peek(1)[:1] == _NPY_FIRST_BYTE if stream else suffix == NpySource.suffix
+        if is_npy:
+            if header != "auto":
+                raise ValueError(f"--header: was {header}, but {name} is a .npy, which has no such line")
+            yield NpySource(file, name, channel_axis, mapped=not stream)
+        else:
+            yield CsvSource(file, name, dtype, header)
+
+
+class NpySource:
+    """An array of float16, float32 or float64 in .npy format.
+
+    A file is memory-mapped. A stream is read chunk by chunk, but an array in Fortran order is first read into
+    memory. With the channels on axis 0 there is no axis of samples to cut: the whole array is one chunk.
+
+    Args:
+        file: At the start of the array.
+        name: What errors call it; its path if ``mapped``.
+        channel_axis: Axis of the channels.
+        mapped: Whether it is a file to map into memory.
+
+    Raises:
+        ValueError: No .npy data, damaged data, or no axis ``channel_axis``.
         TypeError: Another dtype.
     """
 
-    def __init__(self, path: Path, channel_axis: int) -> None:
-        self.path = path
+    suffix = ".npy"
+
+    def __init__(self, file: io.BufferedReader, name: str, channel_axis: int, *, mapped: bool) -> None:
+        self.name, self._file = name, file
+        self._mapped: NDArray[Any] | None = None
+        self._fortran_order = False
         try:
-            self.array = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+            with _named(name):
+                if mapped:
+                    self._mapped = np.asarray(np.lib.format.open_memmap(name, mode="r"))
+                    self.shape, self.dtype = self._mapped.shape, self._mapped.dtype
+                else:
+                    self.shape, self._fortran_order, self.dtype = _npy_header(file)
         except ValueError as error:
-            raise ValueError(f"{path}: no array can be read: {error}") from error
-        if self.array.dtype == np.dtype("V2"):
-            raise TypeError(f"{path}: raw values of 2 bytes, as NumPy stores bfloat16; save it as float32")
-        if self.array.dtype.kind != "f" or self.array.itemsize > 8:
-            raise TypeError(f"{path}: dtype was {self.array.dtype}, wanted float16, float32 or float64")
-        shape, rank = self.array.shape, self.array.ndim
+            raise ValueError(f"{name}: no array can be read: {error}") from error
+        if self.dtype == np.dtype("V2"):
+            raise TypeError(f"{name}: raw values of 2 bytes, as NumPy stores bfloat16; save it as float32")
+        if self.dtype.kind != "f" or self.dtype.itemsize > 8:
+            raise TypeError(f"{name}: dtype was {self.dtype}, wanted float16, float32 or float64")
+        rank = len(self.shape)
         if rank < 2 or not -rank <= channel_axis < rank:
             wanted = f"rank 2 or more and channels on axis {channel_axis}"
-            raise ValueError(f"{path}: shape was {shape}, wanted {wanted}")
-        self.channels = shape[channel_axis]
+            raise ValueError(f"{name}: shape was {self.shape}, wanted {wanted}")
+        self.channels = self.shape[channel_axis]
         self._one_chunk = channel_axis % rank == 0
 
     def chunks(self) -> Iterator[tuple[float, NDArray[Any]]]:
-        """Yield the part read by then and views into the file."""
-        rows, *rest = self.array.shape
+        """Yield the fraction read so far and the next entries of axis 0."""
+        rows, *rest = self.shape
         step = max(1, rows if self._one_chunk else CHUNK_VALUES // max(1, math.prod(rest)))
+        whole = self._read(self.shape[::-1]).T if self._fortran_order else self._mapped
         for start in range(0, rows, step):
-            yield min(1.0, (start + step) / rows), self.array[start : start + step]
+            stop = min(rows, start + step)
+            yield stop / rows, self._read((stop - start, *rest)) if whole is None else whole[start:stop]
+
+    def _read(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        values = np.empty(shape, self.dtype)
+        missing = values.reshape(-1).view(np.uint8).data
+        while missing:
+            with _named(self.name):
+                count = self._file.readinto(missing)
+            if not count:
+                raise ValueError(f"{self.name}: no array can be read: it ends before its last value")
+            missing = missing[count:]
+        return values
 
 
 class CsvSource:
     """Comma-separated finite numbers: a line is a sample, a column is a channel.
 
-    The first line names the columns if none of its fields is a number.
+    With ``header="auto"``, the first line names the columns if no field of it is a number, and not all are
+    missing values. A first line of numbers is a sample, or an error if it may as well be a header.
 
     Args:
-        path: The file, UTF-8.
-        dtype: float32 or float64, what the numbers become.
+        file: At the start of the table, which is UTF-8.
+        name: What errors call it.
+        dtype: float32 or float64, in which the numbers have to be finite.
+        header: Whether the first line names the columns.
 
     Raises:
-        ValueError: An empty file or no text; and, while reading, by line and column: a field that is no
-            finite number, a line of another number of fields, a blank line before the last.
+        ValueError: No lines or no text; a first line that may be a header or a sample; and, while reading,
+            by line and column: a field that is no finite number, a line of another number of fields, a blank
+            line before the last.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path, self.dtype = path, dtype
-        with self._open() as (_, text):
-            reader = csv.reader(text)
-            first = next(reader, [])
-            if not first:
-                raise ValueError(f"{path}: line 1: blank, wanted numbers or the names of the columns")
-            self.header = None if any(map(_is_number, first)) else first
-            self._skip = 0 if self.header is None else reader.line_num
-        self.channels = len(first)
+    suffix = ".csv"
 
-    def chunks(self) -> Iterator[tuple[float, NDArray[Any]]]:
-        """Yield the part read by then and arrays of shape (lines, columns)."""
-        step = max(1, CHUNK_VALUES // self.channels)
-        size, first = self.path.stat().st_size, self._skip + 1
-        with self._open() as (raw, text):
-            lines = self._data_lines(text)
-            while chunk := list(itertools.islice(lines, step)):
-                yield raw.tell() / size, self._parse(chunk, first)
+    def __init__(self, file: io.BufferedReader, name: str, dtype: np.dtype[Any], header: Header) -> None:
+        self.name, self.dtype, self._file = name, dtype, file
+        status = os.fstat(file.fileno())
+        self._size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        # An attribute, for it closes the file when it is collected.
+        self._text = text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        self._auto = header == "auto"
+        read: list[str] = []
+        with self._reading():
+            lines = _recorded(text, read)
+            first = next(csv.reader(lines), [])
+            if not first:
+                raise ValueError(f"{name}: line 1: blank, wanted numbers or the names of the columns")
+            self.channels = len(first)
+            self._step = max(1, CHUNK_VALUES // self.channels)
+            named = _is_header(first) if self._auto else header == "yes"
+            self.header = first if named else None
+            self._first_line = len(read) + 1 if named else 1
+            if self._auto and not named and _may_be_header(first, itertools.islice(lines, self._step)):
+                raise ValueError(
+                    f"{name}: line 1 may be a header or a sample; say which by --header yes or --header no"
+                )
+        self._lines = text if named else itertools.chain(read, text)
+
+    def chunks(self) -> Iterator[tuple[float | None, NDArray[Any]]]:
+        """Yield the fraction read so far, None of a stream, and the next lines: float64, (lines, columns)."""
+        first = self._first_line
+        lines = self._data_lines()
+        with self._reading():
+            while chunk := list(itertools.islice(lines, self._step)):
+                values = self._parse(chunk, first)
+                yield self._file.tell() / self._size if self._size else None, values
                 first += len(chunk)
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[IO[bytes], IO[str]]]:
+    def _reading(self) -> Iterator[None]:
         try:
-            with self.path.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
-                yield raw, text
+            with _named(self.name):
+                yield
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{self.path}: no comma-separated text: {error}") from error
+            raise ValueError(f"{self.name}: no comma-separated text: {error}") from error
 
-    def _data_lines(self, text: IO[str]) -> Iterator[str]:
+    def _data_lines(self) -> Iterator[str]:
         blank = 0
-        for number, line in enumerate(text, 1):
-            if number <= self._skip:
-                continue
+        for number, line in enumerate(self._lines, self._first_line):
             if not line.strip():
                 blank = blank or number
             elif blank:
-                raise ValueError(f"{self.path}: line {blank}: blank, wanted {self.channels} numbers")
+                raise ValueError(
+                    f"{self.name}: line {blank}: blank, wanted {counted(self.channels, 'number')}"
+                )
             else:
                 yield line
 
     def _parse(self, lines: list[str], first: int) -> NDArray[Any]:
         try:
-            values = np.loadtxt(lines, self.dtype, comments=None, delimiter=",", quotechar='"', ndmin=2)
+            values = np.loadtxt(lines, np.float64, comments=None, delimiter=",", quotechar='"', ndmin=2)
         except ValueError:
-            values = np.empty((0, 0), self.dtype)
+            values = np.empty((0, 0))
         if values.shape != (len(lines), self.channels):
             raise self._what_is_wrong(lines, first)
-        if not np.isfinite(values).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
+        with np.errstate(over="ignore", under="ignore"):
+            finite = np.isfinite(values.astype(self.dtype, copy=False))
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
             raise ValueError(
-                f"{self.path}: line {first + row}, {self._column(column)}: not finite as {self.dtype.name}"
+                f"{self.name}: line {first + row}, {self._column(column)}: not finite as {self.dtype.name}"
             )
         return values
 
@@ -134,15 +233,23 @@ class CsvSource:
             fields = next(csv.reader([line]))
             for column, field in enumerate(fields[: self.channels]):
                 if not _is_number(field):
+                    hint = " (--header yes makes line 1 a header)" * (number == 1 and self._auto)
                     return ValueError(
-                        f"{self.path}: line {number}, {self._column(column)}: {field!r} is not a number"
+                        f"{self.name}: line {number}, {self._column(column)}: {field!r} is not a number{hint}"
                     )
             if len(fields) != self.channels:
-                return ValueError(f"{self.path}: line {number}: {len(fields)} fields, wanted {self.channels}")
-        return ValueError(f"{self.path}: lines {first} to {number}: wanted comma-separated numbers")
+                return ValueError(
+                    f"{self.name}: line {number}: {counted(len(fields), 'field')}, wanted {self.channels}"
+                )
+        return ValueError(f"{self.name}: lines {first} to {number}: wanted comma-separated numbers")
 
     def _column(self, index: int) -> str:
         return f"column {index + 1}" + (f" ({self.header[index]})" if self.header else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 channel", "2 channels" and so on."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
@@ -163,11 +270,28 @@ def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
     return total
 
 
+def rounding_error(values: NDArray[Any], dtype: np.dtype[Any], channel_axis: int) -> NDArray[np.float64]:
+    """The most by which rounding to ``dtype`` moves a value of each channel."""
+    channel_axis %= values.ndim
+    if dtype.itemsize >= values.dtype.itemsize:
+        return np.zeros(values.shape[channel_axis])
+    if values.size > CHUNK_VALUES:  # in halves, so that no memory is needed that grows with the values
+        axis = int(np.argmax(values.shape))
+        parts = [rounding_error(half, dtype, channel_axis) for half in np.array_split(values, 2, axis)]
+        return np.concatenate(parts) if axis == channel_axis else np.maximum(*parts)
+    with np.errstate(over="ignore", under="ignore"):
+        error = np.abs(values - values.astype(dtype))
+    by_channel = np.moveaxis(error, channel_axis, 0).reshape(values.shape[channel_axis], -1)
+    return np.asarray(by_channel.max(axis=1, initial=0), np.float64)
+
+
 def npy_writer(file: IO[bytes], source: NpySource) -> Callable[[NDArray[Any]], None]:
     """Start an array of the shape and dtype of ``source``, and return what appends a chunk to it."""
-    dtype = source.array.dtype.newbyteorder("=")
-    descr, shape = np.lib.format.dtype_to_descr(dtype), source.array.shape
-    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    dtype = source.dtype.newbyteorder("=")
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": descr, "fortran_order": False, "shape": source.shape}
+    )
 
     def append(chunk: NDArray[Any]) -> None:
         file.write(np.ascontiguousarray(chunk, dtype).data)
@@ -188,6 +312,74 @@ def csv_writer(file: IO[bytes], source: CsvSource) -> Callable[[NDArray[Any]], N
     # Both print the shortest digits that give the value back: NumPy those of float32, and Python, four times
     # faster, those of float64.
     return lambda chunk: write((chunk if chunk.dtype == np.float64 else chunk.astype(str)).tolist())
+
+
+def _standard_input() -> io.BufferedReader:
+    return open(0, "rb", closefd=False)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Give errors of the operating system the name of the source, which those of an open file do not have."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str):
+            error.filename = name
+        raise
+
+
+def _npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read shape, whether in Fortran order, and dtype."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:  # 3.0 is for structured arrays
+        raise ValueError(f"format version was {version}, wanted (1, 0) or (2, 0)")
+    shape, fortran_order, dtype = readers[version](file)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize >= 2**63:
+        raise ValueError(f"shape was {shape}, which no array has")
+    return shape, fortran_order, dtype
+
+
+def _recorded(lines: Iterable[str], read: list[str]) -> Iterator[str]:
+    """Yield ``lines``, each appended to ``read``."""
+    for line in lines:
+        read.append(line)
+        yield line
+
+
+def _is_header(fields: list[str]) -> bool:
+    missing = all(field.strip().casefold() in _MISSING for field in fields)
+    return not missing and not any(map(_is_number, fields))
+
+
+def _may_be_header(first: list[str], lines: Iterable[str]) -> bool:
+    """Whether a first line of numbers may be the names of the columns.
+
+    That is so if they are 0, 1, 2, …, as pandas names the columns of an array, or if all are written as
+    integers and in some column no number below is.
+    """
+    if not all(map(_is_number, first)):
+        return False
+    if [float(field) for field in first] == list(range(len(first))):
+        return True
+    if not all(map(_is_integer, first)):
+        return False
+    undecided, fractional = set(range(len(first))), set()
+    for line in lines:
+        fields = next(csv.reader([line]), [])
+        for column in sorted(undecided & set(range(len(fields)))):
+            if _is_integer(fields[column]):
+                undecided.remove(column)
+            elif _is_number(fields[column]):
+                fractional.add(column)
+        if not undecided:
+            break
+    return bool(undecided & fractional)
+
+
+def _is_integer(field: str) -> bool:
+    return _is_number(field) and field.strip().lstrip("+-").isdigit()
 
 
 def _is_number(field: str) -> bool:

@@ -1,4 +1,4 @@
-"""All that knows ONNX. `FrozenBatchNorm.to_onnx` is the way out, `load_frozen` the way in.
+"""Frozen layers in ONNX models: `load_frozen` reads one, `FrozenBatchNorm.to_onnx` writes one.
 
 Needs the extra `batchnorm[onnx]`.
 """
@@ -6,7 +6,7 @@ Needs the extra `batchnorm[onnx]`.
 from __future__ import annotations
 
 try:
-    import onnx as _onnx  # noqa: F401  (only to say what is missing)
+    import onnx as _onnx  # noqa: F401  (imported to name what is missing)
 except ImportError as error:
     raise ImportError("batchnorm.onnx needs the package onnx: pip install 'batchnorm[onnx]'") from error
 

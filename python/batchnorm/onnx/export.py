@@ -1,8 +1,9 @@
-"""A frozen layer as an ONNX model; `docs/onnx.md` tells what each mode promises."""
+"""Writes a frozen layer as an ONNX model; `docs/onnx.md` tells what each mode promises."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+import operator
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -11,23 +12,28 @@ from onnx import helper, numpy_helper
 
 from batchnorm._core import __version__
 from batchnorm._file import metadata
-from batchnorm.frozen import FrozenBatchNorm
+
+if TYPE_CHECKING:
+    from batchnorm.frozen import FrozenBatchNorm
 
 # BatchNormalization has had its present types and attributes since opset 15.
 _OLDEST_OPSET = 15
+_LARGEST_RANK = 64  # of an array of NumPy
 _PARAMETERS = ("gamma", "beta", "mean", "var")  # in the order of the node's inputs
 _Parts: TypeAlias = tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]
 
 
 def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> onnx.ModelProto:
-    """Writes the model; `FrozenBatchNorm.to_onnx` documents it."""
+    """The layer as a model; `FrozenBatchNorm.to_onnx` documents it."""
+    opset, rank = _integer("opset", opset), _integer("rank", rank)
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
-        raise ValueError(f"opset: {opset!r}, but {_OLDEST_OPSET} to {newest} is wanted")
-    if rank < 2 or not -rank <= layer.channel_axis < rank:
-        raise ValueError(f"rank: {rank!r}, but 2 or more, with an axis {layer.channel_axis}, is wanted")
+        raise ValueError(f"opset: was {opset}, wanted {_OLDEST_OPSET} to {newest}")
+    if not 2 <= rank <= _LARGEST_RANK or not -rank <= layer.channel_axis < rank:
+        wanted = f"2 to {_LARGEST_RANK}, with an axis {layer.channel_axis}"
+        raise ValueError(f"rank: was {rank}, wanted {wanted}")
     if mode not in ("inference", "exact"):
-        raise ValueError(f"mode: {mode!r}, but 'inference' or 'exact' is wanted")
+        raise ValueError(f"mode: was {mode!r}, wanted 'inference' or 'exact'")
 
     axis = layer.channel_axis % rank
     build = _inference if mode == "inference" else _exact
@@ -54,8 +60,14 @@ def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> 
     return model
 
 
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: was {value!r}, wanted an integer")
+    return operator.index(value)
+
+
 def _inference(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
-    """One BatchNormalization. It has its channels on axis 1, so another axis changes places with that one."""
+    """One BatchNormalization, with a Transpose on either side if the channels are not on axis 1."""
     constants = {name: getattr(layer, name) for name in _PARAMETERS}
     swap = list(range(rank))
     swap[1], swap[axis] = swap[axis], swap[1]
@@ -68,7 +80,7 @@ def _inference(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
 
 
 def _exact(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
-    """The defining expression node by node, s = gamma/√(var + eps) too, so that all five can be read back."""
+    """The expression that defines inference, node by node; nothing is folded, so that it can be read back."""
     broadcast = (layer.channels,) + (1,) * (rank - 1 - axis)
     constants = {name: getattr(layer, name).astype(np.float64).reshape(broadcast) for name in _PARAMETERS}
     constants["eps"] = np.array(layer.eps)

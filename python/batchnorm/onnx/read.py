@@ -1,4 +1,4 @@
-"""The frozen layer in an ONNX model: ours in either mode, or any with one constant BatchNormalization."""
+"""Reads a frozen layer from an ONNX model, one of `FrozenBatchNorm.to_onnx` or of others."""
 
 from __future__ import annotations
 
@@ -8,130 +8,118 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
 from batchnorm._file import METADATA_KEYS, check_known, restore
 from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.onnx.graph import Graph, is_standard, operator_name
 
 # Since BatchNormalization-9 the inference form has meant the same; 14 and 15 changed training and the types.
 _OLDEST_OPSET = 9
 _INPUTS = {"Cast": 1, "Sqrt": 1}  # all others of mode "exact" have 2
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> FrozenBatchNorm:
     """The frozen layer of a model written by `FrozenBatchNorm.to_onnx`, in either mode, or by others.
 
-    Of a model that is not ours, the one BatchNormalization node of the main graph is read, if it is in
-    inference mode and its parameters are constants; the rest of the model is not looked at. The layer is
-    float64 if a parameter is, else float32, which holds 16-bit parameters exactly.
+    In a model that is not ours, the one BatchNormalization node of the main graph is read, if it is in
+    inference mode and its parameters are constant: initializers, every form of Constant, and Identity, Cast
+    and Reshape of these. The rest of the model is ignored. The layer is float64 if a parameter is, else
+    float32, which holds 16-bit parameters exactly.
 
     Args:
-        model: the model, its file (which may refer to external data), or its bytes.
+        model: the model, its file, or its bytes. Only by its file can it have data in other files, which have
+            to be in the same folder.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: there is no such layer, or more than one; or the model is ours, and the parameters are not
-            those of its fingerprint.
+        OSError: the file cannot be read, or one with data of the parameters.
+        ValueError: there is no such layer, or more than one; or data of the parameters are in a file outside
+            the folder of the model, or whose folder is unknown because `model` is no path; or the model is
+            ours, and the parameters are not those of its fingerprint.
     """
-    model, where = _parse(model)
-    graph = _Graph(model, where)
-    found = {prop.key: prop.value for prop in model.metadata_props if prop.key in METADATA_KEYS}
+    graph = Graph(model)
+    found = {prop.key: prop.value for prop in graph.model.metadata_props if prop.key in METADATA_KEYS}
     if "fingerprint" not in found:
-        parameters, eps = graph.inference()
+        parameters, eps = _inference(graph)
         wide = any(values.dtype == np.float64 for values in parameters.values())
         return FrozenBatchNorm(**_float64(parameters), eps=eps, dtype="float64" if wide else "float32")
-    check_known(where, found)
-    parameters, eps = graph.inference() if graph.normalizations else graph.exact()
-    return restore(where, found, _float64(parameters), eps)
-
-
-def _parse(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> tuple[onnx.ModelProto, str]:
-    if isinstance(model, onnx.ModelProto):
-        return model, "model"
-    where = "model" if isinstance(model, bytes) else os.fspath(model)
-    try:
-        return onnx.load_model_from_string(model) if isinstance(model, bytes) else onnx.load(model), where
-    except DecodeError as error:
-        raise ValueError(f"{where}: not an ONNX model: {error}") from error
+    check_known(graph.where, found)
+    parameters, eps = _inference(graph) if graph.nodes("BatchNormalization") else _exact(graph)
+    return restore(graph.where, found, _float64(parameters), eps)
 
 
 def _float64(parameters: dict[str, NDArray[Any]]) -> dict[str, Any]:
     return {name: values.astype(np.float64) for name, values in parameters.items()}
 
 
-class _Graph:
-    """The main graph of a model, and how to find parameters in it."""
+def _inference(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
+    """Read gamma, beta, mean, var and eps of the one BatchNormalization."""
+    where, normalizations = graph.where, graph.nodes("BatchNormalization")
+    if len(normalizations) != 1:
+        operators = Counter(operator_name(node) for node in graph.model.graph.node)
+        there = ", ".join(f"{count} {name}" for name, count in operators.items()) or "no nodes"
+        raise ValueError(f"{where}: one BatchNormalization is wanted, found {there}")
+    (node,) = normalizations
+    if graph.opset < _OLDEST_OPSET:
+        raise ValueError(f"{where}: opset {_OLDEST_OPSET} or newer is wanted, found {graph.opset}")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    if attributes.get("training_mode", 0) or any(node.output[1:]):
+        raise ValueError(f"{where}: BatchNormalization for inference wanted, found training mode")
+    if attributes.get("spatial", 1) != 1:
+        raise ValueError(f"{where}: BatchNormalization by channels wanted, found spatial=0")
+    if len(node.input) != 5:
+        raise ValueError(f"{where}: BatchNormalization of 5 inputs wanted, found {len(node.input)}")
+    names = zip(("gamma", "beta", "mean", "var"), node.input[1:], strict=True)
+    parameters = {role: _parameter(graph, role, name) for role, name in names}
+    for role, values in parameters.items():
+        if values.ndim != 1 or values.shape != parameters["gamma"].shape:
+            shapes = ", ".join(f"{other} {v.shape}" for other, v in parameters.items())
+            raise ValueError(f"{where}: {role} of shape (channels,) is wanted, found {shapes}")
+    return parameters, attributes.get("epsilon", float(np.float32(1e-5)))
 
-    def __init__(self, model: onnx.ModelProto, where: str) -> None:
-        self.where = where
-        self.opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
-        self.graph = model.graph
-        self.producer = {output: node for node in model.graph.node for output in node.output}
-        self.constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
-            node.output[0]: attribute.t
-            for node in model.graph.node
-            if node.op_type == "Constant"
-            for attribute in node.attribute
-            if attribute.name == "value"
-        }
-        self.normalizations = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
 
-    def inference(self) -> tuple[dict[str, NDArray[Any]], float]:
-        """gamma, beta, mean, var and eps of the one BatchNormalization."""
-        if len(self.normalizations) != 1:
-            operators = Counter(node.op_type for node in self.graph.node)
-            there = ", ".join(f"{count} {op}" for op, count in operators.items()) or "no nodes"
-            raise ValueError(f"{self.where}: one BatchNormalization is wanted, found {there}")
-        (node,) = self.normalizations
-        if self.opset < _OLDEST_OPSET:
-            raise ValueError(f"{self.where}: opset {_OLDEST_OPSET} or newer is wanted, found {self.opset}")
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if attributes.get("training_mode", 0) or any(node.output[1:]):
-            raise ValueError(f"{self.where}: BatchNormalization for inference wanted, found training mode")
-        if len(node.input) != 5:
-            raise ValueError(f"{self.where}: BatchNormalization of 5 inputs wanted, found {len(node.input)}")
-        names = zip(("gamma", "beta", "mean", "var"), node.input[1:], strict=True)
-        parameters = {ours: self._constant(ours, name) for ours, name in names}
-        return parameters, attributes.get("epsilon", float(np.float32(1e-5)))
+def _exact(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
+    """Read them from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, x and y perhaps cast."""
+    y = next((output.name for output in graph.model.graph.output), "")
+    if _is_computed_by(graph, "Cast", y):
+        (y,) = _inputs_of(graph, "Cast", y)
+    scaled, beta = _inputs_of(graph, "Add", y)
+    centred, scale = _inputs_of(graph, "Mul", scaled)
+    x, mean = _inputs_of(graph, "Sub", centred)
+    gamma, sigma = _inputs_of(graph, "Div", scale)
+    (var_eps,) = _inputs_of(graph, "Sqrt", sigma)
+    var, eps = _inputs_of(graph, "Add", var_eps)
+    if _is_computed_by(graph, "Cast", x):
+        (x,) = _inputs_of(graph, "Cast", x)
+    inputs = [entry.name for entry in graph.model.graph.input]
+    if inputs != [x]:
+        raise ValueError(f"{graph.where}: not mode 'exact': {x!r} is normalized, but inputs are {inputs}")
+    names = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    parameters = {role: _parameter(graph, role, name).ravel() for role, name in names.items()}
+    constant = _parameter(graph, "eps", eps)
+    if constant.size != 1:
+        raise ValueError(f"{graph.where}: eps of one value is wanted, found shape {constant.shape}")
+    return parameters, constant.item()
 
-    def exact(self) -> tuple[dict[str, NDArray[Any]], float]:
-        """The same from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, x and y perhaps cast."""
-        y = next((output.name for output in self.graph.output), "")
-        if self._producer_is("Cast", y):
-            (y,) = self._inputs_of("Cast", y)
-        scaled, beta = self._inputs_of("Add", y)
-        centred, scale = self._inputs_of("Mul", scaled)
-        x, mean = self._inputs_of("Sub", centred)
-        gamma, sigma = self._inputs_of("Div", scale)
-        (var_eps,) = self._inputs_of("Sqrt", sigma)
-        var, eps = self._inputs_of("Add", var_eps)
-        if self._producer_is("Cast", x):
-            (x,) = self._inputs_of("Cast", x)
-        inputs = [entry.name for entry in self.graph.input]
-        if inputs != [x]:
-            raise ValueError(f"{self.where}: not mode 'exact': {x!r} is normalized, but inputs are {inputs}")
-        names = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-        parameters = {ours: self._constant(ours, name).ravel() for ours, name in names.items()}
-        return parameters, float(self._constant("eps", eps))
 
-    def _producer_is(self, op: str, name: str) -> bool:
-        return name in self.producer and self.producer[name].op_type == op
+def _parameter(graph: Graph, role: str, name: str) -> NDArray[Any]:
+    values = graph.constant(role, name)
+    if values.dtype.name not in _FLOATS:
+        raise ValueError(f"{graph.where}: {role} ({name!r}) of floats is wanted, found {values.dtype}")
+    return values
 
-    def _inputs_of(self, op: str, name: str) -> list[str]:
-        if not self._producer_is(op, name):
-            found = self.producer[name].op_type if name in self.producer else "none"
-            raise ValueError(f"{self.where}: not mode 'exact': {name!r} by a node {op} wanted, found {found}")
-        inputs, wanted = list(self.producer[name].input), _INPUTS.get(op, 2)
-        if len(inputs) != wanted:
-            raise ValueError(
-                f"{self.where}: not mode 'exact': {op} of {wanted} inputs wanted, found {len(inputs)}"
-            )
-        return inputs
 
-    def _constant(self, ours: str, name: str) -> NDArray[Any]:
-        if name not in self.constants:
-            source = f"computed by {self.producer[name].op_type}" if name in self.producer else "an input"
-            raise ValueError(f"{self.where}: {ours} ({name!r}) is {source}, but a constant is wanted")
-        return numpy_helper.to_array(self.constants[name])
+def _is_computed_by(graph: Graph, operator: str, name: str) -> bool:
+    return name in graph.producer and is_standard(graph.producer[name], operator)
+
+
+def _inputs_of(graph: Graph, operator: str, name: str) -> list[str]:
+    expected = f"{graph.where}: not mode 'exact'"
+    if not _is_computed_by(graph, operator, name):
+        found = operator_name(graph.producer[name]) if name in graph.producer else "none"
+        raise ValueError(f"{expected}: {name!r} by a node {operator} wanted, found {found}")
+    inputs, wanted = list(graph.producer[name].input), _INPUTS.get(operator, 2)
+    if len(inputs) != wanted:
+        raise ValueError(f"{expected}: {operator} of {wanted} inputs wanted, found {len(inputs)}")
+    return inputs

@@ -1,4 +1,4 @@
-"""What the command line refuses: one line on standard error, status 2, and every file left as it was."""
+"""Errors of the command line: one line on standard error, status 2, and every file left as it was."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from click.testing import CliRunner
 
 import batchnorm as bn
 from batchnorm.cli import main
-from test_cli import CSV, EXAMPLES, folder, refusal  # noqa: F401  (the fixture)
+from test_cli import CSV, EXAMPLES, error_of, folder  # noqa: F401  (the fixture)
 
 
 def good(shape=(4, 2), dtype=np.float32):
     return np.arange(np.prod(shape), dtype=np.float64).reshape(shape).astype(dtype)
 
 
-REFUSED_SOURCES = {
+BAD_SOURCES = {
     "no_number.csv": ("a,b\n1,2\n3,x\n", "line 3, column 2 (b): 'x' is not a number"),
     "no_header.csv": ("1,2\n3,4\n5,1_0\n", "line 3, column 2: '1_0' is not a number"),
     "empty_field.csv": ("a,b\n,2\n3,4\n", "line 2, column 1 (a): '' is not a number"),
     "nan.csv": ("a,b\n1,2\n3,nan\n", "line 3, column 2 (b): not finite as float64"),
     "huge.csv": ("a,b\n1,2\n-1e999,4\n", "line 3, column 1 (a): not finite as float64"),
-    "short.csv": ("a,b\n1,2\n3\n", "line 3: 1 fields, wanted 2"),
+    "short.csv": ("a,b\n1,2\n3\n", "line 3: 1 field, wanted 2"),
     "long.csv": ("a,b\n1,2\n3,4,\n", "line 3: 3 fields, wanted 2"),
     "header_alone_differs.csv": ("a,b,c\n1,2\n3,4\n", "line 2: 2 fields, wanted 3"),
     "blank.csv": ("a,b\n1,2\n\n\n3,4\n", "line 3: blank, wanted 2 numbers"),
@@ -59,23 +59,23 @@ REFUSED_SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_SOURCES)
-def test_fit_refuses(name):
-    content, message = REFUSED_SOURCES[name]
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_sources(name):
+    content, message = BAD_SOURCES[name]
     path = Path(name)
     if isinstance(content, np.ndarray):
         np.save(path, content)
     else:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    told = refusal("fit", name, "-o", "x.safetensors")
+    told = error_of("fit", name, "-o", "x.safetensors")
     assert message in told
     assert name in told or name == "no_channels.npy"
 
 
-def test_a_npy_cut_short_is_refused():
+def test_a_npy_cut_short():
     np.save("x.npy", good((100, 2)))
     Path("x.npy").write_bytes(Path("x.npy").read_bytes()[:-1])
-    assert refusal("fit", "x.npy", "-o", "x.safetensors").startswith("x.npy: no array can be read")
+    assert error_of("fit", "x.npy", "-o", "x.safetensors").startswith("x.npy: no array can be read")
 
 
 MISUSE = {
@@ -86,13 +86,16 @@ MISUSE = {
     "fit nosuch.csv -o x.safetensors": "File 'nosuch.csv' does not exist",
     "fit . -o x.safetensors": "File '.' is a directory",
     "fit my.csv -o nosuch/x.safetensors": "there is no folder 'nosuch' that can be written to",
-    "fit my.csv -o x.safetensors --eps -1": "eps",
-    "fit my.csv -o x.safetensors --eps nan": "eps",
+    "fit my.csv -o x.safetensors --eps -1": "--eps is -1; wanted",
+    "fit my.csv -o x.safetensors --eps nan": "--eps is NaN; wanted",
     "fit my.csv -o x.safetensors --eps small": "'small' is not a valid float",
     "fit my.csv -o x.safetensors --dtype float16": "'float16' is not one of 'float32', 'float64'",
     "fit my.csv -o x.safetensors --ddof 2": "'2' is not one of '0', '1'",
     "fit my.csv -o x.safetensors --channel-axis 0": "--channel-axis: was 0, but the channels of a .csv",
     "fit good.npy -o x.safetensors --channel-axis 2": "wanted rank 2 or more and channels on axis 2",
+    "fit my.csv -o x.safetensors --channel-axis 9999": "--channel-axis: was 9999, but",
+    "fit one.csv -o x.safetensors": "var: out of the range of float32 in channel 0; --dtype float64 would",
+    "apply bn.safetensors one.csv -o x.csv": "one.csv: 1 channel, but bn.safetensors wants 2 on axis 1",
     "apply my.csv my.csv -o x.csv": "my.csv",
     "apply bn.safetensors my.csv -o x.npy": "x.npy: wanted a name that ends in .csv",
     "apply bn.safetensors nosuch.csv -o x.csv": "File 'nosuch.csv' does not exist",
@@ -103,8 +106,8 @@ MISUSE = {
     "inspect my.csv": "my.csv",
     "inspect flipped.safetensors": "flipped.safetensors: damaged",
     "export bn.safetensors -o x.onnx --mode fast": "'fast' is not one of 'inference', 'exact'",
-    "export bn.safetensors -o x.onnx --opset 99": "opset: 99",
-    "export bn.safetensors -o x.onnx --rank 1": "rank: 1",
+    "export bn.safetensors -o x.onnx --opset 99": "--opset: was 99, wanted 15 to ",
+    "export bn.safetensors -o x.onnx --rank 1": "--rank: was 1, wanted 2 to 64, with an axis 1",
     "serve": "a directory of models must be given, either DIR or --model-dir",
     "serve nosuch": "DIR: Path does not point to a directory",
     "serve my.csv": "DIR: Path does not point to a directory",
@@ -121,12 +124,13 @@ def test_misuse(line):
     np.save("good.npy", good())
     np.save("wide.npy", good(dtype=np.float64))
     Path("three.csv").write_text("1,2,3\n4,5,6\n")
+    Path("one.csv").write_text("1e30\n-1e30\n")
     Path("my.txt").write_text(CSV)
     bn.FrozenBatchNorm([0, 0], [1, 1], channel_axis=2).save("last.safetensors")
     flipped = bytearray(Path("bn.safetensors").read_bytes())
     flipped[-1] ^= 1
     Path("flipped.safetensors").write_bytes(flipped)
-    assert MISUSE[line] in refusal(*line.split())
+    assert MISUSE[line] in error_of(*line.split())
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_only_regular_files_are_replaced(tmp_path):
     assert bn.FrozenBatchNorm.load(target).channels == 2
 
     for command, words in (
-        (["fit", source, "-o", pipe], "no regular file"),
+        (["fit", source, "-o", pipe], "not a regular file"),
         (["fit", source, "-o", source], "ends in .safetensors"),
         (["export", target, "-o", source], "ends in .onnx"),
     ):
