@@ -44,6 +44,13 @@ demo: setup ## Train, freeze, export and serve on real data (writes demo-output/
 	$(call step,Running the demonstration)
 	@$(BIN)/batchnorm demo --output demo-output
 
+.PHONY: format
+format: setup ## Format Rust and Python, and write the docstrings of the module into its stub
+	@cargo fmt --all
+	@$(BIN)/ruff check --quiet --fix .
+	@PYTHONPATH=tests $(BIN)/python -m stub
+	@$(BIN)/ruff format --quiet .
+
 .PHONY: lint
 lint: setup ## Formatting, lints, types, and the stub against the compiled module
 	$(call step,Lint: cargo fmt and clippy)
@@ -61,13 +68,22 @@ test-rust: requirements ## The core's own tests, without Python
 	$(call step,Testing the Rust core)
 	@cargo test -p batchnorm --locked --quiet
 
+.PHONY: bench-rust
+bench-rust: requirements
+	$(call step,Running each verb of the micro-benchmark once)
+	@cargo test -p batchnorm --locked --quiet --bench verbs
+
 .PHONY: test
-test: lint test-rust ## Everything but the long forms (no root; at most 8 minutes on two cores)
+test: setup test-rust ## Everything but the long forms (no root; at most 6 minutes on two cores)
 	$(call step,Testing Python ONNX Runtime and the service)
 	@$(BIN)/python -m pytest -q -m 'not long' --durations=5
 
+.PHONY: pytest
+pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k oracle'
+	@$(BIN)/python -m pytest -q $(ARGS)
+
 .PHONY: test-all
-test-all: test memcheck bench-check ## What needs system packages or time as well
+test-all: test bench-rust memcheck bench-check docs dist test-lowest ## What needs system packages or time as well
 	$(call step,Testing the long forms)
 	@$(BIN)/python -m pytest -q -m long --durations=5
 
@@ -83,7 +99,7 @@ memcheck: requirements ## The core's tests of every width under Valgrind (skippe
 	@if command -v valgrind >/dev/null; then \
 	  runner='valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite'; \
 	  config="target.'cfg(all())'.runner='$$runner'"; \
-	  cargo --config "$$config" test -p batchnorm --locked --quiet --test widths -- --show-output; \
+	  cargo --config "$$config" test -p batchnorm --locked --quiet --test contract -- --show-output widths::; \
 	  cargo --config "$$config" test -p batchnorm --locked --quiet --lib -- --skip flushes_to_zero; \
 	else echo "skipped: no valgrind (on Debian and Ubuntu: the package valgrind)"; fi
 

@@ -1,15 +1,13 @@
-"""Everything that is refused: cases for each variant of the core's error, and what the binding refuses.
+"""Everything that is refused: cases for each kind of error of the core, and what the binding refuses.
 
-Each case makes the real call and holds the exception's type and the words that name the argument, what it was
-and what was wanted. The variants are read from the core's source: none can be added without a case here.
+Each case makes the real call and checks the exception's type, its kind, and the words that name the argument,
+what it was and what was wanted. The core lists its kinds: none can be added without a case here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from math import inf, nan
-from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -17,25 +15,14 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm._core import Coefficients
+from batchnorm._core import ERROR_KINDS, Coefficients
 from dlpack import Exporter
 
-CRATE = Path(__file__).parents[1] / "rust/batchnorm"
-SOURCE = (CRATE / "src/error.rs").read_text()
 NOT_FROM_PYTHON = {  # tested in the crate
     "Elements": "an array carries its own size, so a buffer never has another",
     "LayoutMismatch": "the binding compares dtype, shape and memory order itself, and says which differs",
     "Overflow": "NumPy makes no array of more than 2**63 - 1 bytes",
 }
-
-
-def display_patterns():
-    """Each variant's text as a pattern, from the core's source: what a message is of can thus be told."""
-    texts = re.findall(r'Self::(\w+)[^=]*=>\s*\{?\s*write!\(\s*f,\s*"((?:[^"\\]|\\.)*)"', SOURCE)
-    return {name: re.sub(r"\\\{[^}]*\\\}", ".*", re.escape(text)) for name, text in texts}
-
-
-DISPLAY = display_patterns()
 
 X = np.ones((4, 3, 5), np.float32)
 ONES = np.ones(3)
@@ -55,23 +42,23 @@ FROZEN, TRAINING = ("infer", "infer_backward", "Coefficients"), ("train_forward"
 
 
 class Case(NamedTuple):
-    """A call, the variant that refuses it, and a pattern of its words; all of them are ValueError."""
+    """A call, the kind of error it raises, and a pattern of its words; all of them are ValueError."""
 
-    variant: str
+    kind: str
     words: str
     call: Callable[[], object]
     where: str = ""
 
     def __str__(self):
-        return f"{self.variant} {self.where}".strip()
+        return f"{self.kind} {self.where}".strip()
 
 
-def each(variant, words, call, functions=tuple(FORWARDS)):
+def each(kind, words, call, functions=tuple(FORWARDS)):
     """The same case for every function that takes x."""
-    return [Case(variant, words, lambda f=FORWARDS[name]: call(f), name) for name in functions]
+    return [Case(kind, words, lambda f=FORWARDS[name]: call(f), name) for name in functions]
 
 
-def with_parameter(variant, words, name, value):
+def with_parameter(kind, words, name, value):
     """The same case for every function that takes this parameter."""
     p = {"mean": ONES, "var": ONES, "gamma": ONES, "beta": ONES} | {name: value}
     calls = {"infer": lambda: bn.infer(X, **p), "Coefficients": lambda: Coefficients(**p)}
@@ -80,10 +67,10 @@ def with_parameter(variant, words, name, value):
     if name in ("gamma", "beta"):
         calls["train_forward"] = lambda: bn.train_forward(X, p["gamma"], p["beta"])
         calls["normalize"] = lambda: bn.normalize(X, MOMENTS, p["gamma"], p["beta"])
-    return [Case(variant, words, call, f"{name}={value} in {function}") for function, call in calls.items()]
+    return [Case(kind, words, call, f"{name}={value} in {function}") for function, call in calls.items()]
 
 
-def with_eps(variant, words, functions, eps, var=ONES):
+def with_eps(kind, words, functions, eps, var=ONES):
     calls = {
         "infer": lambda: bn.infer(X, ONES, var, eps=eps),
         "infer_backward": lambda: bn.infer_backward(X, X, ONES, var, eps=eps),
@@ -91,7 +78,7 @@ def with_eps(variant, words, functions, eps, var=ONES):
         "train_forward": lambda: bn.train_forward(X, eps=eps),
         "normalize": lambda: bn.normalize(X, MOMENTS, eps=eps),
     }
-    return [Case(variant, words, calls[function], f"eps={eps} in {function}") for function in functions]
+    return [Case(kind, words, calls[function], f"eps={eps} in {function}") for function in functions]
 
 
 def two_channels(function):
@@ -161,23 +148,17 @@ def test_refused(case):
         return X.tobytes(), MOMENTS.to_bytes(), SUMS.to_bytes(), bn.get_num_threads(), bn.simd_level()
 
     before = state()
-    with pytest.raises(ValueError, match=case.words) as refusal:
+    with pytest.raises(ValueError, match=case.words) as raised:
         case.call()
-    assert re.fullmatch(DISPLAY[case.variant], str(refusal.value))
+    assert raised.value.kind == case.kind
     assert state() == before
 
 
-def test_every_variant_is_tested():
-    body = re.search(r"pub enum Error \{\n(.*?)\n\}\n", SOURCE, re.DOTALL)
-    variants = set(re.findall(r"^    ([A-Z]\w*)(?: \{|\(|,)", body[1], re.MULTILINE))
-    assert len(variants) > 10
-    assert set(DISPLAY) == variants
-    tested = {case.variant for case in CASES}
-    assert tested | set(NOT_FROM_PYTHON) == variants
+def test_every_kind_is_tested():
+    assert len(ERROR_KINDS) > 10
+    tested = {case.kind for case in CASES}
+    assert tested | set(NOT_FROM_PYTHON) == set(ERROR_KINDS)
     assert not tested & set(NOT_FROM_PYTHON)
-    tests = "".join(path.read_text().partition("#[cfg(test)]")[2] for path in CRATE.glob("src/*.rs"))
-    tests += "".join(path.read_text() for path in CRATE.glob("tests/*.rs"))
-    assert {name for name in NOT_FROM_PYTHON if f"Error::{name}" in tests} == set(NOT_FROM_PYTHON)
 
 
 @pytest.mark.parametrize("function", FORWARDS)

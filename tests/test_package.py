@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import batchnorm
+import stub
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +39,10 @@ def test_import_loads_numpy_alone():
     installed = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert "batchnorm" in installed
     assert installed <= {"batchnorm", "numpy"}
+
+
+def test_the_stub_carries_the_docstrings_of_the_module():
+    assert stub.STUB.read_text() == stub.generated(), "run make format"
 
 
 def test_unsafe_has_three_addresses():

@@ -1,3 +1,5 @@
+"""The compiled core; `import batchnorm` is the public face."""
+
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -6,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from batchnorm._types import Gradients
 
 __all__ = [
+    "ERROR_KINDS",
     "Cache",
     "Coefficients",
     "GradientSums",
@@ -32,66 +35,155 @@ __all__ = [
 ]
 
 __version__: Final[str]
+ERROR_KINDS: Final[list[str]]
 
 @final
 class Moments:
+    """Count, mean and M2 of each channel, in float64; a value that merges.
+
+    ``m2`` is Σ(x − mean)². Moments of parts merge into those of the whole by the update of Chan, Golub and LeVeque
+    (1979). The moments of no values (count 0) are the neutral element.
+
+    Args:
+        count: Values per channel, shape (channels,); finite, 0 or more.
+        mean: Mean per channel, shape (channels,).
+        m2: Sum of squared deviations per channel, shape (channels,); 0 or more.
+
+    Raises:
+        ValueError: Shapes differ, or a count or m2 is negative.
+        TypeError: A part is not real.
+    """
     def __new__(cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike) -> Moments: ...
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels."""
     @property
-    def count(self) -> NDArray[np.float64]: ...
+    def count(self) -> NDArray[np.float64]:
+        """Values per channel, shape (channels,), float64: the paper's m."""
     @property
-    def mean(self) -> NDArray[np.float64]: ...
+    def mean(self) -> NDArray[np.float64]:
+        """Mean per channel, shape (channels,), float64: the paper's μ_B."""
     @property
-    def m2(self) -> NDArray[np.float64]: ...
+    def m2(self) -> NDArray[np.float64]:
+        """Σ(x − mean)² per channel, shape (channels,), float64."""
     @property
-    def var(self) -> NDArray[np.float64]: ...
+    def var(self) -> NDArray[np.float64]:
+        """Biased variance m2/count, shape (channels,), float64: the paper's σ²_B (Algorithm 1).
+
+        Raises:
+            ValueError: A channel has no value.
+        """
     @property
-    def var_unbiased(self) -> NDArray[np.float64]: ...
-    def merge(self, other: Moments) -> Moments: ...
-    def to_bytes(self) -> bytes: ...
+    def var_unbiased(self) -> NDArray[np.float64]:
+        """Unbiased variance m2/(count − 1), shape (channels,), float64 (section 3.1).
+
+        Raises:
+            ValueError: A channel has fewer than 2 values.
+        """
+    def merge(self, other: Moments) -> Moments:
+        """The moments of the values of both, as a new value.
+
+        Raises:
+            ValueError: The numbers of channels differ.
+        """
+    def to_bytes(self) -> bytes:
+        """A portable form: header with version, number of channels, then count, mean and m2, little-endian."""
     @staticmethod
-    def from_bytes(data: bytes) -> Moments: ...
+    def from_bytes(data: bytes) -> Moments:
+        """Reads what ``to_bytes`` wrote.
+
+        Raises:
+            ValueError: The bytes are not those of Moments.
+        """
     def __eq__(self, other: object, /) -> bool: ...
     def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
 
 @final
 class GradientSums:
+    """Σdy·x̂ and Σdy of each channel with the number of values summed, in float64; a value that merges.
+
+    Args:
+        count: Values per channel, shape (channels,); finite, 0 or more.
+        dgamma: Σdy·x̂ per channel, shape (channels,).
+        dbeta: Σdy per channel, shape (channels,).
+
+    Raises:
+        ValueError: Shapes differ, or a count is negative.
+        TypeError: A part is not real.
+    """
     def __new__(cls, count: ArrayLike, dgamma: ArrayLike, dbeta: ArrayLike) -> GradientSums: ...
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels."""
     @property
-    def count(self) -> NDArray[np.float64]: ...
+    def count(self) -> NDArray[np.float64]:
+        """Values per channel, shape (channels,), float64."""
     @property
-    def dgamma(self) -> NDArray[np.float64]: ...
+    def dgamma(self) -> NDArray[np.float64]:
+        """∂ℓ/∂γ = Σdy·x̂, shape (channels,), float64 (section 3)."""
     @property
-    def dbeta(self) -> NDArray[np.float64]: ...
-    def merge(self, other: GradientSums) -> GradientSums: ...
-    def to_bytes(self) -> bytes: ...
+    def dbeta(self) -> NDArray[np.float64]:
+        """∂ℓ/∂β = Σdy, shape (channels,), float64 (section 3)."""
+    def merge(self, other: GradientSums) -> GradientSums:
+        """The sums over the values of both, as a new value.
+
+        Raises:
+            ValueError: The numbers of channels differ.
+        """
+    def to_bytes(self) -> bytes:
+        """A portable form: header with version, number of channels, then count, dγ and dβ, little-endian."""
     @staticmethod
-    def from_bytes(data: bytes) -> GradientSums: ...
+    def from_bytes(data: bytes) -> GradientSums:
+        """Reads what ``to_bytes`` wrote.
+
+        Raises:
+            ValueError: The bytes are not those of GradientSums.
+        """
     def __eq__(self, other: object, /) -> bool: ...
     def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
 
 @final
 class Cache:
+    """What a backward pass needs of its forward pass. It holds x and residual by reference: they must not be changed in
+    between.
+    """
     @property
-    def x(self) -> NDArray[Any] | None: ...
+    def x(self) -> NDArray[Any] | None:
+        """The input of the forward pass; None where y was written over it."""
     @property
-    def residual(self) -> NDArray[Any] | None: ...
+    def residual(self) -> NDArray[Any] | None:
+        """What was added to the normalized x; None where nothing was."""
     @property
-    def activation(self) -> str | None: ...
+    def activation(self) -> str | None:
+        """The activation that followed, by name; None where none did."""
     @property
-    def moments(self) -> Moments: ...
+    def moments(self) -> Moments:
+        """The moments by which x was normalized."""
     @property
-    def mean(self) -> NDArray[np.float64]: ...
+    def mean(self) -> NDArray[np.float64]:
+        """Mean per channel, shape (channels,), float64."""
     @property
-    def invstd(self) -> NDArray[np.float64]: ...
+    def invstd(self) -> NDArray[np.float64]:
+        """1/√(σ² + ε) per channel, shape (channels,), float64."""
     @property
-    def channel_axis(self) -> int: ...
+    def channel_axis(self) -> int:
+        """The channel axis of the forward pass, as it was given."""
 
 @final
 class Coefficients:
+    """The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
+
+    Args:
+        mean: E[x], shape (channels,).
+        var: Var[x], shape (channels,) or a number; 0 or more.
+        gamma: γ, shape (channels,) or a number; ones where absent.
+        beta: β, shape (channels,) or a number; zeros where absent.
+        eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+
+    Raises:
+        ValueError: A shape or value is not as said.
+        TypeError: A parameter is not real.
+    """
     def __new__(
         cls,
         mean: ArrayLike,
@@ -102,7 +194,8 @@ class Coefficients:
         eps: float = 1e-5,
     ) -> Coefficients: ...
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels."""
     def infer(
         self,
         x: Any,
@@ -111,7 +204,8 @@ class Coefficients:
         out: NDArray[Any] | None = None,
         activation: Literal["relu"] | None = None,
         residual: Any | None = None,
-    ) -> NDArray[Any]: ...
+    ) -> NDArray[Any]:
+        """As ``batchnorm.infer``."""
     def backward(
         self,
         dy: Any,
@@ -122,21 +216,80 @@ class Coefficients:
         activation: Literal["relu"] | None = None,
         residual: Any | None = None,
         dresidual: NDArray[Any] | None = None,
-    ) -> Gradients: ...
+    ) -> Gradients:
+        """As ``batchnorm.infer_backward``."""
 
 @final
 class JsonNumbers:
+    """The numbers of one ``data`` array, flat or nested, as float64.
+
+    ``shape`` is that of the nesting: of [[1, 2, 3]] it is (1, 3), and of [[], []] (2, 0).
+    """
     @property
-    def shape(self) -> list[int]: ...
-    def float32(self) -> NDArray[np.float32]: ...
-    def float64(self) -> NDArray[np.float64]: ...
+    def shape(self) -> list[int]:
+        """Lengths of the nested arrays, outermost first."""
+    def float32(self) -> NDArray[np.float32]:
+        """The numbers in a new flat array of float32, each rounded to the nearest.
+
+        Raises:
+            ValueError: A finite number is beyond the range of float32.
+        """
+    def float64(self) -> NDArray[np.float64]:
+        """The numbers in a new flat array of float64."""
     def __len__(self) -> int: ...
 
-def json_cut_data(text: bytes | NDArray[np.uint8], max_elements: int) -> tuple[bytes, list[JsonNumbers]]: ...
+def json_cut_data(text: bytes | NDArray[np.uint8], max_elements: int) -> tuple[bytes, list[JsonNumbers]]:
+    """Cuts the ``data`` arrays out of an inference request.
+
+    Args:
+        text: A JSON message, as bytes or as an array of them; NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
+        max_elements: The most numbers that all these arrays may hold.
+
+    Returns:
+        The text in which each array ``data`` of an object of ``inputs`` is [i], and the arrays, of which that is number
+        i. What else the text holds is for a JSON parser to judge.
+
+    Raises:
+        ValueError: The text is malformed, an array holds something else than numbers or is ragged, or a finite number
+            is beyond the range of float64.
+        OverflowError: There are more numbers than may be.
+    """
+
 def json_put_data(
     before: bytes, values: NDArray[np.float32 | np.float64], after: bytes, null: bool
-) -> NDArray[np.uint8]: ...
-def moments(x: Any, *, channel_axis: int = 1) -> Moments: ...
+) -> NDArray[np.uint8]:
+    """A JSON text with an array of floats in it, each printed shortest.
+
+    Args:
+        before: What precedes the array.
+        values: Flat array of float32 or float64, dense.
+        after: What follows it.
+        null: Whether NaN and infinities are null; else they are the tokens NaN, Infinity and -Infinity.
+
+    Returns:
+        The text in a new array of bytes. A reader that rounds numbers to float64, and for float32 then to float32, gets
+        their bits back.
+
+    Raises:
+        TypeError: values is no such array.
+    """
+
+def moments(x: Any, *, channel_axis: int = 1) -> Moments:
+    """Moments of x: count, mean and M2 of each channel over all other axes.
+
+    Args:
+        x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+        channel_axis: The axis of the channels; negative counts from the end.
+
+    Returns:
+        Moments in float64. Of zero rows: the neutral element, count 0. Of values that are not finite, or that differ by
+        more than about 1e154 so that their squares overflow, the statistics are not finite.
+
+    Raises:
+        ValueError: Rank, channel_axis or size are not as said.
+        TypeError: x is no tensor of these dtypes.
+    """
+
 def normalize(
     x: Any,
     moments: Moments,
@@ -148,7 +301,32 @@ def normalize(
     out: NDArray[Any] | None = None,
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
-) -> tuple[NDArray[Any], Cache]: ...
+) -> tuple[NDArray[Any], Cache]:
+    """Normalizes x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
+
+    With ``residual`` and ``activation``, y = activation(γ·(x − mean)/√(var + ε) + β + residual), rounded once.
+
+    The moments may be those of more than x: merged over micro-batches or processes.
+
+    Args:
+        x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+        moments: Moments with 2 values a channel or more.
+        gamma: γ, shape (channels,) or a number; ones where absent.
+        beta: β, shape (channels,) or a number; zeros where absent.
+        eps: ε, finite and more than 0.
+        channel_axis: The axis of the channels; negative counts from the end.
+        out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x or residual.
+        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+
+    Returns:
+        y, of x's shape, dtype and memory order, and the cache for the backward pass.
+
+    Raises:
+        ValueError: A shape or value is not as said.
+        TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+    """
+
 def train_forward(
     x: Any,
     gamma: ArrayLike | None = None,
@@ -159,8 +337,48 @@ def train_forward(
     out: NDArray[Any] | None = None,
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
-) -> tuple[NDArray[Any], Cache]: ...
-def gradient_sums(dy: Any, cache: Cache, *, x: Any | None = None) -> GradientSums: ...
+) -> tuple[NDArray[Any], Cache]:
+    """Batch normalization in training (Algorithm 1): ``normalize`` by the moments of x itself, to the bit.
+
+    With ``residual`` and ``activation``, y = activation(γ·x̂ + β + residual), rounded once.
+
+    Args:
+        x: Tensor of rank 2 or more, with 2 values a channel or more; float32, float64, float16 or bfloat16.
+        gamma: γ, shape (channels,) or a number; ones where absent.
+        beta: β, shape (channels,) or a number; zeros where absent.
+        eps: ε, finite and more than 0.
+        channel_axis: The axis of the channels; negative counts from the end.
+        out: Array of x's shape, dtype and memory order to write y to; memory of its own, or x itself.
+        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+
+    Returns:
+        y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x and residual by reference.
+        Where y was written over x there is none to hold, and ``backward`` needs a copy of x.
+
+    Raises:
+        ValueError: A shape or value is not as said.
+        TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+    """
+
+def gradient_sums(dy: Any, cache: Cache, *, x: Any | None = None) -> GradientSums:
+    """The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
+
+    Where the forward pass ended in an activation, dy stands for dy where y > 0, else 0.
+
+    Args:
+        dy: ∂ℓ/∂y, of the shape and dtype of x.
+        cache: What the forward pass returned.
+        x: A copy of x, where the forward pass wrote y over x.
+
+    Returns:
+        GradientSums in float64, which merge over micro-batches and processes.
+
+    Raises:
+        ValueError: dy has another shape than x.
+        TypeError: dy has another dtype than x.
+    """
+
 def gradient_apply(
     dy: Any,
     cache: Cache,
@@ -169,7 +387,29 @@ def gradient_apply(
     x: Any | None = None,
     out: NDArray[Any] | None = None,
     dresidual: NDArray[Any] | None = None,
-) -> NDArray[Any]: ...
+) -> NDArray[Any]:
+    """The input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
+
+    Where the forward pass ended in an activation, dy stands for dy where y > 0, else 0.
+
+    Args:
+        dy: ∂ℓ/∂y, of the shape and dtype of x.
+        cache: What the forward pass returned.
+        sums: Sums over all values whose moments were merged; m is their count.
+        x: A copy of x, where the forward pass wrote y over x.
+        out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
+        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
+            that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
+
+    Returns:
+        dx, of x's shape, dtype and memory order.
+
+    Raises:
+        ValueError: A shape is not as said, or the sums are over another number of values than the moments by which x was
+            normalized.
+        TypeError: dy or out has another dtype than x.
+    """
+
 def backward(
     dy: Any,
     cache: Cache,
@@ -177,7 +417,30 @@ def backward(
     x: Any | None = None,
     out: NDArray[Any] | None = None,
     dresidual: NDArray[Any] | None = None,
-) -> Gradients: ...
+) -> Gradients:
+    """The backward pass of training (section 3): ``gradient_apply`` with ``gradient_sums``, to the bit.
+
+    Where the forward pass ended in an activation, the gradient passes where the rounded y > 0. y is not needed for it, but
+    x and residual must be as they were.
+
+    Args:
+        dy: ∂ℓ/∂y, of the shape and dtype of x.
+        cache: What the forward pass returned.
+        x: A copy of x, where the forward pass wrote y over x.
+        out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
+        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
+            that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
+
+    Returns:
+        Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
+        Its attribute dresidual is that array; without one it is dy where the forward pass had a residual and no activation
+        (and dx was not written over dy), else None.
+
+    Raises:
+        ValueError: A shape is not as said, or x was normalized by the moments of more than x: merge gradient sums then.
+        TypeError: dy or out has another dtype than x.
+    """
+
 def infer(
     x: Any,
     mean: ArrayLike,
@@ -190,7 +453,35 @@ def infer(
     out: NDArray[Any] | None = None,
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
-) -> NDArray[Any]: ...
+) -> NDArray[Any]:
+    """Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
+
+    With ``residual`` and ``activation``, y = activation((x − mean)·s + β + residual), rounded once.
+
+    Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
+    rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. Of 16-bit tensors
+    |x − mean| and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+
+    Args:
+        x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+        mean: E[x], shape (channels,) or a number.
+        var: Var[x], shape (channels,) or a number; 0 or more.
+        gamma: γ, shape (channels,) or a number; ones where absent.
+        beta: β, shape (channels,) or a number; zeros where absent.
+        eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+        channel_axis: The axis of the channels; negative counts from the end.
+        out: Array of x's shape, dtype and memory order to write y to; x itself, or memory of its own.
+        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+
+    Returns:
+        y, of x's shape, dtype and memory order.
+
+    Raises:
+        ValueError: A shape or value is not as said.
+        TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+    """
+
 def infer_backward(
     dy: Any,
     x: Any,
@@ -205,11 +496,91 @@ def infer_backward(
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
     dresidual: NDArray[Any] | None = None,
-) -> Gradients: ...
-def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None: ...
-def release_memory() -> int: ...
-def set_num_threads(n: int) -> None: ...
-def get_num_threads() -> int: ...
-def simd_level() -> str: ...
-def set_simd_level(name: str | None) -> None: ...
-def simd_levels() -> list[str]: ...
+) -> Gradients:
+    """The backward pass with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
+
+    With the ``activation`` of the forward pass, dy stands for dy where y > 0, else 0; that takes its ``beta`` and
+    ``residual``, which change nothing else.
+
+    Args:
+        dy: ∂ℓ/∂y, of the shape and dtype of x.
+        x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+        mean: E[x], shape (channels,) or a number.
+        var: Var[x], shape (channels,) or a number; 0 or more.
+        gamma: γ, shape (channels,) or a number; ones where absent.
+        beta: β, shape (channels,) or a number; zeros where absent.
+        eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+        channel_axis: The axis of the channels; negative counts from the end.
+        out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
+        activation: None or "relu", as in the forward pass.
+        residual: As in the forward pass.
+        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
+            that passes the activation; memory of its own, or dy itself. Only with residual.
+
+    Returns:
+        Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
+        Its attribute dresidual is that array; without one it is dy where the forward pass had a residual and no activation
+        (and dx was not written over dy), else None.
+
+    Raises:
+        ValueError: A shape or value is not as said.
+        TypeError: dy, x, out or a parameter is of a wrong type.
+    """
+
+def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None:
+    """The floor that benchmarks compare with: out = x, or out = x + z, on the threads that every function here works on.
+
+    Args:
+        x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+        out: Array like x, in memory of its own.
+        z: Tensor like x.
+        streaming: Whether out is written past the caches.
+
+    Raises:
+        ValueError: A shape is not as said.
+        TypeError: out or z has another dtype than x.
+    """
+
+def release_memory() -> int:
+    """Frees the memory that is kept for outputs to come.
+
+    Fresh memory costs more than the arithmetic that fills it. So the memory of large outputs that no array uses any more
+    is kept: 256 MiB in all or one output, whichever is larger; none where the environment variable
+    ``BATCHNORM_KEEP_MEMORY`` is 0. Arrays that are alive are not touched.
+
+    Returns:
+        Bytes freed.
+    """
+
+def set_num_threads(n: int) -> None:
+    """Sets the number of threads that work on one call, the caller's own included. Results do not depend on it.
+
+    Raises:
+        ValueError: n is not from 1 to 1024.
+    """
+
+def get_num_threads() -> int:
+    """The number of threads that work on one call: what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the
+    affinity mask and the cgroup quota leave to this process.
+
+    Raises:
+        ValueError: ``BATCHNORM_NUM_THREADS`` is not a number from 1 to 1024.
+    """
+
+def simd_level() -> str:
+    """The instruction-set level in use: what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
+
+    Raises:
+        ValueError: ``BATCHNORM_SIMD`` names a level that this machine cannot run.
+    """
+
+def set_simd_level(name: str | None) -> None:
+    """Forces an instruction-set level by name; ``None`` goes back to the choice made at first use. Results do not depend on
+    it.
+
+    Raises:
+        ValueError: name is none of ``simd_levels()``.
+    """
+
+def simd_levels() -> list[str]:
+    """Names of the instruction-set levels that this machine can run, lowest first."""

@@ -28,9 +28,17 @@ mod _core {
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name that Python gives it")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// The kinds of errors of the core; an exception that comes of one names it in its attribute `kind`.
+    #[pymodule_export]
+    const ERROR_KINDS: &[&str] = batchnorm::Error::KINDS;
 }
 
-/// The one door from the core's errors to Python's: a refused shape or value is a `ValueError`.
+/// Makes a Python exception of an error of the core: a `ValueError` whose attribute `kind` names the variant.
 fn value_error(error: batchnorm::Error) -> PyErr {
-    pyo3::exceptions::PyValueError::new_err(error.to_string())
+    let exception = pyo3::exceptions::PyValueError::new_err(error.to_string());
+    match Python::attach(|py| exception.value(py).setattr("kind", error.kind())) {
+        Ok(()) => exception,
+        Err(failed) => failed,
+    }
 }

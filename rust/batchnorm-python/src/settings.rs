@@ -20,8 +20,10 @@ pub(crate) fn set_num_threads(n: &Bound<'_, PyAny>) -> PyResult<()> {
     threads.and_then(batchnorm::set_num_threads).map_err(value_error)
 }
 
-/// The number of threads that work on one call: what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the
-/// affinity mask and the cgroup quota leave to this process.
+/// The number of threads that work on one call.
+///
+/// It is what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the affinity mask and the cgroup quota leave
+/// to this process.
 ///
 /// Raises:
 ///     ValueError: ``BATCHNORM_NUM_THREADS`` is not a number from 1 to 1024.
@@ -30,7 +32,9 @@ pub(crate) fn get_num_threads() -> PyResult<usize> {
     batchnorm::get_num_threads().map_err(value_error)
 }
 
-/// The instruction-set level in use: what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
+/// The instruction-set level in use.
+///
+/// It is what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
 ///
 /// Raises:
 ///     ValueError: ``BATCHNORM_SIMD`` names a level that this machine cannot run.
@@ -39,8 +43,9 @@ pub(crate) fn simd_level() -> PyResult<&'static str> {
     batchnorm::simd_level().map(batchnorm::Level::name).map_err(value_error)
 }
 
-/// Forces an instruction-set level by name; ``None`` goes back to the choice made at first use. Results do not depend on
-/// it.
+/// Forces an instruction-set level by name; ``None`` goes back to the choice made at first use.
+///
+/// Results do not depend on it.
 ///
 /// Raises:
 ///     ValueError: name is none of ``simd_levels()``.

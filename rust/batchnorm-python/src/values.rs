@@ -195,8 +195,9 @@ fn range(count: &[f64]) -> String {
     if least == most { least.to_string() } else { format!("{least}..{most}") }
 }
 
-/// What a backward pass needs of its forward pass. It holds x and residual by reference: they must not be changed in
-/// between.
+/// What a backward pass needs of its forward pass.
+///
+/// It holds x and residual by reference: they must not be changed in between.
 #[pyclass(frozen, module = "batchnorm", name = "Cache")]
 pub(crate) struct Cache {
     pub(crate) x: Option<Py<PyUntypedArray>>,

@@ -165,6 +165,28 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// `KINDS` and `kind` from one list. The match is exhaustive: a variant that is not listed does not compile.
+macro_rules! kinds {
+    ($($name:ident)+) => {
+        impl Error {
+            /// The names of all variants.
+            pub const KINDS: &[&str] = &[$(stringify!($name)),+];
+
+            /// The name of this variant.
+            pub fn kind(&self) -> &'static str {
+                match self {
+                    $(Self::$name { .. } => stringify!($name)),+
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    Rank ChannelAxis NoChannels Overflow Elements LayoutMismatch Channels NotFinite Negative Eps EpsZeroInTraining
+    EpsZeroForZeroVariance TooFewValues Counts Bytes Threads Level
+}
+
 impl Error {
     /// Refuses the first value of a parameter that is NaN or infinite.
     pub(crate) fn check_finite(argument: &'static str, values: &[f64]) -> Result<(), Self> {

@@ -6,8 +6,15 @@ use batchnorm::{
     Activation, Coefficients, Element, Epilogue, Layout, View, ViewMut, backward, gate, gradient_apply, gradient_sums,
     infer, infer_backward, infer_in_place, moments, normalize, train_forward, train_forward_in_place,
 };
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) const EPS: f64 = 1e-5;
+
+/// Held by tests that set the number of threads or the level, which belong to the process.
+pub(crate) fn own_settings() -> MutexGuard<'static, ()> {
+    static SETTINGS: Mutex<()> = Mutex::new(());
+    SETTINGS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Reproducible noise in [-1, 1) (a linear congruential generator; Knuth's constants).
 fn noise(seed: u64) -> impl Iterator<Item = f64> {

@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failing unwrap is a failing test")]
 
 mod common;
+mod widths;
 
 use batchnorm::{
     Activation, Coefficients, Element, Epilogue, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, gate,
     get_num_threads, gradient_sums, infer, moments, set_num_threads, set_simd_level, simd_level, simd_levels,
     train_forward,
 };
-use common::{EPS, everything, parameters, tensor};
+use common::{EPS, everything, own_settings, parameters, tensor};
 
 /// (outer, channels, inner) on either side of lane, line, block and family widths.
 const LAYOUTS: [(usize, usize, usize); 16] = [
@@ -73,6 +74,7 @@ fn same_bits<T: Element>() {
 /// One test for all types, since the number of threads and the level belong to the process.
 #[test]
 fn bits_do_not_depend_on_threads_or_levels() {
+    let _settings = own_settings();
     same_bits::<f32>();
     same_bits::<f64>();
     same_bits::<f16>();

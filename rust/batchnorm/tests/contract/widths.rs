@@ -1,12 +1,8 @@
 //! Every verb at every length about lanes and lines, at every level: small enough for `make memcheck`, which runs these
 //! tests under Valgrind, where each tensor has an allocation of its own.
 
-#![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
-
-mod common;
-
+use crate::common::{everything, own_settings};
 use batchnorm::{Element, Layout, bf16, f16, set_num_threads, set_simd_level, simd_level, simd_levels};
-use common::everything;
 
 /// Twice the elements of a cache line of the narrowest type, and one more.
 const LONGEST: usize = 2 * 32 + 1;
@@ -28,9 +24,9 @@ fn widths<T: Element>() -> usize {
     compared
 }
 
-/// One test, since the number of threads and the level belong to the process.
 #[test]
 fn every_width_of_every_type() {
+    let _settings = own_settings();
     set_num_threads(2).unwrap();
     let compared = [widths::<f32>(), widths::<f64>(), widths::<f16>(), widths::<bf16>()];
     assert_eq!(compared, [4 * LONGEST * simd_levels().len(); 4]);
