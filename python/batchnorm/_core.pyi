@@ -23,11 +23,13 @@ __all__ = [
     "json_put_data",
     "moments",
     "normalize",
+    "real_array",
     "release_memory",
     "set_num_threads",
     "set_simd_level",
     "simd_level",
     "simd_levels",
+    "tensor",
     "train_forward",
 ]
 
@@ -213,3 +215,5 @@ def get_num_threads() -> int: ...
 def simd_level() -> str: ...
 def set_simd_level(name: str | None) -> None: ...
 def simd_levels() -> list[str]: ...
+def tensor(argument: str, value: Any) -> NDArray[Any]: ...
+def real_array(argument: str, value: ArrayLike) -> NDArray[Any]: ...
