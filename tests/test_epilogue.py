@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import batchnorm as bn
 import cases
 import oracle
-from batchnorm._core import Affine
+from batchnorm._core import Coefficients
 from cases import Layout, bits, strides
 
 TRAINABLE = tuple(f for f in cases.LAYOUTS if np.prod(f.shape) >= 2 * f.channels)
@@ -45,7 +45,7 @@ def test_inference_is_the_defined_expression(rng, layout, dtype, activation, wit
     over = x.copy(order="K")
     assert bn.infer(over, *p, channel_axis=axis, out=over, **follows) is over
     assert bits(over) == bits(wanted)
-    assert bits(Affine(*p).infer(x, channel_axis=axis, **follows)) == bits(wanted)
+    assert bits(Coefficients(*p).infer(x, channel_axis=axis, **follows)) == bits(wanted)
 
 
 @given(cases.layouts(min_values=1), st.sampled_from(cases.DTYPES), st.integers(0, 2**32 - 1))
@@ -146,7 +146,8 @@ def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
     assert_gradients(
         bn.infer_backward(over, *arguments, beta=beta, channel_axis=axis, out=over, **follows), frozen
     )
-    assert_gradients(Affine(mean, var, gamma, beta).backward(dy, x, channel_axis=axis, **follows), frozen)
+    held = Coefficients(mean, var, gamma, beta)
+    assert_gradients(held.backward(dy, x, channel_axis=axis, **follows), frozen)
 
 
 @pytest.mark.parametrize("layout", FEW, ids=str)
@@ -303,7 +304,7 @@ CALLS = {
     "normalize": lambda **f: bn.normalize(X, bn.moments(X), **f),
     "infer": lambda **f: bn.infer(X, 0.0, 1.0, **f),
     "infer_backward": lambda **f: bn.infer_backward(X, X, 0.0, 1.0, **f),
-    "Affine.infer": lambda **f: Affine(np.zeros(3), np.ones(3)).infer(X, **f),
+    "Coefficients.infer": lambda **f: Coefficients(np.zeros(3), np.ones(3)).infer(X, **f),
     "layer": lambda **f: bn.BatchNorm(3)(X, **f),
 }
 

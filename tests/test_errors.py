@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm._core import Affine
+from batchnorm._core import Coefficients
 from dlpack import Exporter
 
 CRATE = Path(__file__).parents[1] / "rust/batchnorm"
@@ -48,10 +48,10 @@ FORWARDS = {
     "normalize": lambda x, **kw: bn.normalize(x, MOMENTS, **kw),
     "infer": lambda x, **kw: bn.infer(x, ONES, ONES, **kw),
     "infer_backward": lambda x, **kw: bn.infer_backward(x, x, ONES, ONES, **kw),
-    "Affine.infer": lambda x, **kw: Affine(ONES, ONES).infer(x, **kw),
-    "Affine.backward": lambda x, **kw: Affine(ONES, ONES).backward(x, x, **kw),
+    "Coefficients.infer": lambda x, **kw: Coefficients(ONES, ONES).infer(x, **kw),
+    "Coefficients.backward": lambda x, **kw: Coefficients(ONES, ONES).backward(x, x, **kw),
 }
-FROZEN, TRAINING = ("infer", "infer_backward", "Affine"), ("train_forward", "normalize")
+FROZEN, TRAINING = ("infer", "infer_backward", "Coefficients"), ("train_forward", "normalize")
 
 
 class Case(NamedTuple):
@@ -74,7 +74,7 @@ def each(variant, words, call, functions=tuple(FORWARDS)):
 def with_parameter(variant, words, name, value):
     """The same case for every function that takes this parameter."""
     p = {"mean": ONES, "var": ONES, "gamma": ONES, "beta": ONES} | {name: value}
-    calls = {"infer": lambda: bn.infer(X, **p), "Affine": lambda: Affine(**p)}
+    calls = {"infer": lambda: bn.infer(X, **p), "Coefficients": lambda: Coefficients(**p)}
     if name != "beta":
         calls["infer_backward"] = lambda: bn.infer_backward(X, X, p["mean"], p["var"], p["gamma"])
     if name in ("gamma", "beta"):
@@ -87,7 +87,7 @@ def with_eps(variant, words, functions, eps, var=ONES):
     calls = {
         "infer": lambda: bn.infer(X, ONES, var, eps=eps),
         "infer_backward": lambda: bn.infer_backward(X, X, ONES, var, eps=eps),
-        "Affine": lambda: Affine(ONES, var, eps=eps),
+        "Coefficients": lambda: Coefficients(ONES, var, eps=eps),
         "train_forward": lambda: bn.train_forward(X, eps=eps),
         "normalize": lambda: bn.normalize(X, MOMENTS, eps=eps),
     }
@@ -104,7 +104,7 @@ CASES = [
     *each("ChannelAxis", "channel_axis is 3; .*rank 3", lambda f: f(X, channel_axis=3)),
     *each("ChannelAxis", "channel_axis is -4; .*rank 3", lambda f: f(X, channel_axis=-4)),
     *each("NoChannels", "x has 0 channels; wanted 1 or more", lambda f: f(np.ones((4, 0, 2), np.float32))),
-    *each("Channels", "wanted", two_channels, ("normalize", "Affine.infer", "Affine.backward")),
+    *each("Channels", "wanted", two_channels, ("normalize", "Coefficients.infer", "Coefficients.backward")),
     Case("Channels", "channels", lambda: MOMENTS.merge(bn.Moments(1, 0, 0)), "merge of moments"),
     Case("Channels", "channels", lambda: SUMS.merge(bn.GradientSums(1, 0, 0)), "merge of sums"),
     Case("Channels", "channels", lambda: bn.gradient_apply(X, CACHE, bn.GradientSums(1, 0, 0)), "sums"),

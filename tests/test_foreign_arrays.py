@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm._core import Affine
+from batchnorm._core import Coefficients
 from cases import bits
 from dlpack import Exporter
 
@@ -75,7 +75,7 @@ def one_of(take, name):
 # Every way in of parameters: how errors call it, and what takes it and hands it out again or normalizes X by it.
 PARAMETERS = {
     **{f"infer {name}": (name, one_of(lambda **p: bn.infer(X, **p), name)) for name in ("mean", "beta")},
-    **{f"Affine {name}": (name, one_of(lambda **p: Affine(**p).infer(X), name)) for name in ("var", "gamma")},
+    **{f"Coefficients {name}": (name, one_of(lambda **p: Coefficients(**p).infer(X), name)) for name in ("var", "gamma")},
     **{
         f"FrozenBatchNorm {name}": (name, one_of(lambda **p: bn.FrozenBatchNorm(**p)(X), name))
         for name in ("mean", "var", "gamma", "beta")

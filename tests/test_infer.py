@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import batchnorm as bn
 import cases
 import oracle
-from batchnorm._core import Affine
+from batchnorm._core import Coefficients
 from cases import bits, strides
 
 
@@ -56,10 +56,10 @@ def test_eps_may_be_zero_where_every_variance_is_positive(rng, dtype):
     )
 
 
-def test_affine_holds_the_same_coefficients(rng, layout, dtype):
+def test_coefficients_hold_the_same_coefficients(rng, layout, dtype):
     mean, var, gamma, beta = cases.parameters(rng, layout.channels)
     x = layout.normal(rng, dtype)
-    held = Affine(mean, var, gamma, beta, eps=1e-3)
+    held = Coefficients(mean, var, gamma, beta, eps=1e-3)
     assert held.channels == layout.channels
     y = bn.infer(x, mean, var, gamma, beta, eps=1e-3, channel_axis=layout.channel_axis)
     assert bits(held.infer(x, channel_axis=layout.channel_axis)) == bits(y)

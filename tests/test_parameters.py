@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm._core import Affine
+from batchnorm._core import Coefficients
 
 VALUES = np.array([1.0, 2.0, 3.0])
 X = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -42,7 +42,7 @@ def test_parameters_in_any_memory(memory, dtype):
     given = MEMORY[memory](dtype)
     wanted = bn.infer(X, VALUES, VALUES, VALUES, VALUES)
     assert np.array_equal(bn.infer(X, given, given, given, given), wanted)
-    assert np.array_equal(Affine(given, given, given, given).infer(X), wanted)
+    assert np.array_equal(Coefficients(given, given, given, given).infer(X), wanted)
     assert np.array_equal(bn.FrozenBatchNorm(given, given, given, given).mean, VALUES)
     assert np.array_equal(bn.Moments(given, given, given).mean, VALUES)
     y, _ = bn.train_forward(X, given, given)
@@ -53,7 +53,7 @@ def test_parameters_in_any_memory(memory, dtype):
 def test_a_mask_is_not_lost_in_silence(name):
     masked = np.ma.masked_array(VALUES, [False, True, False])
     parameters = {"mean": VALUES, "var": VALUES, "gamma": VALUES, "beta": VALUES} | {name: masked}
-    for take in (Affine, bn.FrozenBatchNorm, lambda **p: bn.infer(X, **p)):
+    for take in (Coefficients, bn.FrozenBatchNorm, lambda **p: bn.infer(X, **p)):
         with pytest.raises(TypeError, match=f"^{name} is .*MaskedArray with a mask; wanted"):
             take(**parameters)
 

@@ -6,8 +6,8 @@ from numpy.typing import ArrayLike, NDArray
 from batchnorm._types import Gradients
 
 __all__ = [
-    "Affine",
     "Cache",
+    "Coefficients",
     "GradientSums",
     "JsonNumbers",
     "Moments",
@@ -93,7 +93,7 @@ class Cache:
     def channel_axis(self) -> int: ...
 
 @final
-class Affine:
+class Coefficients:
     def __new__(
         cls,
         mean: ArrayLike,
@@ -102,7 +102,7 @@ class Affine:
         beta: ArrayLike | None = None,
         *,
         eps: float = 1e-5,
-    ) -> Affine: ...
+    ) -> Coefficients: ...
     @property
     def channels(self) -> int: ...
     def infer(

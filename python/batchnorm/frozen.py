@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm._checks import channels_where, integer, number, parameter_dtype
-from batchnorm._core import Affine, Moments, real_array
+from batchnorm._core import Coefficients, Moments, real_array
 from batchnorm._types import Gradients
 from batchnorm.conventions import torch_parameters
 
@@ -86,7 +86,7 @@ class FrozenBatchNorm:
     channel_axis: int
     dtype: np.dtype[Any]
     fingerprint: str
-    _affine: Affine
+    _coefficients: Coefficients
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ class FrozenBatchNorm:
         }
         eps = number("eps", eps)
         # Refuses, by name, whatever was wrong before rounding.
-        channels = Affine(**given, eps=eps).channels
+        channels = Coefficients(**given, eps=eps).channels
         with np.errstate(all="ignore"):  # the class above has looked at the values
             wide = {name: array.astype(np.float64) for name, array in given.items()}
         exact = {name: np.broadcast_to(array, (channels,)) for name, array in wide.items()}
@@ -122,7 +122,7 @@ class FrozenBatchNorm:
         put("eps", eps)
         put("channel_axis", channel_axis)
         put("dtype", dtype)
-        put("_affine", Affine(**rounded, eps=eps))
+        put("_coefficients", Coefficients(**rounded, eps=eps))
         put("fingerprint", _fingerprint(self))
         _warn_of_coarse_means(exact["mean"], self)
 
@@ -263,7 +263,7 @@ class FrozenBatchNorm:
         if out is not None:
             self._refuse_float64("out", out)
         axis = self.channel_axis
-        y = self._affine.infer(x, channel_axis=axis, out=out, activation=activation, residual=residual)
+        y = self._coefficients.infer(x, channel_axis=axis, out=out, activation=activation, residual=residual)
         if out is None:
             self._refuse_float64("x", y)
         return y
@@ -285,7 +285,7 @@ class FrozenBatchNorm:
     def _backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None, **epilogue: Any) -> Gradients:
         if out is not None:
             self._refuse_float64("out", out)
-        gradients = self._affine.backward(dy, x, channel_axis=self.channel_axis, out=out, **epilogue)
+        gradients = self._coefficients.backward(dy, x, channel_axis=self.channel_axis, out=out, **epilogue)
         if out is None:
             self._refuse_float64("dy", gradients.dx)
         return gradients

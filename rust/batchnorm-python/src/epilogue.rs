@@ -1,7 +1,7 @@
 //! What follows normalization in the same pass, and the way back through it.
 
 use crate::buffer::{Output, Tensor, type_name};
-use batchnorm::{Activation, Affine, Element, Error, View, ViewMut, gate};
+use batchnorm::{Activation, Coefficients, Element, Error, View, ViewMut, gate};
 use numpy::PyUntypedArray;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -120,7 +120,7 @@ impl<T: Element> Views<'_, T> {
     pub(crate) fn go<R>(
         mut self,
         x: View<'_, T>,
-        affine: &Affine,
+        coefficients: &Coefficients,
         epilogue: batchnorm::Epilogue<View<'_, T>>,
         count: impl ExactSizeIterator<Item = f64>,
         rest: impl FnOnce(Option<View<'_, T>>, batchnorm::Epilogue<View<'_, T>>, &mut ViewMut<'_, T>) -> Result<R, Error>,
@@ -128,9 +128,9 @@ impl<T: Element> Views<'_, T> {
         match &mut self.gated {
             None => rest(self.dy, epilogue, &mut self.dx),
             Some(gated) => {
-                affine.check_counts(count)?;
+                coefficients.check_counts(count)?;
                 let dy = self.dy.or_else(|| (!self.gated_over_dy).then(|| self.dx.as_view()));
-                gate(dy, x, affine, epilogue, gated)?;
+                gate(dy, x, coefficients, epilogue, gated)?;
                 rest(Some(gated.as_view()), batchnorm::Epilogue::default(), &mut self.dx)
             }
         }

@@ -2,7 +2,7 @@
 
 use crate::buffer::{Tensor, with_element};
 use crate::epilogue::{Back, Epilogue};
-use crate::parameters::{Parameters, affine};
+use crate::parameters::{Parameters, coefficients};
 use crate::value_error;
 use crate::values::{Cache, GradientSums, Moments};
 use batchnorm::Error;
@@ -108,13 +108,13 @@ pub(crate) fn normalize<'py>(
     let epilogue = Epilogue::read(&x, activation, residual)?;
     let mut y = x.output("out", out, &epilogue.inputs(&[("x", &x)]))?;
     let moments = moments.0.clone();
-    let affine = with_element!(x.dtype, T => {
+    let coefficients = with_element!(x.dtype, T => {
         let (view, follows, mut y) = (x.view::<T>(), epilogue.of::<T>(), y.view_mut::<T>());
         run(py, x.bytes(), || {
             batchnorm::normalize(view, &moments, parameters.gamma(), parameters.beta(), eps, follows, &mut y)
         })
     })?;
-    Ok((y.array, Cache::new(Some(x), moments, affine, channel_axis, epilogue)))
+    Ok((y.array, Cache::new(Some(x), moments, coefficients, channel_axis, epilogue)))
 }
 
 /// Batch normalization in training (Algorithm 1): ``normalize`` by the moments of x itself, to the bit.
@@ -159,7 +159,7 @@ pub(crate) fn train_forward<'py>(
     let epilogue = Epilogue::read(&x, activation, residual)?;
     let (mut y, in_place) = x.output_over("out", out, ("x", &x), &epilogue.inputs(&[]))?;
     let (gamma, beta) = (parameters.gamma(), parameters.beta());
-    let (moments, affine) = with_element!(x.dtype, T => {
+    let (moments, coefficients) = with_element!(x.dtype, T => {
         let (follows, mut y) = (epilogue.of::<T>(), y.view_mut::<T>());
         if in_place {
             run(py, x.bytes(), || batchnorm::train_forward_in_place(gamma, beta, eps, follows, &mut y))
@@ -168,7 +168,7 @@ pub(crate) fn train_forward<'py>(
             run(py, x.bytes(), || batchnorm::train_forward(view, gamma, beta, eps, follows, &mut y))
         }
     })?;
-    Ok((y.array, Cache::new((!in_place).then_some(x), moments, affine, channel_axis, epilogue)))
+    Ok((y.array, Cache::new((!in_place).then_some(x), moments, coefficients, channel_axis, epilogue)))
 }
 
 /// The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
@@ -198,7 +198,7 @@ pub(crate) fn gradient_sums(
     let dy = x.read_like("dy", dy)?;
     with_element!(x.dtype, T => {
         let (dy, view, follows) = (dy.view::<T>(), x.view::<T>(), epilogue.of::<T>());
-        run(py, x.bytes(), || batchnorm::gradient_sums(dy, view, &cache.affine, follows))
+        run(py, x.bytes(), || batchnorm::gradient_sums(dy, view, &cache.coefficients, follows))
     })
     .map(GradientSums)
 }
@@ -237,12 +237,12 @@ pub(crate) fn gradient_apply<'py>(
 ) -> PyResult<Bound<'py, PyUntypedArray>> {
     let (x, epilogue) = cached(py, cache, x)?;
     let mut back = Back::read(dy, &x, &epilogue, out, dresidual)?;
-    let (affine, sums) = (&cache.affine, &sums.0);
+    let (coefficients, sums) = (&cache.coefficients, &sums.0);
     with_element!(x.dtype, T => {
         let (views, view, follows) = (back.views::<T>(), x.view::<T>(), epilogue.of::<T>());
         run(py, x.bytes(), || {
-            views.go(view, affine, follows, sums.count().iter().copied(), |dy, follows, dx| {
-                batchnorm::gradient_apply(dy, view, affine, follows, sums, dx)
+            views.go(view, coefficients, follows, sums.count().iter().copied(), |dy, follows, dx| {
+                batchnorm::gradient_apply(dy, view, coefficients, follows, sums, dx)
             })
         })
     })?;
@@ -282,12 +282,12 @@ pub(crate) fn backward<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let (x, epilogue) = cached(py, cache, x)?;
     let mut back = Back::read(dy, &x, &epilogue, out, dresidual)?;
-    let (affine, count) = (&cache.affine, repeat_n(x.layout.count() as f64, x.layout.channels()));
+    let (coefficients, count) = (&cache.coefficients, repeat_n(x.layout.count() as f64, x.layout.channels()));
     let sums = with_element!(x.dtype, T => {
         let (views, view, follows) = (back.views::<T>(), x.view::<T>(), epilogue.of::<T>());
         run(py, x.bytes(), || {
-            views.go(view, affine, follows, count, |dy, follows, dx| {
-                batchnorm::backward(dy, view, affine, follows, dx)
+            views.go(view, coefficients, follows, count, |dy, follows, dx| {
+                batchnorm::backward(dy, view, coefficients, follows, dx)
             })
         })
     })?;
@@ -355,13 +355,13 @@ pub(crate) fn infer<'py>(
     residual: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyUntypedArray>> {
     let x = Tensor::read("x", x, channel_axis)?;
-    let affine = affine(mean, var, gamma, beta, eps, x.layout.channels())?;
-    infer_into(&x, &affine, out, &Epilogue::read(&x, activation, residual)?)
+    let coefficients = coefficients(mean, var, gamma, beta, eps, x.layout.channels())?;
+    infer_into(&x, &coefficients, out, &Epilogue::read(&x, activation, residual)?)
 }
 
 pub(crate) fn infer_into<'py>(
     x: &Tensor<'py>,
-    affine: &batchnorm::Affine,
+    coefficients: &batchnorm::Coefficients,
     out: Option<&Bound<'py, PyAny>>,
     epilogue: &Epilogue<'py>,
 ) -> PyResult<Bound<'py, PyUntypedArray>> {
@@ -370,10 +370,10 @@ pub(crate) fn infer_into<'py>(
     with_element!(x.dtype, T => {
         let (follows, mut target) = (epilogue.of::<T>(), y.view_mut::<T>());
         if in_place {
-            run(py, x.bytes(), || batchnorm::infer_in_place(affine, follows, &mut target))
+            run(py, x.bytes(), || batchnorm::infer_in_place(coefficients, follows, &mut target))
         } else {
             let view = x.view::<T>();
-            run(py, x.bytes(), || batchnorm::infer(view, affine, follows, &mut target))
+            run(py, x.bytes(), || batchnorm::infer(view, coefficients, follows, &mut target))
         }
     })?;
     Ok(y.array)
@@ -428,14 +428,14 @@ pub(crate) fn infer_backward<'py>(
     dresidual: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let x = Tensor::read("x", x, channel_axis)?;
-    let affine = affine(mean, var, gamma, beta, eps, x.layout.channels())?;
-    infer_backward_of(dy, &x, &affine, out, &Epilogue::read(&x, activation, residual)?, dresidual)
+    let coefficients = coefficients(mean, var, gamma, beta, eps, x.layout.channels())?;
+    infer_backward_of(dy, &x, &coefficients, out, &Epilogue::read(&x, activation, residual)?, dresidual)
 }
 
 pub(crate) fn infer_backward_of<'py>(
     dy: &Bound<'py, PyAny>,
     x: &Tensor<'py>,
-    affine: &batchnorm::Affine,
+    coefficients: &batchnorm::Coefficients,
     out: Option<&Bound<'py, PyAny>>,
     epilogue: &Epilogue<'py>,
     dresidual: Option<&Bound<'py, PyAny>>,
@@ -445,8 +445,8 @@ pub(crate) fn infer_backward_of<'py>(
     let sums = with_element!(x.dtype, T => {
         let (views, view, follows) = (back.views::<T>(), x.view::<T>(), epilogue.of::<T>());
         run(py, x.bytes(), || {
-            views.go(view, affine, follows, count, |dy, follows, dx| {
-                batchnorm::infer_backward(dy, view, affine, follows, dx)
+            views.go(view, coefficients, follows, count, |dy, follows, dx| {
+                batchnorm::infer_backward(dy, view, coefficients, follows, dx)
             })
         })
     })?;

@@ -26,7 +26,7 @@ mod _core {
     #[pymodule_export]
     use crate::settings::{get_num_threads, release_memory, set_num_threads, set_simd_level, simd_level, simd_levels};
     #[pymodule_export]
-    use crate::values::{Affine, Cache, GradientSums, Moments};
+    use crate::values::{Cache, Coefficients, GradientSums, Moments};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name that Python gives it")]

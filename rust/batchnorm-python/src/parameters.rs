@@ -33,18 +33,18 @@ impl Parameters {
     }
 }
 
-/// Frozen statistics and parameters, as the affine form that they make.
-pub(crate) fn affine(
+/// Frozen statistics and parameters, as the coefficients that they make.
+pub(crate) fn coefficients(
     mean: &Bound<'_, PyAny>,
     var: &Bound<'_, PyAny>,
     gamma: Option<&Bound<'_, PyAny>>,
     beta: Option<&Bound<'_, PyAny>>,
     eps: f64,
     channels: usize,
-) -> PyResult<batchnorm::Affine> {
+) -> PyResult<batchnorm::Coefficients> {
     let (mean, var) = (per_channel("mean", mean, channels)?, per_channel("var", var, channels)?);
     let parameters = Parameters::read(gamma, beta, channels)?;
-    batchnorm::Affine::new(&mean, &var, parameters.gamma(), parameters.beta(), eps).map_err(value_error)
+    batchnorm::Coefficients::new(&mean, &var, parameters.gamma(), parameters.beta(), eps).map_err(value_error)
 }
 
 /// The argument as float64, one value a channel; a single value is repeated.

@@ -3,7 +3,7 @@
 use crate::buffer::Tensor;
 use crate::epilogue::Epilogue;
 use crate::functions::{infer_backward_of, infer_into};
-use crate::parameters::{affine, vector};
+use crate::parameters::{coefficients, vector};
 use crate::value_error;
 use batchnorm::Activation;
 use numpy::{PyArray1, PyUntypedArray, PyUntypedArrayMethods};
@@ -201,7 +201,7 @@ fn range(count: &[f64]) -> String {
 pub(crate) struct Cache {
     pub(crate) x: Option<Py<PyUntypedArray>>,
     pub(crate) moments: batchnorm::Moments,
-    pub(crate) affine: batchnorm::Affine,
+    pub(crate) coefficients: batchnorm::Coefficients,
     /// The channel axis of the forward pass, as it was given.
     #[pyo3(get)]
     pub(crate) channel_axis: isize,
@@ -213,12 +213,12 @@ impl Cache {
     pub(crate) fn new(
         x: Option<Tensor<'_>>,
         moments: batchnorm::Moments,
-        affine: batchnorm::Affine,
+        coefficients: batchnorm::Coefficients,
         channel_axis: isize,
         Epilogue { activation, residual }: Epilogue<'_>,
     ) -> Self {
         let unbound = |tensor: Option<Tensor<'_>>| tensor.map(|tensor| tensor.array.unbind());
-        Self { x: unbound(x), moments, affine, channel_axis, activation, residual: unbound(residual) }
+        Self { x: unbound(x), moments, coefficients, channel_axis, activation, residual: unbound(residual) }
     }
 }
 
@@ -251,13 +251,13 @@ impl Cache {
     /// Mean per channel, shape (channels,), float64.
     #[getter]
     fn mean<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.affine.mean())
+        array(py, self.coefficients.mean())
     }
 
     /// 1/√(σ² + ε) per channel, shape (channels,), float64.
     #[getter]
     fn invstd<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.affine.invstd())
+        array(py, self.coefficients.invstd())
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -278,11 +278,11 @@ impl Cache {
 /// Raises:
 ///     ValueError: A shape or value is not as said.
 ///     TypeError: A parameter is not real.
-#[pyclass(frozen, module = "batchnorm._core", name = "Affine")]
-pub(crate) struct Affine(batchnorm::Affine);
+#[pyclass(frozen, module = "batchnorm._core", name = "Coefficients")]
+pub(crate) struct Coefficients(batchnorm::Coefficients);
 
 #[pymethods]
-impl Affine {
+impl Coefficients {
     #[new]
     #[pyo3(signature = (mean, var, gamma=None, beta=None, *, eps=1e-5))]
     fn new(
@@ -299,7 +299,7 @@ impl Affine {
                 channels = vector(argument, value)?.len();
             }
         }
-        affine(mean, var, gamma, beta, eps, channels).map(Self)
+        coefficients(mean, var, gamma, beta, eps, channels).map(Self)
     }
 
     /// Number of channels.

@@ -22,9 +22,9 @@
 //! Where an activation followed, dy above stands for the gradient that passes through it: dy where y > 0, else 0, which is
 //! that of the residual too. It is made part by part in the memory where it is needed next, while it is in cache.
 
-use crate::affine::Affine;
 use crate::blocks::{Family, Interleaved, Merge, Planar, Tree, tile};
 use crate::bytes;
+use crate::coefficients::Coefficients;
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
@@ -32,7 +32,8 @@ use crate::floor::copy;
 use crate::infer::{infer, infer_in_place};
 use crate::layout::Layout;
 use crate::simd::{
-    AffineRows, AffineRuns, Apply, ApplyRows, ApplyRuns, FloatMode, Gate, LANES, ROWS, SumRows, SumRuns, dispatch,
+    DxCoefficients, DxRows, DxRuns, FloatMode, GradientSumRows, GradientSumRuns, LANES, NormalizeRows, NormalizeRuns,
+    ROWS, ReluBackward, dispatch,
 };
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
 use std::iter::repeat_n;
@@ -113,9 +114,12 @@ impl GradientSums {
         Self::new(count, dgamma, dbeta)
     }
 
-    fn of(layout: Layout, affine: &Affine, sums: Vec<(f64, f64)>) -> Self {
-        let (dbeta, dgamma) =
-            sums.into_iter().zip(affine.invstd()).map(|((dbeta, products), invstd)| (dbeta, products * invstd)).unzip();
+    fn of(layout: Layout, coefficients: &Coefficients, sums: Vec<(f64, f64)>) -> Self {
+        let (dbeta, dgamma) = sums
+            .into_iter()
+            .zip(coefficients.invstd())
+            .map(|((dbeta, products), invstd)| (dbeta, products * invstd))
+            .unzip();
         Self { count: vec![layout.count() as f64; layout.channels()], dgamma, dbeta }
     }
 }
@@ -147,7 +151,7 @@ impl Merge for Partial {
 const PART: usize = 4096;
 
 /// The gradient through the activation of a forward pass, which is that of its residual: dy where y > 0, else 0; dy itself
-/// where there was no activation. `x`, `affine` and `epilogue` are those of the forward pass; without dy, `gated` holds it
+/// where there was no activation. `x`, `coefficients` and `epilogue` are those of the forward pass; without dy, `gated` holds it
 /// and is written over it.
 ///
 /// # Errors
@@ -155,14 +159,14 @@ const PART: usize = 4096;
 pub fn gate<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     gated: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
     let others = [("dy", dy.map_or(layout, |dy| dy.layout())), ("dresidual", gated.layout())];
-    check(layout, &others, affine, epilogue)?;
+    check(layout, &others, coefficients, epilogue)?;
     let elements = tile::<T>(layout);
     match (Family::of(layout), epilogue.passes(), dy) {
         (_, true, Some(dy)) => copy(dy, None, gated, false)?,
@@ -171,24 +175,24 @@ pub fn gate<T: Element>(
             gated.map_tiles(&planar.planes(elements), |rect, gated| {
                 let (x, residual) = (x.tile(planar.inner, rect), epilogue.residual.map(|z| z.tile(planar.inner, rect)));
                 let dy = dy.map_or_else(|| gated.as_tile(), |dy| dy.tile(planar.inner, rect));
-                let coefficients = |r: usize| affine.coefficients::<T>((rect.rows.start + r) % planar.channels);
-                dispatch(AffineRuns { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+                let coefficients = |r: usize| coefficients.of_channel::<T>((rect.rows.start + r) % planar.channels);
+                dispatch(NormalizeRuns { x, y: &gated, coefficients, then: ReluBackward { dy, residual } });
             });
         }
         (Family::Interleaved(rows), false, _) => {
             gated.map_tiles(&rows.tiles(elements), |rect, gated| {
                 let (x, residual) = (x.tile(rows.width, rect), epilogue.residual.map(|z| z.tile(rows.width, rect)));
                 let dy = dy.map_or_else(|| gated.as_tile(), |dy| dy.tile(rows.width, rect));
-                let columns = affine.columns::<T>(&rows, rect.cols.clone());
+                let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone());
                 let coefficients = columns.each_ref().map(Vec::as_slice);
-                dispatch(AffineRows { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+                dispatch(NormalizeRows { x, y: &gated, coefficients, then: ReluBackward { dy, residual } });
             });
         }
     }
     Ok(())
 }
 
-/// dγ and dβ of a training pass: `x`, `affine` and `epilogue` are those of its forward pass.
+/// dγ and dβ of a training pass: `x`, `coefficients` and `epilogue` are those of its forward pass.
 ///
 /// # Errors
 /// [`Error::Channels`], [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment
@@ -196,27 +200,27 @@ pub fn gate<T: Element>(
 pub fn gradient_sums<T: Element>(
     dy: View<'_, T>,
     x: View<'_, T>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
 ) -> Result<GradientSums, Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.layout())], affine, epilogue)?;
+    check(layout, &[("dy", dy.layout())], coefficients, epilogue)?;
     let sums = if layout.is_empty() {
         vec![(0.0, 0.0); layout.channels()]
     } else {
         match Family::of(layout) {
-            Family::Planar(planar) => sums_planar(dy, x, planar, affine, epilogue),
-            Family::Interleaved(rows) => sums_interleaved(dy, x, rows, affine, epilogue),
+            Family::Planar(planar) => sums_planar(dy, x, planar, coefficients, epilogue),
+            Family::Interleaved(rows) => sums_interleaved(dy, x, rows, coefficients, epilogue),
         }
     };
-    Ok(GradientSums::of(layout, affine, sums))
+    Ok(GradientSums::of(layout, coefficients, sums))
 }
 
 fn check<T: Element>(
     layout: Layout,
     others: &[(&'static str, Layout)],
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
 ) -> Result<(), Error> {
     for &(argument, other) in others {
@@ -225,21 +229,21 @@ fn check<T: Element>(
         }
     }
     epilogue.check(layout)?;
-    Error::check_channels("x", layout.channels(), affine.channels())
+    Error::check_channels("x", layout.channels(), coefficients.channels())
 }
 
 fn sums_planar<T: Element>(
     dy: View<'_, T>,
     x: View<'_, T>,
     planar: Planar,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
 ) -> Vec<(f64, f64)> {
     let width = planar.width();
     let sums = planar.map_channels(2 * x.bytes(), |channels, block| {
         let place = planar.rect(&channels, block);
         let (dy, x) = (dy.tile(width, &place), x.tile(width, &place));
-        let mean = &affine.mean()[channels.clone()];
+        let mean = &coefficients.mean()[channels.clone()];
         if epilogue.passes() {
             return sums_of_block(dy, x, mean);
         }
@@ -248,9 +252,9 @@ fn sums_planar<T: Element>(
         let gated = TileMut::of(&mut memory, dy.rows(), dy.cols());
         let run = dy.cols() / channels.len();
         for r in 0..dy.rows() {
-            let finish = Gate { dy: dy.split_row(r, run), residual: residual.map(|z| z.split_row(r, run)) };
-            let coefficients = |c: usize| affine.coefficients::<T>(channels.start + c);
-            dispatch(AffineRuns { x: x.split_row(r, run), y: &gated.split_row(r, run), coefficients, finish });
+            let then = ReluBackward { dy: dy.split_row(r, run), residual: residual.map(|z| z.split_row(r, run)) };
+            let coefficients = |c: usize| coefficients.of_channel::<T>(channels.start + c);
+            dispatch(NormalizeRuns { x: x.split_row(r, run), y: &gated.split_row(r, run), coefficients, then });
         }
         sums_of_block(gated.as_tile(), x, mean)
     });
@@ -258,19 +262,19 @@ fn sums_planar<T: Element>(
 }
 
 fn sums_of_block<T: Element>(dy: Tile<'_, T>, x: Tile<'_, T>, mean: &[f64]) -> Vec<Scalar> {
-    dispatch(SumRuns { dy, x, mean }).into_iter().map(|(dbeta, products)| Scalar(dbeta, products)).collect()
+    dispatch(GradientSumRuns { dy, x, mean }).into_iter().map(|(dbeta, products)| Scalar(dbeta, products)).collect()
 }
 
 fn sums_interleaved<T: Element>(
     dy: View<'_, T>,
     x: View<'_, T>,
     rows: Interleaved,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
 ) -> Vec<(f64, f64)> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
-        let mean = rows.spread(columns.clone(), 0, |c| affine.mean()[c]);
-        let gate = (!epilogue.passes()).then(|| affine.columns::<T>(&rows, columns.clone()));
+        let mean = rows.spread(columns.clone(), 0, |c| coefficients.mean()[c]);
+        let gate = (!epilogue.passes()).then(|| coefficients.of_columns::<T>(&rows, columns.clone()));
         // Whole steps of a sum; without a gate, whole blocks.
         let step = if gate.is_some() { (PART / columns.len()).max(ROWS) / ROWS * ROWS } else { rows.rows };
         let mut memory = vec![T::from_f64(0.0); if gate.is_some() { step * columns.len() } else { 0 }];
@@ -285,10 +289,10 @@ fn sums_interleaved<T: Element>(
                     let residual = epilogue.residual.map(|z| z.tile(rows.width, &rect));
                     let coefficients = gate.each_ref().map(Vec::as_slice);
                     gated = TileMut::of(&mut memory, x.rows(), x.cols());
-                    dispatch(AffineRows { x, y: &gated, coefficients, finish: Gate { dy, residual } });
+                    dispatch(NormalizeRows { x, y: &gated, coefficients, then: ReluBackward { dy, residual } });
                     dy = gated.as_tile();
                 }
-                dispatch(SumRows { dy, x, mean: &mean, dbeta: &mut dbeta, products: &mut products });
+                dispatch(GradientSumRows { dy, x, mean: &mean, dbeta: &mut dbeta, products: &mut products });
             }
             Partial { dbeta, products }
         }))
@@ -312,17 +316,17 @@ fn sums_interleaved<T: Element>(
 pub fn gradient_apply<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     sums: &GradientSums,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
-    affine.check_counts(sums.count.iter().copied())?;
-    let of = |c: usize| apply(affine, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
-    let channels: Vec<Apply<f64>> = (0..layout.channels()).map(of).collect();
+    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], coefficients, epilogue)?;
+    coefficients.check_counts(sums.count.iter().copied())?;
+    let of = |c: usize| dx_coefficients(coefficients, c, sums.dgamma[c], sums.dbeta[c], sums.count[c]);
+    let channels: Vec<DxCoefficients<f64>> = (0..layout.channels()).map(of).collect();
     // With an activation a tile of each tensor is to stay in cache until dx is made of the gradient that passes.
     let elements = tile::<T>(layout) / if epilogue.passes() { 1 } else { 4 };
     match Family::of(layout) {
@@ -333,11 +337,11 @@ pub fn gradient_apply<T: Element>(
                 let channel = |r: usize| (rect.rows.start + r) % planar.channels;
                 if !epilogue.passes() {
                     let residual = epilogue.residual.map(|z| z.tile(planar.inner, rect));
-                    let coefficients = |r| affine.coefficients::<T>(channel(r));
-                    dispatch(AffineRuns { x, y: &dx.cached(), coefficients, finish: Gate { dy, residual } });
+                    let coefficients = |r| coefficients.of_channel::<T>(channel(r));
+                    dispatch(NormalizeRuns { x, y: &dx.cached(), coefficients, then: ReluBackward { dy, residual } });
                     dy = dx.as_tile();
                 }
-                dispatch(ApplyRuns { dy, x, dx: &dx, coefficients: |r| channels[channel(r)] });
+                dispatch(DxRuns { dy, x, dx: &dx, coefficients: |r| channels[channel(r)] });
             });
         }
         Family::Interleaved(rows) => {
@@ -346,29 +350,31 @@ pub fn gradient_apply<T: Element>(
                 let x = x.tile(rows.width, rect);
                 if !epilogue.passes() {
                     let residual = epilogue.residual.map(|z| z.tile(rows.width, rect));
-                    let columns = affine.columns::<T>(&rows, rect.cols.clone());
+                    let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone());
                     let coefficients = columns.each_ref().map(Vec::as_slice);
-                    dispatch(AffineRows { x, y: &dx.cached(), coefficients, finish: Gate { dy, residual } });
+                    dispatch(NormalizeRows { x, y: &dx.cached(), coefficients, then: ReluBackward { dy, residual } });
                     dy = dx.as_tile();
                 }
-                let column =
-                    |field: fn(Apply<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]));
+                let column = |field: fn(DxCoefficients<f64>) -> f64| {
+                    rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]))
+                };
                 let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
                 let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
-                let coefficients = Apply { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
-                dispatch(ApplyRows { dy, x, dx: &dx, coefficients });
+                let coefficients =
+                    DxCoefficients { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
+                dispatch(DxRows { dy, x, dx: &dx, coefficients });
             });
         }
     }
     Ok(())
 }
 
-fn apply(affine: &Affine, c: usize, dgamma: f64, dbeta: f64, count: f64) -> Apply<f64> {
-    Apply {
-        mean: affine.mean()[c],
+fn dx_coefficients(coefficients: &Coefficients, c: usize, dgamma: f64, dbeta: f64, count: f64) -> DxCoefficients<f64> {
+    DxCoefficients {
+        mean: coefficients.mean()[c],
         offset: dbeta / count,
-        slope: dgamma * affine.invstd()[c] / count,
-        scale: affine.scale()[c],
+        slope: dgamma * coefficients.invstd()[c] / count,
+        scale: coefficients.scale()[c],
     }
 }
 
@@ -380,21 +386,21 @@ fn apply(affine: &Affine, c: usize, dgamma: f64, dbeta: f64, count: f64) -> Appl
 pub fn backward<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
     let _mode = crate::begin()?;
     let layout = x.layout();
-    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], affine, epilogue)?;
-    affine.check_counts(repeat_n(layout.count() as f64, layout.channels()))?;
+    check(layout, &[("dy", dy.map_or(layout, |dy| dy.layout())), ("out", dx.layout())], coefficients, epilogue)?;
+    coefficients.check_counts(repeat_n(layout.count() as f64, layout.channels()))?;
     match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => {
-            Ok(fused(dy, x, planar, affine, epilogue, dx))
+            Ok(fused(dy, x, planar, coefficients, epilogue, dx))
         }
         _ => {
-            let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine, epilogue)?;
-            gradient_apply(dy, x, affine, epilogue, &sums, dx)?;
+            let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, coefficients, epilogue)?;
+            gradient_apply(dy, x, coefficients, epilogue, &sums, dx)?;
             Ok(sums)
         }
     }
@@ -404,7 +410,7 @@ fn fused<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
     planar: Planar,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> GradientSums {
@@ -415,35 +421,37 @@ fn fused<T: Element>(
         let channels = planar.channels_of(rect);
         if !epilogue.passes() {
             let residual = epilogue.residual.map(|z| z.tile(planar.width(), rect));
-            let coefficients: Vec<_> = channels.clone().map(|c| affine.coefficients::<T>(c)).collect();
+            let coefficients: Vec<_> = channels.clone().map(|c| coefficients.of_channel::<T>(c)).collect();
             for r in 0..planar.outer {
                 let (dy, x) = (dy.split_row(r, planar.inner), x.split_row(r, planar.inner));
-                let finish = Gate { dy, residual: residual.map(|z| z.split_row(r, planar.inner)) };
+                let then = ReluBackward { dy, residual: residual.map(|z| z.split_row(r, planar.inner)) };
                 let (gated, coefficients) = (dx.cached(), |c: usize| coefficients[c]);
-                dispatch(AffineRuns { x, y: &gated.split_row(r, planar.inner), coefficients, finish });
+                dispatch(NormalizeRuns { x, y: &gated.split_row(r, planar.inner), coefficients, then });
             }
             dy = dx.as_tile();
         }
-        let means = &affine.mean()[channels.clone()];
+        let means = &coefficients.mean()[channels.clone()];
         let block = |channels: Range<usize>, block| {
             let place = planar.rect(&channels, block);
             sums_of_block(dy.part(&place), x.part(&place), &means[channels])
         };
         let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block);
-        let coefficients: Vec<Apply<f64>> = (channels.zip(&sums))
-            .map(|(c, &Scalar(dbeta, products))| apply(affine, c, products * affine.invstd()[c], dbeta, count))
+        let coefficients: Vec<DxCoefficients<f64>> = (channels.zip(&sums))
+            .map(|(c, &Scalar(dbeta, products))| {
+                dx_coefficients(coefficients, c, products * coefficients.invstd()[c], dbeta, count)
+            })
             .collect();
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (dy, x, dx) =
                 (dy.split_row(r, planar.inner), x.split_row(r, planar.inner), dx.split_row(r, planar.inner));
-            dispatch(ApplyRuns { dy, x, dx: &dx, coefficients: |c: usize| coefficients[c] });
+            dispatch(DxRuns { dy, x, dx: &dx, coefficients: |c: usize| coefficients[c] });
         }
         sums
     });
     GradientSums::of(
         x.layout(),
-        affine,
+        coefficients,
         groups.into_iter().flatten().map(|Scalar(dbeta, products)| (dbeta, products)).collect(),
     )
 }
@@ -455,7 +463,7 @@ fn fused<T: Element>(
 pub fn infer_backward<T: Element>(
     dy: Option<View<'_, T>>,
     x: View<'_, T>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
@@ -464,13 +472,13 @@ pub fn infer_backward<T: Element>(
     }
     let (mut dy, nothing) = (dy, Epilogue::default());
     if !epilogue.passes() {
-        gate(dy, x, affine, epilogue, dx)?;
+        gate(dy, x, coefficients, epilogue, dx)?;
         dy = None;
     }
-    let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, affine, nothing)?;
+    let sums = gradient_sums(dy.unwrap_or_else(|| dx.as_view()), x, coefficients, nothing)?;
     match dy {
-        Some(dy) => infer(dy, &affine.linear_part(), nothing, dx)?,
-        None => infer_in_place(&affine.linear_part(), nothing, dx)?,
+        Some(dy) => infer(dy, &coefficients.scale_only(), nothing, dx)?,
+        None => infer_in_place(&coefficients.scale_only(), nothing, dx)?,
     }
     Ok(sums)
 }

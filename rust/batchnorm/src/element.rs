@@ -12,7 +12,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// The precision in which the affine form of inference is evaluated (contract 1): float64 for 32- and 64-bit tensors,
+/// The precision in which x is normalized (contract 1): float64 for 32- and 64-bit tensors,
 /// float32 for 16-bit ones.
 pub trait Wide:
     sealed::Sealed
@@ -56,14 +56,14 @@ impl Wide for f64 {
 
 /// An element of a tensor: [`f32`], [`f64`], [`f16`] or [`bf16`]. Sealed: the numerical contract is stated for these.
 pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + 'static {
-    /// Whether the mean enters the affine form as a high and a low part, since one `Wide` could not hold it.
+    /// Whether the mean is subtracted as a high and a low part, since one `Wide` could not hold it.
     const SPLIT_MEAN: bool;
     /// The largest number of that precision that rounds to 0, which is half the least positive number (ties go to even).
     const ROUNDS_TO_ZERO: Self::Wide;
 
-    /// To the precision of the affine form; exact.
+    /// To the precision in which x is normalized; exact.
     fn widen(self) -> Self::Wide;
-    /// From the precision of the affine form; rounds to nearest, ties to even.
+    /// From the precision in which x is normalized; rounds to nearest, ties to even.
     fn narrow(wide: Self::Wide) -> Self;
 
     /// Exact.

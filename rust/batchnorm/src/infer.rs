@@ -1,11 +1,11 @@
 //! Inference: frozen statistics, so every element is mapped by itself (Algorithm 2, step 11).
 
-use crate::affine::Affine;
 use crate::blocks::{Family, Planar, tile};
+use crate::coefficients::Coefficients;
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
-use crate::simd::{AffineRows, AffineRuns, dispatch};
+use crate::simd::{NormalizeRows, NormalizeRuns, dispatch};
 use crate::view::{View, ViewMut};
 
 /// y = (x − mean)·s + β, and what follows it.
@@ -15,14 +15,14 @@ use crate::view::{View, ViewMut};
 /// names wrongly.
 pub fn infer<T: Element>(
     x: View<'_, T>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     if x.layout() != y.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
-    map(Some(x), affine, epilogue, y)
+    map(Some(x), coefficients, epilogue, y)
 }
 
 /// The same with y in the memory of x.
@@ -30,23 +30,23 @@ pub fn infer<T: Element>(
 /// # Errors
 /// [`Error::Channels`], [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment names wrongly.
 pub fn infer_in_place<T: Element>(
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
-    map(None, affine, epilogue, y)
+    map(None, coefficients, epilogue, y)
 }
 
 /// Maps x, or where there is none y itself, into y.
 fn map<T: Element>(
     x: Option<View<'_, T>>,
-    affine: &Affine,
+    coefficients: &Coefficients,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     let _mode = crate::begin()?;
     let layout = y.layout();
-    Error::check_channels("x", layout.channels(), affine.channels())?;
+    Error::check_channels("x", layout.channels(), coefficients.channels())?;
     epilogue.check(layout)?;
     let elements = tile::<T>(layout);
     match Family::of(layout) {
@@ -54,18 +54,18 @@ fn map<T: Element>(
             let Planar { channels, inner, .. } = planar;
             y.map_tiles(&planar.planes(elements), |rect, y| {
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(inner, rect));
-                let coefficients = |r: usize| affine.coefficients::<T>((rect.rows.start + r) % channels);
-                let finish = epilogue.map(|residual| residual.tile(inner, rect));
-                dispatch(AffineRuns { x, y: &y, coefficients, finish });
+                let coefficients = |r: usize| coefficients.of_channel::<T>((rect.rows.start + r) % channels);
+                let then = epilogue.map(|residual| residual.tile(inner, rect));
+                dispatch(NormalizeRuns { x, y: &y, coefficients, then });
             });
         }
         Family::Interleaved(rows) => {
             y.map_tiles(&rows.tiles(elements), |rect, y| {
                 let x = x.map_or_else(|| y.as_tile(), |x| x.tile(rows.width, rect));
-                let columns = affine.columns::<T>(&rows, rect.cols.clone());
+                let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone());
                 let coefficients = columns.each_ref().map(Vec::as_slice);
-                let finish = epilogue.map(|residual| residual.tile(rows.width, rect));
-                dispatch(AffineRows { x, y: &y, coefficients, finish });
+                let then = epilogue.map(|residual| residual.tile(rows.width, rect));
+                dispatch(NormalizeRows { x, y: &y, coefficients, then });
             });
         }
     }

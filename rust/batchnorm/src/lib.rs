@@ -28,7 +28,7 @@
 //! or being in place; in inference not on the batch either.
 //!
 //! ```
-//! use batchnorm::{Activation, Affine, Epilogue, Layout, View, ViewMut, infer, train_forward};
+//! use batchnorm::{Activation, Coefficients, Epilogue, Layout, View, ViewMut, infer, train_forward};
 //!
 //! let layout = Layout::of_shape(&[4, 2], 1)?;
 //! let x: Vec<f32> = vec![1.0, 10.0, 2.0, 20.0, 3.0, 30.0, 4.0, 40.0];
@@ -37,15 +37,15 @@
 //! let (moments, _) = train_forward(x, None, None, 1e-5, Epilogue::default(), &mut y)?;
 //! assert_eq!(moments.mean(), [2.5, 25.0]);
 //!
-//! let frozen = Affine::new(moments.mean(), &moments.var_unbiased()?, None, None, 1e-5)?;
+//! let frozen = Coefficients::new(moments.mean(), &moments.var_unbiased()?, None, None, 1e-5)?;
 //! infer(x, &frozen, Epilogue { activation: Some(Activation::Relu), residual: Some(x) }, &mut y)?;
 //! # Ok::<(), batchnorm::Error>(())
 //! ```
 
-mod affine;
 mod backward;
 mod blocks;
 mod bytes;
+mod coefficients;
 mod element;
 mod epilogue;
 mod error;
@@ -58,8 +58,8 @@ mod simd;
 mod train;
 mod view;
 
-pub use affine::Affine;
 pub use backward::{GradientSums, backward, gate, gradient_apply, gradient_sums, infer_backward};
+pub use coefficients::Coefficients;
 pub use element::{Element, Wide};
 pub use epilogue::{Activation, Epilogue};
 pub use error::Error;

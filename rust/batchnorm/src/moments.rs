@@ -199,33 +199,33 @@ pub fn moments<T: Element>(x: View<'_, T>) -> Result<Moments, Error> {
         (vec![0.0; layout.channels()], vec![0.0; layout.channels()])
     } else {
         match Family::of(layout) {
-            Family::Planar(planar) => of_planar(x, planar),
-            Family::Interleaved(rows) => of_interleaved(x, rows),
+            Family::Planar(planar) => moments_planar(x, planar),
+            Family::Interleaved(rows) => moments_interleaved(x, rows),
         }
     };
     Ok(Moments::of_equal_count(layout.count(), mean, m2))
 }
 
-fn of_planar<T: Element>(x: View<'_, T>, planar: Planar) -> (Vec<f64>, Vec<f64>) {
+fn moments_planar<T: Element>(x: View<'_, T>, planar: Planar) -> (Vec<f64>, Vec<f64>) {
     let channels = planar.map_channels(x.bytes(), |channels, block| {
-        of_block(x.tile(planar.width(), &planar.rect(&channels, block)), channels.len())
+        moments_of_block(x.tile(planar.width(), &planar.rect(&channels, block)), channels.len())
     });
     channels.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).unzip()
 }
 
-fn of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<Scalar> {
+fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<Scalar> {
     dispatch(MomentRuns { x, channels }).into_iter().map(|(count, mean, m2)| Scalar(count, mean, m2)).collect()
 }
 
 /// Mean and M2 of each channel of a group that has at least one value, given as a tile of all its runs.
-pub(crate) fn of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Vec<(f64, f64)> {
+pub(crate) fn moments_of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Vec<(f64, f64)> {
     let sums = planar.fold(0..group.cols() / planar.inner, 0..planar.blocks(), |channels, block| {
-        of_block(group.part(&planar.rect(&channels, block)), channels.len())
+        moments_of_block(group.part(&planar.rect(&channels, block)), channels.len())
     });
     sums.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).collect()
 }
 
-fn of_interleaved<T: Element>(x: View<'_, T>, rows: Interleaved) -> (Vec<f64>, Vec<f64>) {
+fn moments_interleaved<T: Element>(x: View<'_, T>, rows: Interleaved) -> (Vec<f64>, Vec<f64>) {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mut sum = vec![0.0; columns.len()];
         Tree::of(blocks.map(|b| {

@@ -1,20 +1,20 @@
-//! The training forward pass (Algorithm 1): statistics of the batch, then the affine form they make.
+//! The training forward pass (Algorithm 1): statistics of the batch, then the coefficients they make.
 
-use crate::affine::{self, Affine, check_parameters, check_training_eps};
 use crate::blocks::{Family, Planar};
+use crate::coefficients::{self, Coefficients, check_parameters, check_training_eps};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::infer::{infer, infer_in_place};
-use crate::moments::{Moments, moments, of_group};
-use crate::simd::{AffineRuns, dispatch};
+use crate::moments::{Moments, moments, moments_of_group};
+use crate::simd::{NormalizeRuns, dispatch};
 use crate::view::{View, ViewMut};
 
 /// Normalizes x by given moments, which may be those of more than x: of all micro-batches or processes. Absent γ are
 /// ones, absent β zeros. What it returns, [`crate::backward`] needs.
 ///
 /// # Errors
-/// Those of [`Affine::of_moments`] and [`infer`].
+/// Those of [`Coefficients::of_moments`] and [`infer`].
 pub fn normalize<T: Element>(
     x: View<'_, T>,
     moments: &Moments,
@@ -23,11 +23,11 @@ pub fn normalize<T: Element>(
     eps: f64,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
-) -> Result<Affine, Error> {
+) -> Result<Coefficients, Error> {
     Error::check_channels("moments", moments.channels(), x.layout().channels())?;
-    let affine = Affine::of_moments(moments, gamma, beta, eps)?;
-    infer(x, &affine, epilogue, y)?;
-    Ok(affine)
+    let coefficients = Coefficients::of_moments(moments, gamma, beta, eps)?;
+    infer(x, &coefficients, epilogue, y)?;
+    Ok(coefficients)
 }
 
 /// `normalize ∘ moments`, to the bit; where channels lie in runs, channel by channel, so that the second pass reads from
@@ -42,7 +42,7 @@ pub fn train_forward<T: Element>(
     eps: f64,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
-) -> Result<(Moments, Affine), Error> {
+) -> Result<(Moments, Coefficients), Error> {
     if x.layout() != y.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
@@ -59,7 +59,7 @@ pub fn train_forward_in_place<T: Element>(
     eps: f64,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
-) -> Result<(Moments, Affine), Error> {
+) -> Result<(Moments, Coefficients), Error> {
     forward(None, gamma, beta, eps, epilogue, y)
 }
 
@@ -71,7 +71,7 @@ fn forward<T: Element>(
     eps: f64,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
-) -> Result<(Moments, Affine), Error> {
+) -> Result<(Moments, Coefficients), Error> {
     let _mode = crate::begin()?;
     let layout = y.layout();
     check_training_eps(eps)?;
@@ -83,17 +83,17 @@ fn forward<T: Element>(
     let moments = match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() => {
             let moments = fused(x, planar, gamma, beta, eps, epilogue, y);
-            let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
-            return Ok((moments, affine));
+            let coefficients = Coefficients::of_moments(&moments, gamma, beta, eps)?;
+            return Ok((moments, coefficients));
         }
         _ => moments(x.unwrap_or_else(|| y.as_view()))?,
     };
-    let affine = Affine::of_moments(&moments, gamma, beta, eps)?;
+    let coefficients = Coefficients::of_moments(&moments, gamma, beta, eps)?;
     match x {
-        Some(x) => infer(x, &affine, epilogue, y)?,
-        None => infer_in_place(&affine, epilogue, y)?,
+        Some(x) => infer(x, &coefficients, epilogue, y)?,
+        None => infer_in_place(&coefficients, epilogue, y)?,
     }
-    Ok((moments, affine))
+    Ok((moments, coefficients))
 }
 
 fn fused<T: Element>(
@@ -110,18 +110,18 @@ fn fused<T: Element>(
     let groups = y.map_tiles(&planar.groups(size_of::<T>()), |rect, y| {
         let x = x.map_or_else(|| y.as_tile(), |x| x.tile(planar.width(), rect));
         let epilogue = epilogue.map(|residual| residual.tile(planar.width(), rect));
-        let statistics = of_group(&planar, x);
+        let statistics = moments_of_group(&planar, x);
         let coefficients: Vec<[T::Wide; 4]> = (planar.channels_of(rect).zip(&statistics))
             .map(|(c, &(mean, m2))| {
-                let scale = affine::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
-                affine::coefficients::<T>(mean, scale, at(beta, c, 0.0))
+                let scale = coefficients::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
+                coefficients::for_kernel::<T>(mean, scale, at(beta, c, 0.0))
             })
             .collect();
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (x, y) = (x.split_row(r, planar.inner), y.split_row(r, planar.inner));
-            let finish = epilogue.map(|residual| residual.split_row(r, planar.inner));
-            dispatch(AffineRuns { x, y: &y, coefficients: |c: usize| coefficients[c], finish });
+            let then = epilogue.map(|residual| residual.split_row(r, planar.inner));
+            dispatch(NormalizeRuns { x, y: &y, coefficients: |c: usize| coefficients[c], then });
         }
         statistics
     });

@@ -5,7 +5,7 @@
 mod common;
 
 use batchnorm::{
-    Activation, Affine, Element, Epilogue, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, gate,
+    Activation, Coefficients, Element, Epilogue, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, gate,
     get_num_threads, gradient_sums, infer, moments, set_num_threads, set_simd_level, simd_level, simd_levels,
     train_forward,
 };
@@ -86,7 +86,7 @@ fn bits_do_not_depend_on_threads_or_levels() {
 /// Half the least positive number rounds to 0, and so no gradient passes there; a little more does.
 fn gate_at_the_least_number<T: Element>(least: f64) {
     for layout in [Layout::new(1, 1, 40).unwrap(), Layout::new(40, 1, 1).unwrap()] {
-        let affine = Affine::new(&[0.0], &[1.0], Some(&[0.5]), None, 0.0).unwrap();
+        let coefficients = Coefficients::new(&[0.0], &[1.0], Some(&[0.5]), None, 0.0).unwrap();
         let epilogue = Epilogue { activation: Some(Activation::Relu), residual: None };
         let values = [-1.0, -least, -0.0, 0.0, least, 2.0 * least, 3.0 * least, 1.0, f64::INFINITY, f64::NAN];
         let x: Vec<T> = (0..40).map(|i| T::from_f64(values[i % 10])).collect();
@@ -95,8 +95,8 @@ fn gate_at_the_least_number<T: Element>(least: f64) {
         let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
         for level in simd_levels() {
             set_simd_level(Some(level.name())).unwrap();
-            infer(x, &affine, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
-            gate(Some(dy), x, &affine, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
+            infer(x, &coefficients, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+            gate(Some(dy), x, &coefficients, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
             for (i, (y, gated)) in y.iter().zip(&gated).enumerate() {
                 let y = y.to_f64();
                 assert_eq!(gated.to_f64(), if y > 0.0 { 3.0 } else { 0.0 }, "{level:?} {i}");
@@ -232,13 +232,13 @@ fn mismatched_buffers_are_refused() {
     let mut y = [0.0f32; 8];
     assert!(matches!(ViewMut::new(&mut y[1..], layout), Err(Error::Elements { argument: "out", .. })));
     let view = View::new(&x, layout).unwrap();
-    let affine = Affine::new(&[0.0; 2], &[1.0; 2], None, None, EPS).unwrap();
+    let coefficients = Coefficients::new(&[0.0; 2], &[1.0; 2], None, None, EPS).unwrap();
     let mut y = ViewMut::new(&mut y, other).unwrap();
-    assert_eq!(infer(view, &affine, Epilogue::default(), &mut y), Err(Error::LayoutMismatch { argument: "out" }));
-    let sums = gradient_sums(View::new(&x, other).unwrap(), view, &affine, Epilogue::default());
+    assert_eq!(infer(view, &coefficients, Epilogue::default(), &mut y), Err(Error::LayoutMismatch { argument: "out" }));
+    let sums = gradient_sums(View::new(&x, other).unwrap(), view, &coefficients, Epilogue::default());
     assert_eq!(sums, Err(Error::LayoutMismatch { argument: "dy" }));
     let residual = Epilogue { residual: Some(View::new(&x, other).unwrap()), activation: None };
     let mut y = [0.0f32; 8];
     let mut y = ViewMut::new(&mut y, layout).unwrap();
-    assert_eq!(infer(view, &affine, residual, &mut y), Err(Error::LayoutMismatch { argument: "residual" }));
+    assert_eq!(infer(view, &coefficients, residual, &mut y), Err(Error::LayoutMismatch { argument: "residual" }));
 }

@@ -8,7 +8,7 @@ pub(crate) const WIDTH: usize = 8;
 
 /// What kernels ask of an element type.
 pub trait Vectors: Copy + Sized {
-    /// The precision of the affine form: float64, or float32 for 16-bit types.
+    /// The precision in which x is normalized: float64, or float32 for 16-bit types.
     type Wide: Copy;
     /// Eight elements in that precision.
     type Vector<L: Lanes>: Copy;
@@ -25,7 +25,7 @@ pub trait Vectors: Copy + Sized {
     fn store<L: Lanes>(vector: Self::Vector<L>) -> [Self; WIDTH];
     /// (x − mean)·s + β, each operation rounded; the mean in two parts where one would not hold it.
     #[doc(hidden)]
-    fn affine<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
+    fn normalize<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
     #[doc(hidden)]
     fn add<L: Lanes>(a: Self::Vector<L>, b: Self::Vector<L>) -> Self::Vector<L>;
     /// 0 where v ≤ 0, else v.
@@ -42,7 +42,7 @@ pub trait Vectors: Copy + Sized {
     fn store_wide<L: Lanes>(vector: [L::D; 2]) -> [Self; WIDTH];
 }
 
-/// The types whose affine form is in float64.
+/// The types that are normalized in float64.
 macro_rules! in_float64 {
     ($T:ty, $load:expr, $store:expr) => {
         impl Vectors for $T {
@@ -66,7 +66,7 @@ macro_rules! in_float64 {
                 Self::store_wide::<L>(vector)
             }
             #[inline(always)]
-            fn affine<L: Lanes>(x: [L::D; 2], [mean, _, s, beta]: [[L::D; 2]; 4]) -> [L::D; 2] {
+            fn normalize<L: Lanes>(x: [L::D; 2], [mean, _, s, beta]: [[L::D; 2]; 4]) -> [L::D; 2] {
                 std::array::from_fn(|h| L::add(L::mul(L::sub(x[h], mean[h]), s[h]), beta[h]))
             }
             #[inline(always)]
@@ -99,7 +99,7 @@ macro_rules! in_float64 {
 in_float64!(f64, L::get, L::put);
 in_float64!(f32, L::of_f32, L::to_f32);
 
-/// The types whose affine form is in float32.
+/// The types that are normalized in float32.
 macro_rules! in_float32 {
     ($T:ty, $load:expr, $store:expr) => {
         impl Vectors for $T {
@@ -123,7 +123,7 @@ macro_rules! in_float32 {
                 $store(vector)
             }
             #[inline(always)]
-            fn affine<L: Lanes>(x: L::S, [high, low, s, beta]: [L::S; 4]) -> L::S {
+            fn normalize<L: Lanes>(x: L::S, [high, low, s, beta]: [L::S; 4]) -> L::S {
                 L::add_s(L::mul_s(L::sub_s(L::sub_s(x, high), low), s), beta)
             }
             #[inline(always)]

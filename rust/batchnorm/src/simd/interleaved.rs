@@ -6,7 +6,7 @@
 
 use super::elements::{Vectors, WIDTH};
 use super::lanes::Lanes;
-use super::map::{Apply, Finish, Map, affine, affine_eight, write};
+use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
 use super::{Kernel, LANES, close};
 use crate::element::Element;
 use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
@@ -199,32 +199,32 @@ fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
 }
 
 /// y = (x − mean)·s + β, finished, with coefficients a column.
-pub(crate) struct AffineRows<'a, 'b, T: Element, E> {
+pub(crate) struct NormalizeRows<'a, 'b, T: Element, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
     /// Mean (high and low part), s and β of each column; the first [`super::LANES`] columns stand again after the last,
     /// so that a step may cross from one row to the next.
     pub(crate) coefficients: [&'a [T::Wide]; 4],
-    pub(crate) finish: E,
+    pub(crate) then: E,
 }
 
-impl<T: Element, E: Finish<T>> Kernel for AffineRows<'_, '_, T, E> {
+impl<T: Element, E: FromNormalized<T>> Kernel for NormalizeRows<'_, '_, T, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let period = self.y.cols();
-        let flat = AffineRows { x: self.x.flat(), finish: self.finish.flat(), ..self };
+        let flat = NormalizeRows { x: self.x.flat(), then: self.then.flat(), ..self };
         write::<L, T, _>(&self.y.flat_with(&self.x), period, self.y.streaming(), &flat);
     }
 }
 
-impl<'a, T: Element, E: Finish<T>> Map<T> for AffineRows<'a, '_, T, E> {
+impl<'a, T: Element, E: FromNormalized<T>> Map<T> for NormalizeRows<'a, '_, T, E> {
     type Inputs = (Row<'a, T>, E::Inputs);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.x.row(r), self.finish.inputs(r))
+        (self.x.row(r), self.then.inputs(r))
     }
     #[inline(always)]
     fn sixteen<L: Lanes, const S: bool>(
@@ -236,17 +236,17 @@ impl<'a, T: Element, E: Finish<T>> Map<T> for AffineRows<'a, '_, T, E> {
     ) {
         let (x, c) = (x.chunk::<LANES>(i), self.coefficients.map(|column| columns(column, j)));
         let c = [c.map(|c| T::column::<L>(c[0])), c.map(|c| T::column::<L>(c[1]))];
-        y.put(0, E::eight::<L>(rest, i, affine_eight::<L, T>(x.part(0), c[0])));
-        y.put(1, E::eight::<L>(rest, i + WIDTH, affine_eight::<L, T>(x.part(1), c[1])));
+        y.put(0, E::eight::<L>(rest, i, normalize_eight::<L, T>(x.part(0), c[0])));
+        y.put(1, E::eight::<L>(rest, i + WIDTH, normalize_eight::<L, T>(x.part(1), c[1])));
     }
     #[inline(always)]
     fn one(&self, (x, rest): Self::Inputs, i: usize, j: usize) -> T {
-        E::one(rest, i, affine(x.one(i), self.coefficients.map(|column| column[j])))
+        E::one(rest, i, normalize_one(x.one(i), self.coefficients.map(|column| column[j])))
     }
 }
 
 /// Adds Σdy and Σdy·(x − mean) of each column of a block.
-pub(crate) struct SumRows<'a, T: Element> {
+pub(crate) struct GradientSumRows<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) mean: &'a [f64],
@@ -254,7 +254,7 @@ pub(crate) struct SumRows<'a, T: Element> {
     pub(crate) products: &'a mut [f64],
 }
 
-impl<T: Element> Kernel for SumRows<'_, T> {
+impl<T: Element> Kernel for GradientSumRows<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -303,26 +303,26 @@ fn add_products_of<L: Lanes, T: Element, const R: usize>(
 }
 
 /// dx from dy, x and the sums of each column.
-pub(crate) struct ApplyRows<'a, 'b, T: Element> {
+pub(crate) struct DxRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
     /// Of each column; the first [`super::LANES`] columns stand again after the last.
-    pub(crate) coefficients: Apply<&'a [f64]>,
+    pub(crate) coefficients: DxCoefficients<&'a [f64]>,
 }
 
-impl<T: Element> Kernel for ApplyRows<'_, '_, T> {
+impl<T: Element> Kernel for DxRows<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let period = self.dx.cols();
-        let flat = ApplyRows { dy: self.dy.flat(), x: self.x.flat(), ..self };
+        let flat = DxRows { dy: self.dy.flat(), x: self.x.flat(), ..self };
         write::<L, T, _>(&self.dx.flat(), period, self.dx.streaming(), &flat);
     }
 }
 
-impl<'a, T: Element> Map<T> for ApplyRows<'a, '_, T> {
+impl<'a, T: Element> Map<T> for DxRows<'a, '_, T> {
     type Inputs = (Row<'a, T>, Row<'a, T>);
 
     #[inline(always)]

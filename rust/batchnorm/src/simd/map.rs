@@ -84,7 +84,7 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
 
 /// The expression that defines inference (contract 1), each operation rounded: v = (x − mean)·s + β.
 #[inline(always)]
-pub(super) fn affine<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T::Wide {
+pub(super) fn normalize_one<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T::Wide {
     let d = x.widen() - high;
     let d = if T::SPLIT_MEAN { d - low } else { d };
     d * s + beta
@@ -92,12 +92,12 @@ pub(super) fn affine<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T:
 
 /// The same of eight.
 #[inline(always)]
-pub(super) fn affine_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector<L>; 4]) -> T::Vector<L> {
-    T::affine::<L>(T::load::<L>(x), c)
+pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector<L>; 4]) -> T::Vector<L> {
+    T::normalize::<L>(T::load::<L>(x), c)
 }
 
 /// What is made of v.
-pub(crate) trait Finish<T: Element>: Copy {
+pub(crate) trait FromNormalized<T: Element>: Copy {
     /// What a row of it takes besides v.
     type Inputs: Copy;
 
@@ -126,7 +126,7 @@ fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<R
 }
 
 /// y
-impl<'a, T: Element> Finish<T> for Epilogue<Tile<'a, T>> {
+impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     type Inputs = Epilogue<Row<'a, T>>;
 
     #[inline(always)]
@@ -157,12 +157,12 @@ impl<'a, T: Element> Finish<T> for Epilogue<Tile<'a, T>> {
 
 /// dy where y > 0, else 0. y is not read: that it rounds to more than 0 is seen by v + residual.
 #[derive(Clone, Copy)]
-pub(crate) struct Gate<'a, T: Element> {
+pub(crate) struct ReluBackward<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) residual: Option<Tile<'a, T>>,
 }
 
-impl<'a, T: Element> Finish<T> for Gate<'a, T> {
+impl<'a, T: Element> FromNormalized<T> for ReluBackward<'a, T> {
     type Inputs = (Row<'a, T>, Option<Row<'a, T>>);
 
     #[inline(always)]
@@ -189,7 +189,7 @@ impl<'a, T: Element> Finish<T> for Gate<'a, T> {
 /// What dx needs of a channel: dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64. A number a
 /// channel, or a slice over the columns.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Apply<V> {
+pub(crate) struct DxCoefficients<V> {
     pub(crate) mean: V,
     /// dβ/m
     pub(crate) offset: V,
@@ -199,22 +199,22 @@ pub(crate) struct Apply<V> {
     pub(crate) scale: V,
 }
 
-impl Apply<f64> {
+impl DxCoefficients<f64> {
     #[inline(always)]
     pub(super) fn one<T: Element>(self, dy: T, x: T) -> T {
         T::from_f64(((dy.to_f64() - self.offset) - (x.to_f64() - self.mean) * self.slope) * self.scale)
     }
 }
 
-impl<V: Copy> Apply<V> {
+impl<V: Copy> DxCoefficients<V> {
     /// The same with every part mapped.
     #[inline(always)]
-    pub(crate) fn map<W>(self, f: impl Fn(V) -> W) -> Apply<W> {
-        Apply { mean: f(self.mean), offset: f(self.offset), slope: f(self.slope), scale: f(self.scale) }
+    pub(crate) fn map<W>(self, f: impl Fn(V) -> W) -> DxCoefficients<W> {
+        DxCoefficients { mean: f(self.mean), offset: f(self.offset), slope: f(self.slope), scale: f(self.scale) }
     }
 }
 
-impl<D: Copy> Apply<[D; 2]> {
+impl<D: Copy> DxCoefficients<[D; 2]> {
     #[inline(always)]
     pub(super) fn eight<L: Lanes<D = D>, T: Element>(self, dy: [T; WIDTH], x: [T; WIDTH]) -> [T; WIDTH] {
         let (dy, x) = (T::load_wide::<L>(dy), T::load_wide::<L>(x));

@@ -14,13 +14,13 @@ mod mode;
 mod planar;
 
 pub(crate) use elements::Vectors;
-pub(crate) use interleaved::{AffineRows, ApplyRows, MomentRows, ROWS, SumRows};
+pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, ROWS};
 use lanes::Lanes;
 pub(crate) use level::dispatch;
 pub use level::{Level, set_simd_level, simd_level, simd_levels};
-pub(crate) use map::{Apply, Gate, Transfer};
+pub(crate) use map::{DxCoefficients, ReluBackward, Transfer};
 pub(crate) use mode::FloatMode;
-pub(crate) use planar::{AffineRuns, ApplyRuns, MomentRuns, SumRuns, TOGETHER};
+pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
 
 /// A piece of work compiled once for each level.
 pub(crate) trait Kernel {

@@ -2,7 +2,7 @@
 
 use super::elements::WIDTH;
 use super::lanes::Lanes;
-use super::map::{Apply, Finish, Map, affine, affine_eight, write};
+use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
 use super::{Kernel, LANES, Sum, close, total};
 use crate::element::Element;
 use crate::view::{ChunkMut, Row, Tile, TileMut};
@@ -183,15 +183,15 @@ fn pivot_of<L: Lanes, T: Element>(run: &Row<'_, T>) -> f64 {
 }
 
 /// y = (x − mean)·s + β, finished, with coefficients a row.
-pub(crate) struct AffineRuns<'a, 'b, T: Element, F, E> {
+pub(crate) struct NormalizeRuns<'a, 'b, T: Element, F, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
     /// Mean (high and low part), s and β of a row.
     pub(crate) coefficients: F,
-    pub(crate) finish: E,
+    pub(crate) then: E,
 }
 
-impl<T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Kernel for AffineRuns<'_, '_, T, F, E> {
+impl<T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Kernel for NormalizeRuns<'_, '_, T, F, E> {
     type Output = ();
 
     #[inline(always)]
@@ -200,12 +200,12 @@ impl<T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Kernel for AffineRu
     }
 }
 
-impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Map<T> for AffineRuns<'a, '_, T, F, E> {
+impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Map<T> for NormalizeRuns<'a, '_, T, F, E> {
     type Inputs = (Row<'a, T>, [T::Wide; 4], E::Inputs);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.x.row(r), (self.coefficients)(r), self.finish.inputs(r))
+        (self.x.row(r), (self.coefficients)(r), self.then.inputs(r))
     }
     #[inline(always)]
     fn sixteen<L: Lanes, const S: bool>(
@@ -216,24 +216,24 @@ impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: Finish<T>> Map<T> for Affi
         y: ChunkMut<'_, T, LANES, S>,
     ) {
         let (x, c) = (x.chunk::<LANES>(i), c.map(T::splat::<L>));
-        y.put(0, E::eight::<L>(rest, i, affine_eight::<L, T>(x.part(0), c)));
-        y.put(1, E::eight::<L>(rest, i + WIDTH, affine_eight::<L, T>(x.part(1), c)));
+        y.put(0, E::eight::<L>(rest, i, normalize_eight::<L, T>(x.part(0), c)));
+        y.put(1, E::eight::<L>(rest, i + WIDTH, normalize_eight::<L, T>(x.part(1), c)));
     }
     #[inline(always)]
     fn one(&self, (x, c, rest): Self::Inputs, i: usize, _: usize) -> T {
-        E::one(rest, i, affine(x.one(i), c))
+        E::one(rest, i, normalize_one(x.one(i), c))
     }
 }
 
 /// Σdy and Σdy·(x − mean) of a block of each of some adjacent channels.
-pub(crate) struct SumRuns<'a, T: Element> {
+pub(crate) struct GradientSumRuns<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     /// Of each channel.
     pub(crate) mean: &'a [f64],
 }
 
-impl<T: Element> Kernel for SumRuns<'_, T> {
+impl<T: Element> Kernel for GradientSumRuns<'_, T> {
     type Output = Vec<(f64, f64)>;
 
     #[inline(always)]
@@ -245,7 +245,7 @@ impl<T: Element> Kernel for SumRuns<'_, T> {
     }
 }
 
-impl<T: Element> SumRuns<'_, T> {
+impl<T: Element> GradientSumRuns<'_, T> {
     /// Of at most `MOST` channels.
     #[inline(always)]
     fn sums<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64)> {
@@ -268,14 +268,14 @@ impl<T: Element> SumRuns<'_, T> {
 }
 
 /// dx from dy, x and the sums of the channel of each row.
-pub(crate) struct ApplyRuns<'a, 'b, T: Element, F> {
+pub(crate) struct DxRuns<'a, 'b, T: Element, F> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
     pub(crate) coefficients: F,
 }
 
-impl<T: Element, F: Fn(usize) -> Apply<f64>> Kernel for ApplyRuns<'_, '_, T, F> {
+impl<T: Element, F: Fn(usize) -> DxCoefficients<f64>> Kernel for DxRuns<'_, '_, T, F> {
     type Output = ();
 
     #[inline(always)]
@@ -284,8 +284,8 @@ impl<T: Element, F: Fn(usize) -> Apply<f64>> Kernel for ApplyRuns<'_, '_, T, F> 
     }
 }
 
-impl<'a, T: Element, F: Fn(usize) -> Apply<f64>> Map<T> for ApplyRuns<'a, '_, T, F> {
-    type Inputs = (Row<'a, T>, Row<'a, T>, Apply<f64>);
+impl<'a, T: Element, F: Fn(usize) -> DxCoefficients<f64>> Map<T> for DxRuns<'a, '_, T, F> {
+    type Inputs = (Row<'a, T>, Row<'a, T>, DxCoefficients<f64>);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use batchnorm::{
-    Activation, Affine, Element, Epilogue, Layout, View, ViewMut, backward, gate, gradient_apply, gradient_sums, infer,
-    infer_backward, infer_in_place, moments, normalize, train_forward, train_forward_in_place,
+    Activation, Coefficients, Element, Epilogue, Layout, View, ViewMut, backward, gate, gradient_apply, gradient_sums,
+    infer, infer_backward, infer_in_place, moments, normalize, train_forward, train_forward_in_place,
 };
 
 pub(crate) const EPS: f64 = 1e-5;
@@ -49,21 +49,23 @@ fn all_with<T: Element>(layout: Layout, mean: f64, epilogue: Epilogue<View<'_, T
     let zero = vec![T::from_f64(0.0); layout.len()];
 
     let mut y = zero.clone();
-    let (m, affine) = train_forward(x, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+    let (m, coefficients) =
+        train_forward(x, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
     let mut halves = zero.clone();
     assert_eq!(moments(x).unwrap(), m, "train_forward and moments differ: {layout:?}");
     let from_halves =
         normalize(x, &m, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
-    assert_eq!(from_halves, affine);
+    assert_eq!(from_halves, coefficients);
     assert_eq!(bits(&halves), bits(&y), "train_forward and normalize differ: {layout:?}");
 
     let mut dx = zero.clone();
-    let sums = backward(Some(dy), x, &affine, epilogue, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
-    assert_eq!(gradient_sums(dy, x, &affine, epilogue).unwrap(), sums);
-    gradient_apply(Some(dy), x, &affine, epilogue, &sums, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
+    let sums = backward(Some(dy), x, &coefficients, epilogue, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
+    assert_eq!(gradient_sums(dy, x, &coefficients, epilogue).unwrap(), sums);
+    gradient_apply(Some(dy), x, &coefficients, epilogue, &sums, &mut ViewMut::new(&mut halves, layout).unwrap())
+        .unwrap();
     assert_eq!(bits(&halves), bits(&dx), "backward and gradient_apply differ: {layout:?}");
 
-    let frozen = Affine::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
+    let frozen = Coefficients::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
     let mut z = zero.clone();
     infer(x, &frozen, epilogue, &mut ViewMut::new(&mut z, layout).unwrap()).unwrap();
     let mut in_place = tensor::<T>(layout, 1, mean);
@@ -72,17 +74,20 @@ fn all_with<T: Element>(layout: Layout, mean: f64, epilogue: Epilogue<View<'_, T
     let mut over = tensor::<T>(layout, 1, mean);
     let again =
         train_forward_in_place(gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap();
-    assert_eq!(again, (m.clone(), affine.clone()));
+    assert_eq!(again, (m.clone(), coefficients.clone()));
     assert_eq!(bits(&over), bits(&y), "train_forward in place and not differ: {layout:?}");
     let mut over = tensor::<T>(layout, 2, 0.0);
-    assert_eq!(backward(None, x, &affine, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(), sums);
+    assert_eq!(
+        backward(None, x, &coefficients, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(),
+        sums
+    );
     assert_eq!(bits(&over), bits(&dx), "dx over dy and not differ: {layout:?}");
     let mut gated = zero.clone();
-    gate(Some(dy), x, &affine, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
+    gate(Some(dy), x, &coefficients, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
     let through = View::new(&gated, layout).unwrap();
     let nothing = Epilogue::default();
     assert_eq!(
-        backward(Some(through), x, &affine, nothing, &mut ViewMut::new(&mut over, layout).unwrap()),
+        backward(Some(through), x, &coefficients, nothing, &mut ViewMut::new(&mut over, layout).unwrap()),
         Ok(sums.clone())
     );
     assert_eq!(bits(&over), bits(&dx), "gradients through the activation in one step and two differ: {layout:?}");

@@ -1,4 +1,4 @@
-//! The affine form of a layer: y = (x − mean)·s + β with s = γ/√(var + ε), per channel, in float64.
+//! The coefficients that normalization takes: y = (x − mean)·s + β with s = γ/√(var + ε), per channel, in float64.
 
 use crate::blocks::Interleaved;
 use crate::element::{Element, Wide};
@@ -7,11 +7,11 @@ use crate::moments::Moments;
 use crate::simd::{FloatMode, LANES};
 use std::ops::Range;
 
-/// Coefficients of a channel-wise affine map, from frozen statistics or from those of a batch.
+/// Coefficients of a channel-wise map, from frozen statistics or from those of a batch.
 ///
 /// γ = √(Var\[x\] + ε), β = E\[x\] restores the identity (section 3). Note the square root: γ = Var\[x\] does not.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Affine {
+pub struct Coefficients {
     mean: Vec<f64>,
     invstd: Vec<f64>,
     scale: Vec<f64>,
@@ -20,7 +20,7 @@ pub struct Affine {
     count: Option<Vec<f64>>,
 }
 
-impl Affine {
+impl Coefficients {
     /// From frozen statistics; absent γ are ones, absent β zeros.
     ///
     /// # Errors
@@ -56,8 +56,8 @@ impl Affine {
     pub fn of_moments(moments: &Moments, gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
         check_training_eps(eps)?;
         moments.require(2)?;
-        let affine = Self::of(moments.mean().to_vec(), &moments.var()?, gamma, beta, eps)?;
-        Ok(Self { count: Some(moments.count().to_vec()), ..affine })
+        let coefficients = Self::of(moments.mean().to_vec(), &moments.var()?, gamma, beta, eps)?;
+        Ok(Self { count: Some(moments.count().to_vec()), ..coefficients })
     }
 
     fn of(mean: Vec<f64>, var: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
@@ -94,7 +94,7 @@ impl Affine {
     }
 
     /// The same map without its constant: x·s, which is what it does to a gradient.
-    pub(crate) fn linear_part(&self) -> Self {
+    pub(crate) fn scale_only(&self) -> Self {
         let zeros = vec![0.0; self.channels()];
         Self { mean: zeros.clone(), beta: zeros, ..self.clone() }
     }
@@ -113,17 +113,17 @@ impl Affine {
         }
     }
 
-    pub(crate) fn coefficients<T: Element>(&self, c: usize) -> [T::Wide; 4] {
-        coefficients::<T>(self.mean[c], self.scale[c], self.beta[c])
+    pub(crate) fn of_channel<T: Element>(&self, c: usize) -> [T::Wide; 4] {
+        for_kernel::<T>(self.mean[c], self.scale[c], self.beta[c])
     }
 
     /// The four coefficients of some columns, and of the first of them again.
-    pub(crate) fn columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> [Vec<T::Wide>; 4] {
+    pub(crate) fn of_columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> [Vec<T::Wide>; 4] {
         let part = |values: &[f64]| rows.spread(columns.clone(), LANES, |c| T::Wide::from_f64(values[c]));
         let high = part(&self.mean);
         // Where the mean is in one part, nothing reads the other; any numbers will do.
         let low = match T::SPLIT_MEAN {
-            true => rows.spread(columns.clone(), LANES, |c| self.coefficients::<T>(c)[1]),
+            true => rows.spread(columns.clone(), LANES, |c| self.of_channel::<T>(c)[1]),
             false => high.clone(),
         };
         [high, low, part(&self.scale), part(&self.beta)]
@@ -140,8 +140,8 @@ pub(crate) fn scale(gamma: f64, var: f64, eps: f64) -> f64 {
     gamma / root(var, eps)
 }
 
-/// Mean (high and low part), s and β in the precision of the affine form.
-pub(crate) fn coefficients<T: Element>(mean: f64, scale: f64, beta: f64) -> [T::Wide; 4] {
+/// Mean (high and low part), s and β in the precision in which x is normalized.
+pub(crate) fn for_kernel<T: Element>(mean: f64, scale: f64, beta: f64) -> [T::Wide; 4] {
     let high = T::Wide::from_f64(mean);
     [high, T::Wide::from_f64(mean - high.to_f64()), T::Wide::from_f64(scale), T::Wide::from_f64(beta)]
 }
