@@ -213,11 +213,11 @@ def test_parameters_that_do_not_broadcast_to_the_channels(shape):
     [
         lambda: Exporter(X, (4, 3), "int", 32),
         lambda: Exporter(X, (4, 3), "complex", 64),
-        lambda: Exporter(X, (4, 3), "bfloat", 16),
+        lambda: Exporter(X, (4, 3), "bfloat", 8),
         lambda: Exporter(X, (4, 3), "float", 32, lanes=2),
         lambda: Exporter(X, (4, 3), "float", 32, device=(2, 0)),
     ],
-    ids=["int32", "complex64", "bfloat16", "vectors", "another device"],
+    ids=["int32", "complex64", "bfloat8", "vectors", "another device"],
 )
 def test_dlpack_tensors_of_another_kind(exporter):
     e = exporter()

@@ -107,24 +107,39 @@ def test_nothing_of_it_can_be_changed(dtype):
         ({"var": [1e-50, 1e-50]}, ValueError, r"var: out of the range of float32 in channels 0, 1;"),
         ({"gamma": [1.0, -1e39]}, ValueError, r"gamma: out of the range of float32 in channel 1;"),
         ({"beta": [1e39, 1.0]}, ValueError, r"beta: out of the range of float32 in channel 0;"),
+        ({"mean": 0.0, "var": [1.0, 1.0], "gamma": [1.0, 1.0, 1.0]}, ValueError, r"gamma has shape \(3,\); wa"),
+        ({"mean": [], "var": []}, ValueError, "0 channels"),
         ({"eps": -1e-5}, ValueError, "eps"),
+        ({"eps": None}, TypeError, "eps: was None, wanted a number"),
+        ({"eps": "1e-5"}, TypeError, "eps: was '1e-5', wanted a number"),
         ({"eps": np.nan}, ValueError, "eps"),
         ({"eps": 1e39}, ValueError, r"eps: 1e\+39 is inf in float32"),
         ({"eps": 1e-50}, ValueError, r"eps: 1e-50 is 0\.0 in float32"),
         ({"eps": 1e39, "dtype": "float64"}, ValueError, r"eps: 1e\+39 is inf in float32"),
         ({"eps": 0.0, "var": [1.0, 0.0]}, ValueError, "eps"),
-        ({"dtype": "float16"}, TypeError, r"dtype: 'float16', but float32 or float64 is wanted"),
+        ({"dtype": "float16"}, TypeError, r"dtype: was 'float16', wanted float32 or float64"),
         ({"dtype": ">f4"}, TypeError, "dtype"),
-        ({"dtype": None}, TypeError, "dtype: None"),
-        ({"dtype": "nonsense"}, TypeError, "dtype: 'nonsense'"),
-        ({"channel_axis": 1.0}, TypeError, r"channel_axis: 1\.0, but an integer is wanted"),
-        ({"channel_axis": True}, TypeError, "channel_axis: True"),
-        ({"channel_axis": 2**63}, ValueError, "channel_axis: 9223372036854775808"),
+        ({"dtype": None}, TypeError, "dtype: was None"),
+        ({"dtype": "nonsense"}, TypeError, "dtype: was 'nonsense'"),
+        ({"channel_axis": 1.0}, TypeError, r"channel_axis: was 1\.0, wanted an integer"),
+        ({"channel_axis": True}, TypeError, "channel_axis: was True"),
+        ({"channel_axis": 2**63}, ValueError, "channel_axis: was 9223372036854775808"),
     ],
 )
 def test_refusals(change, error, match):
     with pytest.raises(error, match=match):
         bn.FrozenBatchNorm(**{"mean": [0.0, 1.0], "var": [1.0, 1.0]} | change)
+
+
+@pytest.mark.parametrize("longest", ["mean", "var", "gamma", "beta"])
+def test_each_parameter_broadcasts_to_the_longest(longest):
+    single = {"mean": 0.5, "var": np.float32(2), "gamma": [3.0], "beta": np.array(-1.0)}
+    parameters = single | {longest: [1.0, 2.0, 3.0]}
+    full = {name: np.broadcast_to(np.ravel(values), (3,)) for name, values in parameters.items()}
+    frozen = bn.FrozenBatchNorm(**parameters)
+    assert frozen.channels == 3
+    assert frozen == bn.FrozenBatchNorm(**full)
+    assert bn.FrozenBatchNorm(**single).channels == 1
 
 
 def test_long_lists_of_channels_are_cut():
@@ -299,9 +314,9 @@ def test_from_moments_of_too_few_values():
     moments = bn.Moments([2.0, 1.0, 0.0], np.zeros(3), np.zeros(3))
     with pytest.raises(ValueError, match=r"moments: 2 values or more .* found channels 1, 2 with fewer"):
         bn.FrozenBatchNorm.from_moments(moments)
-    with pytest.raises(ValueError, match=r"moments: 1 values or more .* found channel 2 with fewer"):
+    with pytest.raises(ValueError, match=r"moments: 1 value or more .* found channel 2 with fewer"):
         bn.FrozenBatchNorm.from_moments(moments, ddof=0)
-    with pytest.raises(ValueError, match="ddof: 2, but 1"):
+    with pytest.raises(ValueError, match="ddof: was 2, wanted 1"):
         bn.FrozenBatchNorm.from_moments(moments, ddof=2)
 
 

@@ -150,7 +150,7 @@ def test_a_file_in_another_order_is_read(layer, path):
         ("channel_axis", "1", "fingerprint is"),
         ("channel_axis", " 2", "channel_axis is ' 2', but the rest makes it '2'"),
         ("channel_axis", "first", "damaged"),
-        ("channel_axis", "9" * 30, "channel_axis: 9+, but an integer of 64 bits is wanted"),
+        ("channel_axis", "9" * 30, "channel_axis: was 9+, wanted an integer of 64 bits"),
         ("eps", "1e-5", "eps is '1e-5', not a hexadecimal float"),
         ("eps", "0x1.4f8b588e368f1p-17", "eps is finer than float"),
         ("eps", EPS.upper(), "eps is '0X1.4F8B58"),

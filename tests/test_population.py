@@ -190,8 +190,8 @@ REFUSED_STATES = {
         r"'mean'\]: not finite .* channel 1$",
     ),
     "negative": (lambda s: s.update(var=[1, 1, -1]), ValueError, r"'var'\]: negative in channel 2"),
-    "no numbers": (lambda s: s.update(mean=["a"] * 3), TypeError, r"'mean'\]: dtype was"),
-    "complex": (lambda s: s.update(mean=[1j] * 3), TypeError, r"'mean'\]: dtype was complex128"),
+    "no numbers": (lambda s: s.update(mean=["a"] * 3), TypeError, r"'mean'\] has dtype <U1; wanted real numbers"),
+    "complex": (lambda s: s.update(mean=[1j] * 3), TypeError, r"'mean'\] has dtype complex128"),
 }
 
 
@@ -216,3 +216,89 @@ def test_the_state_of_one_kind_is_refused_by_the_others(rng):
             if one is not other:
                 with pytest.raises(ValueError, match="state: keys were"):
                     one.load_state_dict(other.state_dict())
+
+
+IMPOSSIBLE_COUNTS = {  # what is put into the state of two batches of nine values, and what is said of it
+    "fewer values than batches": ({"values": [18, 1, 18]}, r"'values'\]: not more than .* in channel 1, wanted"),
+    "one value a batch": ({"values": [18, 18, 2]}, r"'values'\]: not more than .* in channel 2, wanted more"),
+    "no values": ({"values": [0, 0, 0]}, r"'values'\]: not more than .* in channels 0, 1, 2,"),
+    "negative values": ({"values": [-5, 18, 18]}, r"'values'\]: not more than .* in channel 0,"),
+    "no batches": ({"batches": [0, 0, 0]}, r"'batches'\]: was \[0.0, 0.0, 0.0\], wanted one whole number"),
+    "negative batches": ({"batches": [-1, -1, -1]}, r"'batches'\]: was \[-1.0, .* 1 or more"),
+    "part of a batch": ({"batches": [1.5, 1.5, 1.5]}, r"'batches'\]: was \[1.5, .* one whole number"),
+    "batches of one channel": ({"batches": [2, 3, 2]}, r"'batches'\]: was .* for all channels"),
+}
+
+
+@pytest.mark.parametrize("weighting", ["count", "equal"])
+@pytest.mark.parametrize("case", IMPOSSIBLE_COUNTS)
+def test_counts_that_no_batches_give_are_refused(rng, weighting, case):
+    changes, message = IMPOSSIBLE_COUNTS[case]
+    population = bn.Algorithm2(weighting)
+    for m in batches(rng, (9, 9)):
+        population.update(m)
+    before, state = state_bits(population), population.state_dict()
+    if not changes.keys() <= state.keys():
+        assert weighting == "equal"
+        return
+    state.update({name: np.asarray(values, np.float64) for name, values in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        population.load_state_dict(state)
+    assert state_bits(population) == before
+
+
+def test_every_state_that_batches_give_is_taken(rng, make):
+    """Those of the smallest batches too, and of channels with other counts."""
+    population = make()
+    for counts in ([2, 3, 1000], [1.25, 2, 2], [2, 2, 2]):
+        population.update(bn.Moments(counts, rng.normal(size=3), rng.uniform(size=3)))
+        again = make()
+        again.load_state_dict(population.state_dict())
+        assert state_bits(again) == state_bits(population)
+
+
+TINY, HUGE = 5e-324, 1.7e308
+
+
+def test_floating_point_errors_of_numpy_are_not_ours(rng, make):
+    extremes = [
+        constant([4] * 3, [TINY, 1e-200, HUGE / 2], [TINY, 1e-200, HUGE / 8]),
+        constant([2] * 3, [-TINY, 1e-250, HUGE / 3], [3e-324, 1e-310, HUGE / 8]),
+        constant([1000] * 3, [0, 0, 0], [0, 0, 0]),
+    ]
+    with np.errstate(all="raise"):
+        population, other = make(), make()
+        for m in extremes:
+            population.update(m)
+        other.load_state_dict(population.state_dict())
+    quiet = make()
+    for m in extremes:
+        quiet.update(m)
+    assert state_bits(population) == state_bits(other) == state_bits(quiet)
+
+
+@pytest.mark.parametrize("weighting", ["count", "equal"])
+def test_a_batch_that_would_overflow_is_refused(weighting):
+    population = bn.Algorithm2(weighting)
+    population.update(constant([4] * 3, [0, HUGE, 0], [1] * 3))
+    before = state_bits(population)
+    for state in ("raise", "warn"):
+        with (
+            np.errstate(all=state),
+            pytest.raises(ValueError, match=r"too far from those before it for float64 in channel 1$"),
+        ):
+            population.update(constant([4] * 3, [0, -HUGE, 0], [1] * 3))
+        assert state_bits(population) == before
+
+
+def test_one_channel_is_singular():
+    population = bn.MovingAverage(0.5)
+    population.update(constant([4] * 3, [0] * 3, [1] * 3))
+    with pytest.raises(ValueError, match="moments: 1 channel, wanted 3"):
+        population.update(constant([4], [0], [1]))
+
+
+@pytest.mark.parametrize("weight", ["0.1", None, True, b"0.1", 1j])
+def test_update_weights_that_are_no_numbers(weight):
+    with pytest.raises(TypeError, match="update_weight: was .*, wanted a number"):
+        bn.MovingAverage(weight)

@@ -26,11 +26,13 @@ __all__ = [
     "json_put_data",
     "moments",
     "normalize",
+    "real_array",
     "release_memory",
     "set_num_threads",
     "set_simd_level",
     "simd_level",
     "simd_levels",
+    "tensor",
     "train_forward",
 ]
 
@@ -584,3 +586,6 @@ def set_simd_level(name: str | None) -> None:
 
 def simd_levels() -> list[str]:
     """Names of the instruction-set levels that this machine can run, lowest first."""
+
+def tensor(argument: str, value: Any) -> NDArray[Any]: ...
+def real_array(argument: str, value: ArrayLike) -> NDArray[Any]: ...

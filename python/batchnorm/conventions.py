@@ -13,20 +13,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from batchnorm._checks import mapping
+from batchnorm._core import real_array
 
 _TORCH_NAMES = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias"}
 _SHOWN_KEYS = 12
 
 
 def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The parameters of one PyTorch batch-normalization layer under our names.
+    """Return the parameters of one PyTorch batch-normalization layer under our names.
 
     PyTorch's `running_var` is the unbiased variance, as ours is, so no number changes. `num_batches_tracked`
     is not needed and not read.
 
     Args:
-        state_dict: names to arrays, or to whatever NumPy can read through `__array__`, such as CPU tensors.
+        state_dict: names to arrays, or to CPU tensors of PyTorch, of any real dtype.
         prefix: what stands before `running_mean` in the keys, dot included: `"features.1."`.
 
     Returns:
@@ -34,7 +35,9 @@ def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, An
 
     Raises:
         ValueError: the state has no running statistics under this prefix.
+        TypeError: it is no mapping, or a part of it is not real, has a mask or requires grad.
     """
+    mapping("state_dict", state_dict, "module.state_dict()")
     needed = (prefix + "running_mean", prefix + "running_var")
     missing = " and ".join(repr(key) for key in needed if key not in state_dict)
     if missing:
@@ -42,5 +45,7 @@ def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, An
         there = ", ".join(keys[:_SHOWN_KEYS]) or "no keys at all"
         rest = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
         raise ValueError(f"state_dict: {missing} wanted (prefix {prefix!r}), but it has {there}{rest}")
-    values = {ours: state_dict.get(prefix + theirs) for ours, theirs in _TORCH_NAMES.items()}
-    return {name: None if value is None else np.asarray(value) for name, value in values.items()}
+    names = {ours: prefix + theirs for ours, theirs in _TORCH_NAMES.items()}
+    given = {ours: key for ours, key in names.items() if state_dict.get(key) is not None}
+    parameters = {ours: real_array(f"state_dict[{key!r}]", state_dict[key]) for ours, key in given.items()}
+    return dict.fromkeys(names) | parameters

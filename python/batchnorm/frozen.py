@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import operator
 import os
 import struct
 import sys
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm._checks import channels_where
-from batchnorm._core import Coefficients, Moments
+from batchnorm._checks import channels_where, integer, number, parameter_dtype
+from batchnorm._core import Coefficients, Moments, real_array
 from batchnorm._types import Gradients
 from batchnorm.conventions import torch_parameters
 
@@ -100,17 +99,20 @@ class FrozenBatchNorm:
         channel_axis: int = 1,
         dtype: DTypeLike = "float32",
     ) -> None:
-        dtype = _parameter_dtype(dtype)
+        dtype = parameter_dtype(dtype)
         channel_axis = _checked_axis(channel_axis)
-        # Refuses, by name, whatever was wrong before rounding.
-        channels = Coefficients(mean, var, gamma, beta, eps=eps).channels
         given = {
-            "mean": np.asarray(mean),
-            "var": np.asarray(var),
-            "gamma": np.asarray(1.0 if gamma is None else gamma),
-            "beta": np.asarray(0.0 if beta is None else beta),
+            "mean": real_array("mean", mean),
+            "var": real_array("var", var),
+            "gamma": real_array("gamma", 1.0 if gamma is None else gamma),
+            "beta": real_array("beta", 0.0 if beta is None else beta),
         }
-        exact = {name: np.broadcast_to(a.astype(np.float64), (channels,)) for name, a in given.items()}
+        eps = number("eps", eps)
+        # Refuses, by name, whatever was wrong before rounding.
+        channels = Coefficients(**given, eps=eps).channels
+        with np.errstate(all="ignore"):  # the class above has looked at the values
+            wide = {name: array.astype(np.float64) for name, array in given.items()}
+        exact = {name: np.broadcast_to(array, (channels,)) for name, array in wide.items()}
         rounded = {name: _rounded(name, values, dtype) for name, values in exact.items()}
         eps = _rounded_eps(eps)
 
@@ -151,11 +153,12 @@ class FrozenBatchNorm:
             ValueError: some channel has `ddof` values or fewer, or what the class raises.
         """
         if ddof not in (0, 1):
-            raise ValueError(f"ddof: {ddof!r}, but 1 (unbiased variance) or 0 (biased) is wanted")
+            raise ValueError(f"ddof: was {ddof!r}, wanted 1 (unbiased variance) or 0 (biased)")
         too_few = moments.count <= ddof
         if too_few.any():
             there = f"{channels_where(too_few)} with fewer"
-            raise ValueError(f"moments: {ddof + 1} values or more wanted in each channel, found {there}")
+            values = "1 value" if ddof == 0 else "2 values"
+            raise ValueError(f"moments: {values} or more wanted in each channel, found {there}")
         var = moments.var_unbiased if ddof else moments.var
         return cls(moments.mean, var, gamma, beta, eps=eps, channel_axis=channel_axis, dtype=dtype)
 
@@ -314,26 +317,16 @@ class FrozenBatchNorm:
         return make, (self.mean, self.var, self.gamma, self.beta)
 
 
-def _parameter_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    for wanted in (_FLOAT32, _FLOAT64):
-        # NumPy takes None for float64, which nobody means who writes it here.
-        if dtype is not None and wanted == dtype:
-            return wanted
-    raise TypeError(f"dtype: {dtype!r}, but float32 or float64 is wanted")
-
-
 def _checked_axis(channel_axis: int) -> int:
-    if isinstance(channel_axis, bool) or not hasattr(channel_axis, "__index__"):
-        raise TypeError(f"channel_axis: {channel_axis!r}, but an integer is wanted")
-    axis = operator.index(channel_axis)
+    axis = integer("channel_axis", channel_axis)
     if not -(2**63) <= axis < 2**63:  # the fingerprint holds an int64
-        raise ValueError(f"channel_axis: {axis}, but an integer of 64 bits is wanted")
+        raise ValueError(f"channel_axis: was {axis}, wanted an integer of 64 bits")
     return axis
 
 
 def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
     """`values` in `dtype`, in memory that nobody can write to."""
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         rounded = values.astype(dtype)
     lost = ~np.isfinite(rounded)
     if name == "var":
@@ -345,7 +338,7 @@ def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> ND
 
 
 def _rounded_eps(eps: float) -> float:
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         rounded = float(np.float32(eps)) + 0.0  # so that -0.0, which is no other ε, is 0.0
     if not np.isfinite(rounded) or (eps > 0 and rounded == 0):
         raise ValueError(f"eps: {eps!r} is {rounded} in float32, in which eps is held")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _core
-from batchnorm._checks import finite_vector
+from batchnorm._checks import finite_vector, integer, mapping, number, of_channels, parameter_dtype
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.population import MovingAverage, Population
 
@@ -48,7 +47,7 @@ class BatchNorm:
 
     Raises:
         ValueError: A value out of its range.
-        TypeError: Another dtype, or a population that is no estimator.
+        TypeError: An argument of another type, or a population that is no estimator.
 
     Example:
         >>> import numpy as np
@@ -73,16 +72,14 @@ class BatchNorm:
         channel_axis: int = 1,
         population: Population | None = None,
     ) -> None:
-        self.channels = operator.index(channels)
+        self.channels = integer("channels", channels)
         if self.channels < 1:
             raise ValueError(f"channels: was {channels}, wanted 1 or more")
-        self.eps = float(eps)
+        self.eps = number("eps", eps)
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps: was {eps!r}, wanted a finite number > 0")
-        self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype: was {self.dtype}, wanted float32 or float64")
-        self.channel_axis = operator.index(channel_axis)
+        self.dtype = parameter_dtype(dtype)
+        self.channel_axis = integer("channel_axis", channel_axis)
         self.population = MovingAverage(update_weight=0.1) if population is None else population
         self.training = True
         self.grad_gamma: Any = None
@@ -176,7 +173,8 @@ class BatchNorm:
             x = np.from_dlpack(x)
         shape, axis = np.shape(x), self.channel_axis
         if not -len(shape) <= axis < len(shape) or shape[axis] != self.channels:
-            raise ValueError(f"x: shape was {tuple(shape)}, wanted {self.channels} channels on axis {axis}")
+            wanted = f"{of_channels(self.channels)} on axis {axis}"
+            raise ValueError(f"x: shape was {tuple(shape)}, wanted {wanted}")
         y, cache = _core.train_forward(
             x,
             self.gamma,
@@ -220,7 +218,7 @@ class BatchNorm:
         else:
             dx, dgamma, dbeta = _core.backward(dy, self._last, dresidual=dresidual)
         if self.affine:
-            with np.errstate(over="ignore"):
+            with np.errstate(all="ignore"):
                 self.grad_gamma = dgamma.astype(self.dtype)
                 self.grad_beta = dbeta.astype(self.dtype)
         return dx
@@ -262,8 +260,9 @@ class BatchNorm:
         Raises:
             ValueError: Missing or unknown keys, wrong shapes, values that are not finite; nothing is changed
                 then.
-            TypeError: An array that is not of real numbers; likewise.
+            TypeError: No mapping, or an array that is not of real numbers, has a mask or requires grad; likewise.
         """
+        mapping("state", state, "state_dict()")
         own = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
         if own.keys() != self._parameters.keys():
             wanted = sorted(self._parameters)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm._checks import channels_where, finite_vector
+from batchnorm._checks import channels_where, finite_vector, mapping, number, of_channels
 from batchnorm._core import Moments
 
 
@@ -88,10 +88,11 @@ class _Averages:
             state: What ``state_dict`` of the same kind of estimator returned.
 
         Raises:
-            ValueError: Missing or unknown keys, shapes that differ, values that are not finite, or negative
-                variances; nothing is changed then.
-            TypeError: An array that is not of real numbers.
+            ValueError: Missing or unknown keys, shapes that differ, or values that no batches can give; nothing
+                is changed then.
+            TypeError: No mapping, or an array that is not of real numbers, has a mask or requires grad.
         """
+        mapping("state", state, "state_dict()")
         names = self._names()
         if state and set(state) != set(names):
             raise ValueError(f"state: keys were {sorted(state)}, wanted {sorted(names)} or none")
@@ -99,13 +100,23 @@ class _Averages:
         shapes = {name: array.shape for name, array in loaded.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"state: shapes were {shapes}, wanted one number of channels")
-        for name in loaded.keys() - {"mean"}:
-            if bad := channels_where(loaded[name] < 0):
-                raise ValueError(f"state[{name!r}]: negative in {bad}, wanted values >= 0")
+        if loaded:
+            self._check_possible(loaded)
         self._state = loaded
 
     def _names(self) -> tuple[str, ...]:
         return ("mean", "var")
+
+    def _check_possible(self, state: dict[str, NDArray[np.float64]]) -> None:
+        """Raise ValueError where no batches can have led to these finite values."""
+        if bad := channels_where(state["var"] < 0):
+            raise ValueError(f"state['var']: negative in {bad}, wanted values >= 0")
+
+    def _enter(self, state: dict[str, NDArray[np.float64]]) -> None:
+        """Take over what a batch has made of the state, unless float64 could not hold it."""
+        if bad := channels_where(~(np.isfinite(state["mean"]) & np.isfinite(state["var"]))):
+            raise ValueError(f"moments: the batch is too far from those before it for float64 in {bad}")
+        self._state = state
 
     def _get(self, name: str) -> NDArray[np.float64]:
         if not self.ready:
@@ -119,7 +130,7 @@ class _Averages:
         """Return count, mean, unbiased variance of a batch that may enter the averages."""
         count, mean, m2 = moments.count, moments.mean, moments.m2
         if self.ready and mean.shape != self._state["mean"].shape:
-            raise ValueError(f"moments: {mean.size} channels, wanted {self._state['mean'].size}")
+            raise ValueError(f"moments: {of_channels(mean.size)}, wanted {self._state['mean'].size}")
         if bad := channels_where(~(np.isfinite(mean) & np.isfinite(m2))):
             raise ValueError(f"moments: the batch has non-finite statistics in {bad}")
         if bad := channels_where(~(count > 1)):
@@ -139,6 +150,7 @@ class MovingAverage(_Averages):
 
     Raises:
         ValueError: ``update_weight`` is out of its range.
+        TypeError: It is no number.
 
     Example:
         >>> import numpy as np
@@ -150,16 +162,18 @@ class MovingAverage(_Averages):
     """
 
     def __init__(self, update_weight: float) -> None:
-        if not 0 < update_weight <= 1:
+        weight = number("update_weight", update_weight)
+        if not 0 < weight <= 1:
             raise ValueError(f"update_weight: was {update_weight!r}, wanted 0 < update_weight <= 1")
         super().__init__()
-        self._weight = float(update_weight)
+        self._weight = weight
 
     @property
     def update_weight(self) -> float:
         """The weight of the new batch."""
         return self._weight
 
+    @np.errstate(all="ignore")  # what float64 cannot hold is asked of the result
     def update(self, moments: Moments) -> None:
         """Take in one batch.
 
@@ -167,13 +181,13 @@ class MovingAverage(_Averages):
             moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
 
         Raises:
-            ValueError: Another number of channels than before, non-finite statistics, or fewer than 2 values
-                in a channel; nothing is changed then.
+            ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in a
+                channel, or statistics too far from those before; nothing is changed then.
         """
         _, mean, var = self._checked(moments)
         old = self._state or {"mean": np.zeros_like(mean), "var": np.ones_like(var)}
         w = self._weight
-        self._state = {"mean": (1 - w) * old["mean"] + w * mean, "var": (1 - w) * old["var"] + w * var}
+        self._enter({"mean": (1 - w) * old["mean"] + w * mean, "var": (1 - w) * old["var"] + w * var})
 
     def __repr__(self) -> str:
         return f"MovingAverage(update_weight={self._weight!r})"
@@ -218,6 +232,7 @@ class Algorithm2(_Averages):
         """How batches are weighted."""
         return self._weighting
 
+    @np.errstate(all="ignore")  # what float64 cannot hold is asked of the result
     def update(self, moments: Moments) -> None:
         """Take in one batch.
 
@@ -225,8 +240,8 @@ class Algorithm2(_Averages):
             moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
 
         Raises:
-            ValueError: Another number of channels than before, non-finite statistics, or fewer than 2 values
-                in a channel; nothing is changed then.
+            ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in a
+                channel, or statistics too far from those before; nothing is changed then.
         """
         count, mean, var = self._checked(moments)
         old = self._state or {name: np.zeros_like(mean) for name in self._names()}
@@ -241,16 +256,29 @@ class Algorithm2(_Averages):
         # Both weightings are weighted averages, of μ_b and of M2_b/(m_b - 1). Stepping toward each batch by
         # its share keeps every intermediate as large as the data, where a sum of m_b·μ_b would grow with the
         # run.
-        self._state = {
-            "mean": old["mean"] + (mean - old["mean"]) * of_mean,
-            "var": old["var"] + (var - old["var"]) * of_var,
-            **sums,
-        }
+        self._enter(
+            {
+                "mean": old["mean"] + (mean - old["mean"]) * of_mean,
+                "var": old["var"] + (var - old["var"]) * of_var,
+                **sums,
+            }
+        )
 
     def _names(self) -> tuple[str, ...]:
         # The keys tell the weightings apart, so that one's state is refused by the other.
         names = ("mean", "var", "batches")
         return (*names, "values") if self._weighting == "count" else names
+
+    def _check_possible(self, state: dict[str, NDArray[np.float64]]) -> None:
+        super()._check_possible(state)
+        batches = state["batches"]
+        # A batch enters all channels or none, so they all have the same number of them.
+        if not (batches[0] >= 1 and batches[0].is_integer() and (batches == batches[0]).all()):
+            wanted = "one whole number, 1 or more, for all channels"
+            raise ValueError(f"state['batches']: was {batches.tolist()}, wanted {wanted}")
+        if "values" in state and (bad := channels_where(state["values"] <= batches)):
+            wanted = "more than 1 value a batch"
+            raise ValueError(f"state['values']: not more than state['batches'] in {bad}, wanted {wanted}")
 
     def __repr__(self) -> str:
         return f"Algorithm2(weighting={self._weighting!r})"

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "memory that NumPy owns")]
 
+use crate::arrays::{has_mask, numpy, tensor};
 use crate::memory::Memory;
 use crate::value_error;
 use batchnorm::{Element, Layout, View, ViewMut};
@@ -13,8 +14,8 @@ use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMet
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyType};
-use std::ffi::c_int;
+use pyo3::types::{IntoPyDict, PyCapsule, PyDict};
+use std::ffi::{c_int, c_void};
 
 /// The element types of the core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,7 +86,7 @@ pub(crate) struct Tensor<'py> {
 impl<'py> Tensor<'py> {
     /// The argument as a tensor. It is copied only if it is strided or of foreign byte order.
     pub(crate) fn read(argument: &str, value: &Bound<'py, PyAny>, channel_axis: isize) -> PyResult<Self> {
-        let array = as_array(argument, value)?;
+        let array = tensor(argument, value)?;
         let dtype = dtype_of(argument, &array)?;
         if array.dtype().is_native_byteorder() != Some(false)
             && let Some(layout) = layout_of(&array, dtype, channel_axis)?
@@ -101,14 +102,14 @@ impl<'py> Tensor<'py> {
 
     /// The argument as a tensor of the shape, dtype and memory order of this one; copied where its order differs.
     pub(crate) fn read_like(&self, argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let array = as_array(argument, value)?;
+        let array = tensor(argument, value)?;
         self.check_like(argument, &array)?;
         let native = array.dtype().is_native_byteorder() != Some(false);
         let array = if native && self.same_order(&array) {
             array
         } else {
             let copy = self.empty_like()?;
-            numpy_module(self.array.py())?.call_method1(intern!(self.array.py(), "copyto"), (&copy, &array))?;
+            numpy(self.array.py())?.call_method1(intern!(self.array.py(), "copyto"), (&copy, &array))?;
             copy
         };
         Ok(Self { array, dtype: self.dtype, layout: self.layout, copied: false })
@@ -307,48 +308,75 @@ fn dtype_of(argument: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<DType
     DType::of(&descr).ok_or_else(|| PyTypeError::new_err(format!("{argument} has dtype {descr}; wanted {WANTED}")))
 }
 
-/// A NumPy array of the argument's memory: itself, or by `__dlpack__` or `__array__`.
-fn as_array<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
-    let py = value.py();
-    if let Ok(array) = value.cast_exact::<PyUntypedArray>() {
-        return Ok(array.clone());
-    }
-    let refusal = |why: &str| {
-        let found = type_name(value);
-        PyTypeError::new_err(format!(
-            "{argument} is {found}{why}; wanted a NumPy array or an object with __dlpack__ (on the CPU) or __array__"
-        ))
-    };
-    if let Ok(array) = value.cast::<PyUntypedArray>() {
-        // A mask would be lost in silence; other subclasses are plain arrays underneath.
-        return if has_mask(value)? { Err(refusal(" with a mask")) } else { Ok(array.clone()) };
-    }
-    let numpy = numpy_module(py)?;
-    let mut why = String::new();
-    for (attribute, function) in [("__dlpack__", "from_dlpack"), ("__array__", "asarray")] {
-        if value.is_instance_of::<PyType>() || !value.hasattr(attribute)? {
-            continue;
-        }
-        match numpy.call_method1(function, (value,)) {
-            Ok(array) => return array.cast_into().map_err(|_| refusal("")),
-            Err(error) => why = format!(" ({error})"),
-        }
-    }
-    Err(refusal(&why))
-}
-
 /// A dense copy in native byte order that keeps the order of the axes.
 fn copied<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUntypedArray>> {
     let py = array.py();
     let native = array.dtype().call_method1(intern!(py, "newbyteorder"), ("=",))?;
     let options = [("dtype", native), ("order", "K".into_pyobject(py)?.into_any())].into_py_dict(py)?;
-    let copy = numpy_module(py)?.call_method(intern!(py, "array"), (array,), Some(&options))?;
+    let copy = numpy(py)?.call_method(intern!(py, "array"), (array,), Some(&options))?;
     Ok(copy.cast_into::<PyUntypedArray>()?)
 }
 
-/// Whether a value has a mask, which plain arrays have not: the question costs as much as a small call.
-pub(crate) fn has_mask(value: &Bound<'_, PyAny>) -> PyResult<bool> {
-    Ok(!value.is_exact_instance_of::<PyUntypedArray>() && value.hasattr(intern!(value.py(), "mask"))?)
+/// The head of DLPack's `DLManagedTensor`, as version 0 of the protocol has it.
+#[repr(C)]
+struct DlTensor {
+    data: *mut c_void,
+    device: [i32; 2],
+    rank: i32,
+    type_code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+impl DlTensor {
+    const CAPSULE: &std::ffi::CStr = c"dltensor";
+    const UINT: u8 = 1;
+    const BFLOAT: u8 = 4;
+}
+
+/// A DLPack capsule as an object that exports it, as NumPy wants it.
+#[pyclass(frozen, module = "batchnorm._core")]
+struct Export(Py<PyCapsule>);
+
+#[pymethods]
+impl Export {
+    #[pyo3(signature = (**_options))]
+    fn __dlpack__(&self, py: Python<'_>, _options: Option<&Bound<'_, PyDict>>) -> Py<PyCapsule> {
+        self.0.clone_ref(py)
+    }
+}
+
+/// A tensor of bfloat16 that an object exports by DLPack, which NumPy does not import; `None` where it exports another.
+/// NumPy imports it as 16-bit integers, of which this is a view.
+pub(crate) fn bfloat16_by_dlpack<'py>(
+    argument: &str,
+    value: &Bound<'py, PyAny>,
+) -> PyResult<Option<Bound<'py, PyUntypedArray>>> {
+    let py = value.py();
+    let Some(capsule) = (value.call_method0(intern!(py, "__dlpack__")).ok()).and_then(|c| c.cast_into::<PyCapsule>().ok())
+    else {
+        return Ok(None);
+    };
+    let Ok(managed) = capsule.pointer_checked(Some(DlTensor::CAPSULE)) else { return Ok(None) };
+    let managed = managed.cast::<DlTensor>().as_ptr();
+    // SAFETY: a capsule of this name holds a DLManagedTensor, which begins with these fields. It belongs to whoever takes
+    // it out of the capsule, as we do, and lives until its deleter is called.
+    let dtype = unsafe { ((*managed).type_code, (*managed).bits, (*managed).lanes) };
+    if dtype != (DlTensor::BFLOAT, 16, 1) {
+        return Ok(None);
+    }
+    let bfloat16 = py.import("ml_dtypes").and_then(|module| module.getattr("bfloat16")).map_err(|_| {
+        let wanted = "wanted the package ml_dtypes, which gives NumPy that type: pip install 'batchnorm[bfloat16]'";
+        PyTypeError::new_err(format!("{argument} has dtype bfloat16; {wanted}"))
+    })?;
+    // SAFETY: as above; nobody else reads it meanwhile.
+    unsafe { (*managed).type_code = DlTensor::UINT };
+    let Ok(integers) = numpy(py)?.call_method1(intern!(py, "from_dlpack"), (Export(capsule.unbind()),)) else {
+        return Ok(None);
+    };
+    // SAFETY: as above: `integers` keeps it alive. An exporter that hands out the same one again finds it as it was.
+    unsafe { (*managed).type_code = DlTensor::BFLOAT };
+    Ok(Some(integers.call_method1(intern!(py, "view"), (bfloat16,))?.cast_into()?))
 }
 
 /// The values of a plain array of one axis that lie one after the other as float64 or float32; `None` of anything else.
@@ -371,10 +399,6 @@ pub(crate) fn floats(value: &Bound<'_, PyAny>) -> Option<Vec<f64>> {
             DType::F16 | DType::Bf16 => None,
         }
     }
-}
-
-fn numpy_module(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
-    py.import(intern!(py, "numpy"))
 }
 
 pub(crate) fn type_name(value: &Bound<'_, PyAny>) -> String {

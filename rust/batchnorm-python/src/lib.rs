@@ -1,5 +1,6 @@
 //! The binding `batchnorm._core`: parse, detach, call, wrap; no arithmetic.
 
+mod arrays;
 mod buffer;
 mod epilogue;
 mod functions;
@@ -14,6 +15,8 @@ use pyo3::prelude::*;
 /// The compiled core; `import batchnorm` is the public face.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::arrays::{real_array, tensor};
     #[pymodule_export]
     use crate::functions::{
         backward, copy, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize, train_forward,

@@ -1,8 +1,9 @@
 //! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
 
-use crate::buffer::{floats, has_mask, type_name};
+use crate::arrays::real_array;
+use crate::buffer::floats;
 use crate::value_error;
-use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -64,24 +65,12 @@ pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f
         return Ok(values);
     }
     let py = value.py();
-    let wanted = "wanted real numbers, an array of shape (channels,)";
-    let refusal = |found: String| PyTypeError::new_err(format!("{argument} {found}; {wanted}"));
-    if has_mask(value)? {
-        return Err(refusal(format!("is {} with a mask", type_name(value))));
-    }
-    let array = py
-        .import(intern!(py, "numpy"))?
-        .call_method1(intern!(py, "asarray"), (value,))
-        .map_err(|error| refusal(format!("is {} ({error})", type_name(value))))?
-        .cast_into::<PyUntypedArray>()?;
+    let array = real_array(argument, value)?;
     let dtype = array.dtype();
-    // Real numbers, and the extension types of ml_dtypes, which are real too.
-    if !matches!(dtype.kind(), b'f' | b'i' | b'u' | b'V') || dtype.has_fields() {
-        return Err(refusal(format!("has dtype {dtype}")));
-    }
+    let wanted = "wanted real numbers, an array of shape (channels,)";
     let array = array
         .call_method1(intern!(py, "astype"), (numpy::dtype::<f64>(py),))
-        .map_err(|_| refusal(format!("has dtype {dtype}")))?;
+        .map_err(|_| PyTypeError::new_err(format!("{argument} has dtype {dtype}; {wanted}")))?;
     match array.cast::<PyUntypedArray>()?.shape() {
         [] | [_] => {}
         shape => {

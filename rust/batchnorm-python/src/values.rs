@@ -270,7 +270,7 @@ impl Cache {
 /// The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
 ///
 /// Args:
-///     mean: E[x], shape (channels,).
+///     mean: E[x], shape (channels,) or a number.
 ///     var: Var[x], shape (channels,) or a number; 0 or more.
 ///     gamma: γ, shape (channels,) or a number; ones where absent.
 ///     beta: β, shape (channels,) or a number; zeros where absent.
@@ -293,7 +293,13 @@ impl Coefficients {
         beta: Option<&Bound<'_, PyAny>>,
         eps: f64,
     ) -> PyResult<Self> {
-        let channels = vector("mean", mean)?.len();
+        // All four broadcast: the first that is no single number tells the number of channels.
+        let mut channels = 1;
+        for (argument, value) in [("mean", Some(mean)), ("var", Some(var)), ("gamma", gamma), ("beta", beta)] {
+            if let (1, Some(value)) = (channels, value) {
+                channels = vector(argument, value)?.len();
+            }
+        }
         coefficients(mean, var, gamma, beta, eps, channels).map(Self)
     }
 
