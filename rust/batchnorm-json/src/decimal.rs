@@ -146,9 +146,10 @@ fn quotient(number: u64, power: usize) -> f64 {
     let dividend = u128::from(number << up) << 62;
     let divisor = u128::from(five << down);
     // 62 or 63 bits, and whether there are more: enough to round to 53 as the exact quotient would.
-    let bits = (dividend / divisor) as u64 | u64::from(dividend % divisor != 0);
+    let bits = dividend / divisor;
+    let bits = bits as u64 | u64::from(bits * divisor != dividend);
     let exponent = i64::from(down) - i64::from(up) - 62 - power as i64;
-    bits as f64 * f64::from_bits(((1023 + exponent) as u64) << 52)
+    bits as i64 as f64 * f64::from_bits(((1023 + exponent) as u64) << 52)
 }
 
 /// Reads what follows an `e`: the exponent, cut to where every number is 0 or infinite, and where it ends.

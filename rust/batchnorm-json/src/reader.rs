@@ -170,10 +170,7 @@ impl<'a> Reader<'a> {
 
     /// Reads the array that comes next; `each` is to read each item.
     #[inline]
-    pub(crate) fn array<E: From<Error>>(
-        &mut self,
-        mut each: impl FnMut(&mut Self) -> Result<(), E>,
-    ) -> Result<(), E> {
+    pub(crate) fn array<E: From<Error>>(&mut self, mut each: impl FnMut(&mut Self) -> Result<(), E>) -> Result<(), E> {
         self.open()?;
         if self.peek() == Some(b']') {
             self.close();
