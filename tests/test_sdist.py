@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-import numpy as np, batchnorm as bn, batchnorm_service.app
+import numpy as np, batchnorm as bn, batchnorm_service.http.app
 x = np.arange(8, dtype=np.float32).reshape(4, 2)
 y, cache = bn.train_forward(x)
 frozen = bn.FrozenBatchNorm.from_moments(cache.moments)

@@ -20,11 +20,11 @@ import batchnorm
 from batchnorm_service import __version__, logs
 from batchnorm_service.errors import LoadError
 from batchnorm_service.keys import SCOPES, Keyring, new_key
-from batchnorm_service.repository import Repository
-from batchnorm_service.server import serve, tls_context
+from batchnorm_service.models.repository import Repository
+from batchnorm_service.models.shared_state import State
+from batchnorm_service.process.server import serve, tls_context
+from batchnorm_service.process.supervisor import supervise
 from batchnorm_service.settings import ENV_PREFIX, Settings
-from batchnorm_service.state import State
-from batchnorm_service.supervisor import supervise
 
 logger = logging.getLogger("batchnorm_service")
 

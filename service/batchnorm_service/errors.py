@@ -1,4 +1,4 @@
-"""What the service refuses. `refusals.STATUS` maps each class to its HTTP status; nothing here knows HTTP.
+"""Errors of the service, without HTTP: `http.error_answers.STATUS` maps each class to its status.
 
 The text of an error is sent to the client: it names what was wrong and what was wanted, never a path.
 """

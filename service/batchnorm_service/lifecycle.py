@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 from anyio import to_thread
 
 from batchnorm_service.keys import Keyring
-from batchnorm_service.repository import Repository
+from batchnorm_service.models.repository import Repository
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Final, Literal, Self
 from pydantic import ByteSize, DirectoryPath, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from batchnorm_service.sources import NAME, RESERVED_NAMES, Directory
+from batchnorm_service.models.directory import NAME, RESERVED_NAMES, Directory
 
 ENV_PREFIX: Final = "BATCHNORM_SERVICE_"
 MIB: Final = 2**20

@@ -12,7 +12,7 @@ import tritonclient.http as triton
 from serving import CHANNELS
 from tritonclient.utils import InferenceServerException
 
-from batchnorm_service import metadata
+from batchnorm_service.protocol import metadata
 
 DTYPES = {
     "FP32": np.dtype(np.float32),

@@ -15,6 +15,9 @@ import tritonclient.http.aio as triton_aio
 from serving import CHANNELS, serve
 from test_service_client import DTYPES, assert_same_bits, infer, tensor
 
+from batchnorm_service.errors import BodyTooLargeError, InvalidInputError
+from batchnorm_service.http.body import MAX_MEMBERS, decompress
+
 CODINGS = (None, "gzip", "deflate")
 FORMS = [
     (datatype, binary_in, binary_out)
@@ -74,6 +77,7 @@ def test_every_form_with_the_aio_client(server, layers, datatype, binary_in, bin
     [
         ("gzip", "gzip"),
         ("Deflate", "deflate"),
+        ("x-gzip", "gzip"),
         ("identity", None),
         ("", None),
         ("gzip, deflate, br", None),
@@ -124,6 +128,33 @@ def test_a_damaged_body(server, coding, damage, reason):
     answer = server.infer("planar", damage(encode(coding, TEXT)), headers={"Content-Encoding": coding})
     assert (answer.status, list(answer.json())) == (400, ["error"])
     assert reason in answer.json()["error"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
+@pytest.mark.parametrize("cuts", [(), (1,), (0, 0, 50), (10, 11, 12, 40), range(0, 200, 3)])
+def test_gzip_of_several_members(server, cuts, coding):
+    """RFC 1952: what they hold counts as one; parallel and blocked compressors write them."""
+    edges = [0, *cuts, len(TEXT)]
+    body = b"".join(gzip.compress(TEXT[a:b]) for a, b in itertools.pairwise(edges))
+    answer = server.infer("planar", body, headers={"Content-Encoding": coding})
+    assert (answer.status, answer.body) == (200, server.infer("planar", TEXT).body)
+    for damaged in (body[:-1], body + b"\x1f\x8b", body + gzip.compress(b"{")[:9]):
+        answer = server.infer("planar", damaged, headers={"Content-Encoding": coding})
+        assert (answer.status, "cut short" in answer.json()["error"]) == (400, True)
+
+
+def test_members_without_end():
+    """The limit holds for their sum, and time is bounded by their number."""
+    member = gzip.compress(bytes(2**10))
+    assert len(decompress(b"gzip", member * 64, 2**16)) == 2**16
+    with pytest.raises(BodyTooLargeError, match="limit of 65535 bytes"):
+        decompress(b"gzip", member * 64, 2**16 - 1)
+    empty = gzip.compress(b"")
+    assert decompress(b"gzip", empty * MAX_MEMBERS, 1) == b""
+    with pytest.raises(BodyTooLargeError, match="more than 65536 members"):
+        decompress(b"gzip", empty * (MAX_MEMBERS + 1), 1)
+    with pytest.raises(InvalidInputError, match=f"{len(empty)} bytes follow"):
+        decompress(b"deflate", zlib.compress(b"") + empty, 1)
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])

@@ -13,9 +13,9 @@ from serving import serve
 from starlette.routing import Route
 from test_service_process import command
 
-from batchnorm_service.app import create_app
-from batchnorm_service.metrics import Metrics
-from batchnorm_service.refusals import STATUS
+from batchnorm_service.http.app import create_app
+from batchnorm_service.http.error_answers import STATUS
+from batchnorm_service.http.metrics import Metrics
 from batchnorm_service.settings import ENV_PREFIX, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "service.md").read_text()

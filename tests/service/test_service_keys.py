@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from batchnorm_service.__main__ import main
 from batchnorm_service.errors import ForbiddenError, UnauthorizedError
-from batchnorm_service.gate import scope_of
+from batchnorm_service.http.paths import classify
 from batchnorm_service.keys import SCOPES, Keyring, new_key, parse
 
 PATHS = {
@@ -87,23 +87,33 @@ def test_a_keyring_follows_its_file(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("path", "scope"),
+    ("request_", "scope"),
     [
-        ("/v2/models/a/infer", "infer"),
-        ("/v2/models/a/versions/1/infer", "infer"),
-        ("/v2/models/a", "metadata"),
-        ("/v2/models/stats", "metadata"),
-        ("/metrics", "metadata"),
-        ("/docs", "metadata"),
-        ("/v2/repository/index", "metadata"),
-        ("/v2/repository/models/a/load", "control"),
-        ("/v2/repository/models/a/unload", "control"),
-        ("/v2/repository/elsewhere/models/a/load", "control"),
-        ("/nowhere", "metadata"),
+        ("POST /v2/models/a/infer", "infer"),
+        ("POST /v2/models/a/versions/1/infer", "infer"),
+        ("POST /v2/models/infer/infer", "infer"),
+        ("GET /v2/models/infer", "metadata"),
+        ("GET /v2/models/infer/ready", "metadata"),
+        ("HEAD /v2/models/a/versions/infer", "metadata"),
+        ("GET /v2/models/a", "metadata"),
+        ("GET /v2/models/stats", "metadata"),
+        ("GET /metrics", "metadata"),
+        ("GET /docs", "metadata"),
+        ("POST /v2/repository/index", "metadata"),
+        ("POST /v2/repository/elsewhere/index", "metadata"),
+        ("POST /v2/repository/models/a/load", "control"),
+        ("POST /v2/repository/models/index/load", "control"),
+        ("POST /v2/repository/models/a/unload", "control"),
+        ("POST /v2/repository/elsewhere/models/a/load", "control"),
+        ("PUT /v2/repository/models/a", "control"),
+        ("GET /nowhere", "metadata"),
+        ("GET /v2/health/live", None),
+        ("HEAD /v2/health/ready", None),
+        ("GET /v2/health/live/", "metadata"),
     ],
 )
-def test_scopes_of_paths(path, scope):
-    assert scope_of(path) == scope
+def test_scopes_of_requests(request_, scope):
+    assert classify(*request_.split()).kind.value == scope
 
 
 # A process
@@ -211,6 +221,9 @@ def test_tls(models, tmp_path, certificates):
     with serve(tmp_path / "log", *arguments, context=trusting(authority)) as server:
         assert "https://127.0.0.1" in server.log
         assert server.request("GET", "/v2/models/planar").status == 200
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}  # is not taken, and loses no body
+        answer = server.request("POST", "/v2/repository/index", b'{"ready": 1}', upgrade)
+        assert (answer.status, answer.json()) == (400, {"error": "ready must be true or false"})
         server.context = ssl.create_default_context()
         with pytest.raises(ssl.SSLCertVerificationError):
             server.request("GET", "/v2/models/planar")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serving import CHANNELS
 
-from batchnorm_service.tensors import cut_data, numbers_from_json, put_data
+from batchnorm_service.protocol.tensors import cut_data, numbers_from_json, put_data
 
 X = np.arange(2 * CHANNELS, dtype=np.float32).reshape(2, CHANNELS)
 

@@ -13,10 +13,10 @@ import pytest
 from serving import CHANNELS, make_layer
 
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
-from batchnorm_service.models import Model
-from batchnorm_service.repository import Repository
-from batchnorm_service.sources import Directory
-from batchnorm_service.state import State
+from batchnorm_service.models.directory import Directory
+from batchnorm_service.models.model import Model
+from batchnorm_service.models.repository import Repository
+from batchnorm_service.models.shared_state import State
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def put(root, path, layer=None):
 
 
 def test_no_web_framework_is_loaded():
-    code = "import sys, batchnorm_service.protocol; print(*sys.modules)"
+    code = "import sys, batchnorm_service.protocol.exchange; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = set(output.split())
-    assert "batchnorm_service.models" in loaded
+    assert "batchnorm_service.models.model" in loaded
     assert not {"fastapi", "starlette", "uvicorn", "pydantic"} & loaded
 
 
@@ -89,6 +89,67 @@ def test_refused_names(root, caplog, path, reason):
         repository = open_repository(root)
     assert repository.names() == [good]
     assert reason in caplog.text
+
+
+WANTED = "one of bn.safetensors, bn.onnx, model.onnx is wanted, found "
+
+
+@pytest.mark.parametrize(
+    ("paths", "version", "reason"),
+    [
+        (
+            ["a/bn.safetensors"],
+            "",
+            "bn.safetensors must lie in the folder of a version, as a/1/bn.safetensors",
+        ),
+        (["a/x.ONNX", "a/b.SafeTensors"], "", "b.SafeTensors, x.ONNX must lie in the folder of a version"),
+        (["a.SAFETENSORS"], "1", "the suffix must be .safetensors, not .SAFETENSORS"),
+        (["a.Onnx"], "1", "the suffix must be .onnx, not .Onnx"),
+        (["a/1/"], "1", WANTED + "none"),
+        (["a/1/readme.txt"], "1", WANTED + "none"),
+        (["a/1/bn.Safetensors"], "1", WANTED + "bn.Safetensors"),
+        (["a/1/scale.safetensors"], "1", WANTED + "scale.safetensors"),
+        (["a/1/bn.safetensors", "a/1/bn.onnx"], "1", WANTED + "bn.safetensors, bn.onnx"),
+        (["a/007/"], "007", "the version must match"),
+        (["a/v1/scale.safetensors"], "v1", "the version must match"),
+    ],
+)
+def test_what_looks_like_a_model_is_served_or_named(root, caplog, paths, version, reason):
+    """In the log and in the index, with what is wanted; the rest is served."""
+    put(root, "good/2/bn.safetensors")
+    for folder in ("empty", "notes", ".hidden/1"):
+        (root / folder).mkdir(parents=True)
+    (root / "notes" / "text.md").write_text("no model")
+    for path in paths:
+        (root / path).mkdir(parents=True) if path.endswith("/") else put(root, path)
+    repository = open_repository(root)
+    found = {(entry.name, entry.version): entry.reason for entry in repository.index()}
+    assert found.keys() == {("good", "2"), ("a", version)}
+    assert found["good", "2"] == ""
+    assert reason in found["a", version]
+    assert reason in caplog.text
+
+
+def test_a_misplaced_file_does_not_stop_the_versions(root):
+    put(root, "a/1/bn.safetensors")
+    put(root, "a/bn.safetensors")
+    put(root, "b.SAFETENSORS", make_layer(1))
+    put(root, "b.safetensors", make_layer(2))
+    repository = open_repository(root)
+    assert repository.names() == ["a", "b"]
+    assert repository.get("b").layer == make_layer(2)
+    assert {entry.name for entry in repository.index() if not entry.fingerprint} == {"a"}
+
+
+@pytest.mark.parametrize("path", ["BN.safetensors", "scale.onnx"])
+def test_a_directory_that_is_one_model_names_what_it_expected(root, caplog, path):
+    put(root, path)
+    put(root, "3/bn.safetensors")
+    repository = open_repository(root, "a")
+    assert repository.versions("a") == ["3"]
+    found = [(entry.version, entry.reason) for entry in repository.index() if not entry.fingerprint]
+    assert found == [("1", WANTED + path)]
+    assert WANTED + path in caplog.text
 
 
 def test_nothing_outside_the_root_is_opened(root, caplog):

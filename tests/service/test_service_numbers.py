@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from batchnorm_service.errors import BodyTooLargeError, InvalidInputError
-from batchnorm_service.tensors import cut_data, numbers_from_json, put_data
+from batchnorm_service.protocol.tensors import cut_data, numbers_from_json, put_data
 
 SHAPES = nps.array_shapes(min_dims=1, max_dims=5, min_side=0, max_side=4)
 

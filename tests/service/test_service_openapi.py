@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from base64 import b64decode
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from serving import serve
 from starlette.routing import Route
 
 import batchnorm as bn
-from batchnorm_service.app import create_app
+from batchnorm_service.http.app import create_app
 from batchnorm_service.settings import Settings
 
 # Of the routes, what describes the document itself, and another spelling of a path.
@@ -94,6 +96,35 @@ def test_every_example_is_real(scale):
                 assert all(answer.headers[key] == value for key, value in headers.items())
     assert asked == 15 - 2 + 2 * 2 + 3
     assert scale.request("POST", "/v2/repository/models/scale/load", b"").status == 200
+
+
+def test_head_is_get_without_the_body(scale):
+    document = scale.request("GET", "/openapi.json").json()
+    paths = [path for verb, path in operations(document) if verb == "get"]
+    for path in [
+        *paths,
+        "/docs",
+        "/openapi.json",
+        "/v2/",
+        "/nowhere",
+        "/v2/models/nothing",
+        "/v2/models/scale/infer",
+    ]:
+        path = path.format(name="scale", version="1")
+        with closing(socket.create_connection((scale.host, scale.port), timeout=20)) as connection:
+            connection.sendall(f"HEAD {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+            received = b""
+            while more := connection.recv(65536):
+                received += more
+        head, body = received.split(b"\r\n\r\n")
+        assert body == b""
+        got = scale.request("GET", path)
+        assert int(head.split()[1]) == got.status, path
+        same = ("content-type",) if path == "/metrics" else ("content-type", "content-length")  # it counts
+        assert all(f"{name}: {got.headers[name]}".encode() in head.lower() for name in same), (path, head)
+    assert len(paths) >= 12
+    wrong = scale.request("DELETE", "/v2")
+    assert (wrong.status, wrong.headers["Allow"]) == (405, "GET, HEAD")
 
 
 def test_the_page_shows_it(scale):

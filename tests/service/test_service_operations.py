@@ -20,10 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import STOP_SECONDS, serve
 from test_service_process import INFER, message
 
-from batchnorm_service import statistics
-from batchnorm_service.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, SharedRows
+from batchnorm_service.counts import statistics
+from batchnorm_service.counts.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, SharedRows
 from batchnorm_service.logs import MAX_ID, JsonFormatter, request_id, safe_id
-from batchnorm_service.state import State
+from batchnorm_service.models.shared_state import State
 
 DRAIN = 1.0
 
@@ -103,7 +103,7 @@ def test_a_process_that_cannot_start_says_so(models, tmp_path, workers):
     """Without room for its shared state, or without it, the status is not 0 and nothing hangs."""
     environment = {**os.environ, "BATCHNORM_SERVICE_RUN_DIR": str(tmp_path)}
     code = (
-        "import batchnorm_service.__main__ as m, batchnorm_service.repository as r\n"
+        "import batchnorm_service.__main__ as m, batchnorm_service.models.repository as r\n"
         "load = r.Repository.load_all\n"
         "def spoiled(self):\n"
         "    failed = load(self)\n"
@@ -265,3 +265,21 @@ def test_without_room_for_counters_a_process_counts_for_itself(tmp_path, caplog)
     assert rows.models() == set()
     assert rows.mine("a", "1")[statistics.ROWS] == 5
     assert "are of this process alone" in caplog.text
+
+
+def test_a_model_may_be_named_infer(layers, tmp_path):
+    """Its metadata are no inference: they count under their own status, and the log has it."""
+    (tmp_path / "models").mkdir()
+    layers["planar"].save(tmp_path / "models" / "infer.safetensors")
+    with serve(tmp_path / "log", str(tmp_path / "models"), "--access-log") as server:
+        for path in ("/v2/models/infer", "/v2/models/infer/ready", "/v2/models/infer/versions/1"):
+            assert server.request("GET", path).status == 200
+        for path in ("/v2/models/infer/infer", "/v2/models/infer/versions/infer", "/v2/models/a/b/infer"):
+            assert server.request("GET", path).status in (404, 405)
+        _, body, headers = message(3)
+        assert server.request("POST", "/v2/models/infer/infer", body, headers).status == 200
+        counted = metrics(server)
+        codes = {key[1][1]: n for key, n in counted.items() if key[0] == "batchnorm_http_responses_total"}
+        assert codes == {"200": 4 + server.log.count('"path": "/v2/health/live"'), "404": 2, "405": 1}
+        assert counted["batchnorm_request_duration_seconds_count",] == 1
+        assert all(line["status"] for line in lines(server) if line["message"] == "request")

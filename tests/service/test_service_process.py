@@ -20,8 +20,8 @@ from serving import CHANNELS, STOP_SECONDS, serve
 from tritonclient.utils import InferenceServerException
 
 import batchnorm as bn
-from batchnorm_service.app import create_app
-from batchnorm_service.infer import INLINE_BYTES
+from batchnorm_service.http.app import create_app
+from batchnorm_service.http.infer import INLINE_BYTES
 from batchnorm_service.settings import Settings
 
 INFER = "/v2/models/planar/infer"

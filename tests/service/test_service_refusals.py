@@ -19,7 +19,7 @@ from batchnorm_service.errors import (
     UnsupportedEncodingError,
     UnsupportedError,
 )
-from batchnorm_service.refusals import STATUS
+from batchnorm_service.http.error_answers import STATUS
 
 X = np.zeros((2, CHANNELS), np.float32)
 OF_MODEL = "/v2/models/planar"
@@ -323,7 +323,7 @@ def test_defects_and_bad_parameters(tmp_path, models):
     script = tmp_path / "defect.py"
     script.write_text(
         "import sys, uvicorn\n"
-        "from batchnorm_service.app import create_app\n"
+        "from batchnorm_service.http.app import create_app\n"
         "from batchnorm_service.settings import Settings\n"
         "async def defect() -> None: raise RuntimeError('secret')\n"
         "async def typed(number: int) -> int: return number\n"

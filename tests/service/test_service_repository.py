@@ -27,9 +27,9 @@ from tritonclient.utils import InferenceServerException
 import batchnorm as bn
 from batchnorm.onnx import load_frozen
 from batchnorm_service.errors import LoadError, ModelNotFoundError, NotReadyError
-from batchnorm_service.repository import Repository
-from batchnorm_service.sources import Directory
-from batchnorm_service.state import State
+from batchnorm_service.models.directory import Directory
+from batchnorm_service.models.repository import Repository
+from batchnorm_service.models.shared_state import State
 
 X = np.arange(3 * CHANNELS, dtype=np.float32).reshape(3, CHANNELS)
 OLD, NEW = make_layer(1), make_layer(2)
@@ -388,6 +388,14 @@ def test_strict_and_single(root, tmp_path):
     with serve(tmp_path / "log", *arguments) as server:
         assert served(server, "mine") == answers_of(OLD)
         assert index(server)["mine", "3"]["state"] == "UNAVAILABLE"
+
+
+def test_strict_with_a_misplaced_file(root):
+    put(root, "good.safetensors", OLD)
+    put(root, "scale/bn.safetensors", OLD)
+    result = command(str(root), "--strict", "--port", "0")
+    assert result.returncode == 1
+    assert "model 'scale' is not loaded: bn.safetensors must lie in the folder of a version" in result.stderr
 
 
 def test_a_full_disk(root, tmp_path):

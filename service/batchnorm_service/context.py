@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from batchnorm_service.counters import SharedRows
+from batchnorm_service.counts.counters import SharedRows
+from batchnorm_service.counts.statistics import Statistics
 from batchnorm_service.keys import Keyring
 from batchnorm_service.lifecycle import Lifecycle
-from batchnorm_service.protocol import Rules
-from batchnorm_service.repository import Repository
+from batchnorm_service.models.repository import Repository
+from batchnorm_service.models.shared_state import State
+from batchnorm_service.protocol.exchange import Rules
 from batchnorm_service.settings import Settings
-from batchnorm_service.state import State
-from batchnorm_service.statistics import Statistics
 
 
 @dataclass(frozen=True)

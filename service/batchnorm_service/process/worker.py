@@ -1,4 +1,4 @@
-"""`python -m batchnorm_service.worker STATE SOCKET ALIVE`: one of several, started by the supervisor."""
+"""`python -m batchnorm_service.process.worker STATE SOCKET ALIVE`: one worker, started by the supervisor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 from batchnorm_service import logs
-from batchnorm_service.server import serve
+from batchnorm_service.models.shared_state import State
+from batchnorm_service.process.server import serve
 from batchnorm_service.settings import Settings
-from batchnorm_service.state import State
 
 
 def _end_with_supervisor(alive: int) -> None:

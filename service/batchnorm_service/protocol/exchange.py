@@ -15,11 +15,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from batchnorm._core import JsonNumbers
-from batchnorm_service import message
 from batchnorm_service.errors import BodyTooLargeError, FingerprintMismatchError, InvalidInputError
-from batchnorm_service.message import INPUT, Head
-from batchnorm_service.models import Model
-from batchnorm_service.tensors import (
+from batchnorm_service.models.model import Model
+from batchnorm_service.protocol import request
+from batchnorm_service.protocol.request import INPUT, Head
+from batchnorm_service.protocol.tensors import (
     DATATYPES,
     DTYPES,
     Bytes,
@@ -121,13 +121,13 @@ def _read(
     """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
     if length == 0 and json_length is not None:
-        return message.raw(model, len(body)), [], 0
+        return request.raw(model, len(body)), [], 0
     arrays: list[JsonNumbers] = []
     if length == len(body):
         text, arrays = cut_data(body, rules.max_elements)
     else:
         text = bytes(body[:length])
-    head = message.parse(text, rules.max_depth)
+    head = request.parse(text, rules.max_depth)
     if (rest := len(body) - length) != (head.size or 0):
         raise InvalidInputError(
             f"input {INPUT!r}: {rest} bytes follow the JSON, which announces {head.size or 0}"

@@ -18,8 +18,10 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 
 import batchnorm
-from batchnorm_service import __version__, statistics
-from batchnorm_service.counters import (
+from batchnorm_service import __version__
+from batchnorm_service.context import Service
+from batchnorm_service.counts import statistics
+from batchnorm_service.counts.counters import (
     BOUNDS,
     BYTES_IN_FLIGHT,
     DURATIONS,
@@ -28,7 +30,6 @@ from batchnorm_service.counters import (
     SECONDS_NS,
     STATUSES,
 )
-from batchnorm_service.service import Service
 
 MODEL: Final = ("model", "version")
 _STAGES: Final = {

@@ -13,8 +13,8 @@ import numpy as np
 import orjson
 
 from batchnorm_service.errors import InvalidInputError, UnsupportedError
-from batchnorm_service.models import MAX_RANK, Model
-from batchnorm_service.tensors import DATATYPES, DTYPES, JSON_DATATYPES, numpy_dtype, parse_json
+from batchnorm_service.models.model import MAX_RANK, Model
+from batchnorm_service.protocol.tensors import DATATYPES, DTYPES, JSON_DATATYPES, numpy_dtype, parse_json
 
 INPUT: Final = "x"
 OUTPUT: Final = "y"

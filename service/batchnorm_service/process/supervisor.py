@@ -17,9 +17,9 @@ from typing import Final
 
 from uvicorn.config import STARTUP_FAILURE
 
-from batchnorm_service.server import SHUTDOWN_SECONDS
+from batchnorm_service.models.shared_state import State
+from batchnorm_service.process.server import SHUTDOWN_SECONDS
 from batchnorm_service.settings import Settings
-from batchnorm_service.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class _Supervisor:
         arguments = (str(state.path), *map(str, descriptors))
         self._settings = settings
         self._listener = listener
-        self._command = (sys.executable, "-m", "batchnorm_service.worker", *arguments)
+        self._command = (sys.executable, "-m", "batchnorm_service.process.worker", *arguments)
         self._descriptors = descriptors
         self._running: set[Process] = set()
         self._stopping = asyncio.Event()

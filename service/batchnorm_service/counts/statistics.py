@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, MutableSequence, Sequence
 from typing import Any, Final, Protocol
 
-from batchnorm_service.models import Model
+from batchnorm_service.models.model import Model
 
 # Sizes of batches that are listed one by one; larger ones count in the sums alone, so that a row stays a row.
 BATCH_SIZES: Final = 128

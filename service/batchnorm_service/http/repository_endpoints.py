@@ -17,6 +17,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from batchnorm_service.context import Service
 from batchnorm_service.errors import (
     BodyTooLargeError,
     ForbiddenError,
@@ -24,11 +25,11 @@ from batchnorm_service.errors import (
     LaggingError,
     UnsupportedError,
 )
-from batchnorm_service.metrics import Metrics
-from batchnorm_service.protocol import Rules
-from batchnorm_service.service import Service
-from batchnorm_service.state import PATIENCE_SECONDS
-from batchnorm_service.tensors import parse_json
+from batchnorm_service.http.answers import IndexEntry
+from batchnorm_service.http.metrics import Metrics
+from batchnorm_service.models.shared_state import PATIENCE_SECONDS
+from batchnorm_service.protocol.exchange import Rules
+from batchnorm_service.protocol.tensors import parse_json
 
 # Bodies of these requests are a few words.
 MAX_BODY: Final = 64 * 1024
@@ -45,15 +46,16 @@ class Control:
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the endpoints to an application."""
-        app.add_api_route("/metrics", self.metrics)
-        for path, endpoint in (
-            ("/index", self.index),
-            ("/models/{name}/load", self.load),
-            ("/models/{name}/unload", self.unload),
+        app.add_api_route("/metrics", self.metrics, summary="Metrics of all processes, for Prometheus")
+        for path, endpoint, form, summary in (
+            ("/index", self.index, list[IndexEntry], "Every model, whether it is served, and why not"),
+            ("/models/{name}/load", self.load, None, "Serve what the directory holds of a model now"),
+            ("/models/{name}/unload", self.unload, None, "Serve a model no longer"),
         ):
-            app.add_api_route("/v2/repository" + path, endpoint, methods=["POST"])
-            named = "/v2/repository/{repository}" + path
-            app.add_api_route(named, self.named_repository, methods=["POST"], include_in_schema=False)
+            root, post = "/v2/repository", ["POST"]
+            app.add_api_route(root + path, endpoint, methods=post, response_model=form, summary=summary)
+            named = root + "/{repository}" + path
+            app.add_api_route(named, self.named_repository, methods=post, include_in_schema=False)
 
     async def index(self, request: Request) -> Response:
         """Name every model, whether it is served, and if not, why."""
@@ -68,20 +70,20 @@ class Control:
                 found.append({"name": entry.name} | version | state)
         return Response(json.dumps(found), media_type="application/json")
 
-    async def load(self, name: str, request: Request) -> Response:
+    async def load(self, request: Request) -> Response:
         """Load all versions of a model that the directory holds now, or change nothing."""
         self._check_allowed()
         for parameter in await _parameters(request):
             if parameter == "config" or parameter.startswith("file:"):
                 raise UnsupportedError(f"{parameter} is not supported: models come from the directory alone")
-        await self._all_take(await to_thread.run_sync(self._repository.load, name))
+        await self._all_take(await to_thread.run_sync(self._repository.load, request.path_params["name"]))
         return Response()
 
-    async def unload(self, name: str, request: Request) -> Response:
+    async def unload(self, request: Request) -> Response:
         """Serve a model no longer, until it is loaded again."""
         self._check_allowed()
         await _parameters(request)
-        await self._all_take(await to_thread.run_sync(self._repository.unload, name))
+        await self._all_take(await to_thread.run_sync(self._repository.unload, request.path_params["name"]))
         return Response()
 
     async def named_repository(self) -> Response:

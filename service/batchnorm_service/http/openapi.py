@@ -1,4 +1,4 @@
-"""The OpenAPI document, written out: most of what infer takes and gives is no model of FastAPI's.
+"""The OpenAPI document: FastAPI's, with examples, and with infer written out, which is no route of FastAPI's.
 
 Every operation has an example: the real answer for the model of `docs/service.md`. A test sends them.
 """
@@ -8,21 +8,23 @@ from __future__ import annotations
 import struct
 from base64 import b64encode
 from collections.abc import Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import orjson
 
-from batchnorm_service import __version__, metadata
-from batchnorm_service.message import INPUT, OUTPUT
-from batchnorm_service.refusals import STATUS
-from batchnorm_service.sources import NAME, VERSION
-from batchnorm_service.tensors import DTYPES, JSON_DATATYPES
+from batchnorm_service import __version__
+from batchnorm_service.http.answers import ControlRequest, Error, IndexRequest
+from batchnorm_service.http.error_answers import STATUS
+from batchnorm_service.http.paths import MODEL_PATHS, Kind, classify
+from batchnorm_service.models.directory import NAME, VERSION
+from batchnorm_service.protocol import metadata
+from batchnorm_service.protocol.request import INPUT, OUTPUT
+from batchnorm_service.protocol.tensors import DTYPES, JSON_DATATYPES
 
 _DESCRIPTION: Final = """Frozen batch normalization layers by the Open Inference Protocol v2.
 Every answer but 200 is `{"error": text}`; a defect is answered 500."""
 
 _LENGTH: Final = "Inference-Header-Content-Length"
-_OBJECT: Final = {"type": "object"}
 _TEXT: Final = {"type": "string"}
 
 
@@ -51,11 +53,7 @@ def _parameters(description: str, **known: dict[str, Any]) -> dict[str, Any]:
 
 _FLAG: Final = {"type": "boolean"}
 _SHAPE: Final = _list({"type": "integer", "minimum": 0})
-_FREE_SHAPE: Final = _list({"type": "integer", "minimum": -1})
 _COUNT: Final = {"type": "integer", "minimum": 0}
-_DURATION: Final = _record({"count": _COUNT, "ns": _COUNT})
-_DESCRIBED: Final = _list(_record({"name": _TEXT, "datatype": _TEXT, "shape": _FREE_SHAPE}))
-_CONFIGURED: Final = _list(_record({"name": _TEXT, "data_type": _TEXT, "dims": _FREE_SHAPE}))
 _NUMBERS: Final = {
     "description": "Row-major. In a request null is NaN. NaN, Infinity and -Infinity, which JSON does "
     "not have, are taken too, and given unless the service is told to give null.",
@@ -63,72 +61,6 @@ _NUMBERS: Final = {
 }
 
 SCHEMAS: Final[dict[str, Any]] = {
-    "Error": _record({"error": _TEXT}),
-    "Live": _record({"live": _FLAG}),
-    "Ready": _record({"ready": _FLAG, "live": _FLAG}),
-    "Server": _record({"name": _TEXT, "version": _TEXT, "extensions": _list(_TEXT)}),
-    "Models": _record({"models": _list(_TEXT)}),
-    "Index": _list(
-        _record(
-            {
-                "name": _TEXT,
-                "version": _TEXT,
-                "state": {"enum": ["READY", "UNAVAILABLE"]},
-                "reason": _TEXT,
-            },
-            "version",
-        )
-    ),
-    "IndexRequest": _record({"ready": _FLAG}, "ready"),
-    "ControlRequest": _record({"parameters": _OBJECT}, "parameters"),
-    "ModelReady": _record({"name": _TEXT, "ready": _FLAG}),
-    "Model": _record(
-        {
-            "name": _TEXT,
-            "versions": _list(_TEXT),
-            "platform": _TEXT,
-            "inputs": _DESCRIBED,
-            "outputs": _DESCRIBED,
-            "parameters": _record(
-                {
-                    "fingerprint": _TEXT,
-                    "datatypes": _TEXT,
-                    "channel_axis": {"type": "integer"},
-                    "eps": {"type": "number"},
-                }
-            ),
-        }
-    ),
-    "Configuration": _record(
-        {
-            "name": _TEXT,
-            "platform": _TEXT,
-            "backend": _TEXT,
-            "version_policy": _OBJECT,
-            "max_batch_size": _COUNT,
-            "input": _CONFIGURED,
-            "output": _CONFIGURED,
-        }
-    ),
-    "Statistics": _record(
-        {
-            "model_stats": _list(
-                _record(
-                    {
-                        "name": _TEXT,
-                        "version": _TEXT,
-                        "last_inference": _COUNT,
-                        "inference_count": _COUNT,
-                        "execution_count": _COUNT,
-                        "inference_stats": {"type": "object", "additionalProperties": _DURATION},
-                        "response_stats": _OBJECT,
-                        "batch_stats": _list(_OBJECT),
-                        "memory_usage": _list(_OBJECT),
-                    }
-                )
-            )
-        }
-    ),
     "InferenceRequest": _record(
         {
             "id": _or_null(_TEXT),
@@ -195,20 +127,6 @@ SCHEMAS: Final[dict[str, Any]] = {
 }
 
 
-class Operation(NamedTuple):
-    """What the document says of one GET of the service.
-
-    Attributes:
-        summary: What it does.
-        schema: Name of the schema of its answer.
-        example: Its answer for the model of `docs/service.md`, before any inference.
-    """
-
-    summary: str
-    schema: str
-    example: Any
-
-
 _FINGERPRINT: Final = "77b24e6f1a32eca5d0e9b74fe25529a786c99cca1fd6b916f4fc99975c35e32b"
 _METADATA_TENSOR: Final = {"datatype": "FP32", "shape": [-1, 3]}
 _CONFIGURED_TENSOR: Final = {"data_type": "TYPE_FP32", "dims": [-1, 3]}
@@ -237,48 +155,41 @@ _STATISTICS: Final = {
         }
     ]
 }
-_OF_MODEL: Final = {
-    "": Operation(
-        "What the model takes and gives, and its fingerprint",
-        "Model",
-        {
-            "name": "scale",
-            "versions": ["1"],
-            "platform": metadata.PLATFORM,
-            "inputs": [{"name": INPUT} | _METADATA_TENSOR],
-            "outputs": [{"name": OUTPUT} | _METADATA_TENSOR],
-            "parameters": {
-                "fingerprint": _FINGERPRINT,
-                "datatypes": "FP32,FP16,BF16",
-                "channel_axis": 1,
-                "eps": 9.999999747378752e-06,
-            },
+_OF_MODEL: Final[dict[str, Any]] = {
+    "": {
+        "name": "scale",
+        "versions": ["1"],
+        "platform": metadata.PLATFORM,
+        "inputs": [{"name": INPUT} | _METADATA_TENSOR],
+        "outputs": [{"name": OUTPUT} | _METADATA_TENSOR],
+        "parameters": {
+            "fingerprint": _FINGERPRINT,
+            "datatypes": "FP32,FP16,BF16",
+            "channel_axis": 1,
+            "eps": 9.999999747378752e-06,
         },
-    ),
-    "/ready": Operation("Whether the model is loaded", "ModelReady", {"name": "scale", "ready": True}),
-    "/config": Operation(
-        "The model in Triton's form",
-        "Configuration",
-        {
-            "name": "scale",
-            "platform": metadata.PLATFORM,
-            "backend": "batchnorm",
-            "version_policy": {"specific": {"versions": [1]}},
-            "max_batch_size": 0,
-            "input": [{"name": INPUT} | _CONFIGURED_TENSOR],
-            "output": [{"name": OUTPUT} | _CONFIGURED_TENSOR],
-        },
-    ),
-    "/stats": Operation("What was answered for the model, and how fast", "Statistics", _STATISTICS),
+    },
+    "/ready": {"name": "scale", "ready": True},
+    "/config": {
+        "name": "scale",
+        "platform": metadata.PLATFORM,
+        "backend": "batchnorm",
+        "version_policy": {"specific": {"versions": [1]}},
+        "max_batch_size": 0,
+        "input": [{"name": INPUT} | _CONFIGURED_TENSOR],
+        "output": [{"name": OUTPUT} | _CONFIGURED_TENSOR],
+    },
+    "/stats": _STATISTICS,
 }
-_MODEL_PATHS: Final = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-OPERATIONS: Final[dict[str, Operation]] = {
-    "/v2/health/live": Operation("Whether the service runs", "Live", {"live": True}),
-    "/v2/health/ready": Operation("Whether a model is served", "Ready", {"ready": True, "live": True}),
-    "/v2": Operation("Name, version and extensions of the service", "Server", metadata.server()),
-    "/v2/models": Operation("Names of the loaded models", "Models", {"models": ["scale"]}),
-    "/v2/models/stats": Operation("Statistics of all models", "Statistics", _STATISTICS),
-} | {path + end: operation for path in _MODEL_PATHS for end, operation in _OF_MODEL.items()}
+# Answers of each path for the model of `docs/service.md`, before any inference.
+EXAMPLES: Final[dict[str, Any]] = {
+    "/v2/health/live": {"live": True},
+    "/v2/health/ready": {"ready": True, "live": True},
+    "/v2": metadata.server(),
+    "/v2/models": {"models": ["scale"]},
+    "/v2/models/stats": _STATISTICS,
+    "/v2/repository/index": [{"name": "scale", "version": "1", "state": "READY", "reason": ""}],
+} | {path + end: example for path in MODEL_PATHS for end, example in _OF_MODEL.items()}
 
 _GIVEN: Final = {"name": INPUT, "shape": [1, 3], "datatype": "FP32"}
 _ANSWER: Final = {"model_name": "scale", "model_version": "1"}
@@ -315,16 +226,28 @@ def document(generated: dict[str, Any]) -> dict[str, Any]:
     """Return the document of the service.
 
     Args:
-        generated: What FastAPI says of its routes; those that are written out here replace it.
+        generated: FastAPI's own: its summaries and the schemas of its answers are taken.
     """
-    paths = dict(generated.get("paths", {}))
-    for path, operation in OPERATIONS.items():
-        answer = {"schema": _ref(operation.schema), "example": operation.example}
-        paths[path] = {"get": _operation(path, operation.summary, {"application/json": answer})}
-    for path in (one + "/infer" for one in _MODEL_PATHS):
+    paths = {}
+    for path, operations in generated["paths"].items():
+        for verb, found in operations.items():
+            content = found["responses"]["200"].get("content", {})
+            if path == "/metrics":
+                content = {"text/plain": {"schema": _TEXT, "example": "batchnorm_workers 1.0\n"}}
+            elif path not in EXAMPLES:  # loads and unloads answer with nothing
+                content = {}
+            elif verb == "get":
+                content["application/json"]["example"] = EXAMPLES[path]
+            else:
+                content["application/json"]["examples"] = {"json": {"value": EXAMPLES[path]}}
+            paths[path] = {verb: _operation(verb, path, found["summary"], content)}
+            if verb == "post":
+                form = ControlRequest if classify("POST", path).kind is Kind.CONTROL else IndexRequest
+                asked = {"schema": form.model_json_schema(), "examples": {"json": {"value": {}}}}
+                paths[path][verb]["requestBody"] = {"required": False, "content": {"application/json": asked}}
+    for path in (one + "/infer" for one in MODEL_PATHS):
         paths[path] = {"post": _infer(path)}
-    paths |= _repository()
-    schemas = generated.get("components", {}).get("schemas", {}) | SCHEMAS
+    schemas = {**generated["components"]["schemas"], "Error": Error.model_json_schema(), **SCHEMAS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "batchnorm-service", "version": __version__, "description": _DESCRIPTION},
@@ -333,8 +256,8 @@ def document(generated: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _operation(path: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
-    errors = {"description": "Refused", "content": {"application/json": {"schema": _ref("Error")}}}
+def _operation(verb: str, path: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    errors = {"description": "Error", "content": {"application/json": {"schema": _ref("Error")}}}
     parameters = [
         {
             "name": name,
@@ -346,32 +269,15 @@ def _operation(path: str, summary: str, content: dict[str, Any]) -> dict[str, An
         for name, pattern, example in (("name", NAME, "scale"), ("version", VERSION, "1"))
         if f"{{{name}}}" in path
     ]
+    scope = classify(verb.upper(), path).kind.value
+    key = f"Where keys are asked for, one of scope `{scope}` is needed." if scope else "No key is needed."
     return {
         "summary": summary,
+        "description": key,
         "parameters": parameters,
         "responses": {"200": {"description": "Done", "content": content}}
         | {str(status): errors for status in sorted({*STATUS.values()})},
     }
-
-
-def _repository() -> dict[str, Any]:
-    """The operations of control and the metrics."""
-    state = {"name": "scale", "version": "1", "state": "READY", "reason": ""}
-    index = {"schema": _ref("Index"), "examples": {"json": {"value": [state]}}}
-    root = "/v2/repository"
-    operations = {}
-    for path, summary, schema, content in (
-        ("/index", "What there is, and what is wrong with it", "IndexRequest", {"application/json": index}),
-        ("/models/{name}/load", "Serve what the directory holds of a model now", "ControlRequest", {}),
-        ("/models/{name}/unload", "Serve a model no longer", "ControlRequest", {}),
-    ):
-        operation = _operation(root + path, summary, content)
-        asked = {"schema": _ref(schema), "examples": {"json": {"value": {}}}}
-        operation["requestBody"] = {"required": False, "content": {"application/json": asked}}
-        operations[root + path] = {"post": operation}
-    printed = {"schema": _TEXT, "example": "batchnorm_workers 1.0\n"}
-    metrics = _operation("/metrics", "Metrics of all processes, for Prometheus", {"text/plain": printed})
-    return operations | {"/metrics": {"get": metrics}}
 
 
 def _infer(path: str) -> dict[str, Any]:
@@ -381,13 +287,14 @@ def _infer(path: str) -> dict[str, Any]:
         ("application/octet-stream", "binary", binary, binary),
     )
     operation = _operation(
+        "post",
         path,
         "Normalize a tensor",
         {kind: {"schema": answer, "examples": {name: ANSWERS[name]}} for kind, name, _, answer in forms},
     )
     # Headers that change what a body means, which its schema cannot say: so they are no parameters here.
-    operation["description"] = (
-        "Content-Type is ignored, and so are unknown members. Inference-Header-Content-Length is the number "
+    operation["description"] += (
+        " Content-Type is ignored, and so are unknown members. Inference-Header-Content-Length is the number "
         "of bytes of JSON before those of the tensor; 0 for a raw request. Content-Encoding may be gzip or "
         "deflate. Accept-Encoding with one of the two and nothing else has the answer compressed."
     )

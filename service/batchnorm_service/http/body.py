@@ -10,10 +10,14 @@ import numpy as np
 from starlette.types import Receive
 
 from batchnorm_service.errors import BodyTooLargeError, InvalidInputError
-from batchnorm_service.tensors import Bytes
+from batchnorm_service.protocol.tensors import Bytes
 
-# zlib's window sizes: the format `deflate` of HTTP is that of zlib.
-CODINGS: Final = {b"gzip": 31, b"deflate": 15}
+# zlib's window sizes: the format `deflate` of HTTP is that of zlib, and x-gzip is another name of gzip.
+CODINGS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
+# A body may be several gzip files in a row, called members; one that holds nothing still takes time.
+MAX_MEMBERS: Final = 2**16
+_GZIP_MAGIC: Final = b"\x1f\x8b"
+_WINDOW: Final = 1024
 # Tensors are noise in their low bits: more effort makes them hardly smaller.
 _LEVEL: Final = 1
 
@@ -76,20 +80,34 @@ def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
 
     Raises:
         InvalidInputError: it is damaged, cut short, or longer than its contents.
-        BodyTooLargeError: it holds more than `limit` bytes; no more are ever made of it.
+        BodyTooLargeError: it holds more than `limit` bytes (no more are ever made), or too many members.
     """
-    machine = zlib.decompressobj(CODINGS[coding])
-    try:
-        plain = machine.decompress(body, limit + 1)
-    except zlib.error as refusal:
-        raise InvalidInputError(f"the body is not {coding.decode()}: {refusal}") from refusal
-    if len(plain) > limit:
-        raise _too_large(limit)
-    if not machine.eof:
-        raise InvalidInputError(f"the body is cut short: {coding.decode()} has not ended")
-    if machine.unused_data:
-        raise InvalidInputError(f"{len(machine.unused_data)} bytes follow the end of {coding.decode()}")
-    return plain
+    parts: list[bytes] = []
+    room = limit
+    whole = rest = memoryview(body)
+    # What follows a member is copied at its end: the first is given all, later ones little more than theirs.
+    window = len(whole)
+    for _ in range(MAX_MEMBERS):
+        machine = zlib.decompressobj(CODINGS[coding])
+        while not machine.eof:
+            if not rest:
+                raise InvalidInputError(f"the body is cut short: {coding.decode()} has not ended")
+            try:
+                part = machine.decompress(rest[:window], room + 1)
+            except zlib.error as reason:
+                raise InvalidInputError(f"the body is not {coding.decode()}: {reason}") from reason
+            parts.append(part)
+            room -= len(part)
+            if room < 0:
+                raise _too_large(limit)
+            rest, window = rest[window:], 2 * window
+        rest = whole[len(whole) - len(rest) - len(machine.unused_data) :]
+        if not rest:
+            return b"".join(parts)
+        if coding == b"deflate" or bytes(rest[:2]) != _GZIP_MAGIC:
+            raise InvalidInputError(f"{len(rest)} bytes follow the end of {coding.decode()}")
+        window = _WINDOW
+    raise BodyTooLargeError(f"the body has more than {MAX_MEMBERS} members of {coding.decode()}")
 
 
 def compress(coding: bytes, parts: Iterable[bytes | bytearray | memoryview]) -> bytes:

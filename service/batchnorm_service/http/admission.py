@@ -13,7 +13,8 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchnorm_service.counters import (
+from batchnorm_service.context import Service
+from batchnorm_service.counts.counters import (
     BOUNDS,
     BYTES_IN_FLIGHT,
     DURATIONS,
@@ -22,29 +23,17 @@ from batchnorm_service.counters import (
     STATUSES,
 )
 from batchnorm_service.errors import OverloadedError, ServiceError
+from batchnorm_service.http.error_answers import answer_to
+from batchnorm_service.http.paths import Kind
 from batchnorm_service.logs import request_id, safe_id
-from batchnorm_service.refusals import answer_to
-from batchnorm_service.service import Service
 
 logger = logging.getLogger(__name__)
-
-# What an orchestrator asks before it has any key.
-OPEN_PATHS: Final = frozenset({"/v2/health/live", "/v2/health/ready"})
 
 _BOUNDS_NS: Final = [round(bound * 1e9) for bound in BOUNDS]
 
 
-def scope_of(path: str) -> str:
-    """Return the scope that a key needs for a path."""
-    if path.endswith("/infer"):
-        return "infer"
-    if path.startswith("/v2/repository/") and not path.endswith("/index"):
-        return "control"
-    return "metadata"
-
-
-class Gate:
-    """ASGI middleware.
+class Admission:
+    """ASGI middleware for requests whose `asked` in the scope is the `Asked` of `paths.classify`.
 
     Args:
         service: Its limits, keys and counters.
@@ -67,16 +56,16 @@ class Gate:
             await self._app(scope, receive, send)
             return
         began = perf_counter_ns()
-        path = scope["path"]
+        kind = scope["asked"].kind
         headers = dict(scope["headers"])
-        infer = path.endswith("/infer")
+        infer = kind is Kind.INFER
         if not infer or self._access_log or b"x-request-id" in headers:
             send = _watched(scope, headers.get(b"x-request-id"), send)
         row = self._row
         size = 0
         try:
-            if self._keyring is not None and path not in OPEN_PATHS:
-                self._keyring.check(_key(headers), scope_of(path))
+            if self._keyring is not None and kind.value is not None:
+                self._keyring.check(_key(headers), kind.value)
             if infer:
                 size = self._admitted(headers)
         except ServiceError as refusal:

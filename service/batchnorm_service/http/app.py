@@ -5,38 +5,38 @@ Every answer but 200 is `{"error": text}`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from batchnorm_service import __version__, metadata, openapi, refusals
-from batchnorm_service.control import Control
+from batchnorm_service import __version__
+from batchnorm_service.context import Service, start
 from batchnorm_service.errors import NotReadyError, ServiceError
-from batchnorm_service.gate import Gate
-from batchnorm_service.infer import Infer
+from batchnorm_service.http import answers, error_answers, openapi
+from batchnorm_service.http.admission import Admission
+from batchnorm_service.http.infer import Infer
+from batchnorm_service.http.paths import MODEL_PATHS, Kind, classify
+from batchnorm_service.http.repository_endpoints import Control
 from batchnorm_service.lifecycle import watch
-from batchnorm_service.models import Model
-from batchnorm_service.service import Service, start
+from batchnorm_service.models.model import Model
+from batchnorm_service.models.shared_state import State
+from batchnorm_service.protocol import metadata
 from batchnorm_service.settings import Settings
-from batchnorm_service.state import State
-
-_OF_MODEL: Final = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
-_INFER: Final = re.compile("/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/infer")
 
 # What wraps every request, infer's included, the first outermost: makers of an ASGI application from the
 # service and the application inside.
-LAYERS: Final[tuple[Callable[[Service, ASGIApp], ASGIApp], ...]] = (Gate,)
+LAYERS: Final[tuple[Callable[[Service, ASGIApp], ASGIApp], ...]] = (Admission,)
 
 
-def create_app(settings: Settings | None = None, state: State | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, state: State | None = None) -> Application:
     """Load the models and return the ASGI application that serves them; its `state.service` is the `Service`.
 
     Args:
@@ -81,7 +81,9 @@ class Application(FastAPI):
             self._way = layer(service, self._way)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Answer one request; what it asks for is put into its scope once."""
+        if scope["type"] == "http":
+            scope["asked"] = classify(scope["method"], scope["path"])
         await self._way(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
@@ -89,30 +91,47 @@ class Application(FastAPI):
         return openapi.document(super().openapi())
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["method"] == "POST"
-            and (path := _INFER.fullmatch(scope["path"]))
-        ):
-            scope["path_params"] = path.groupdict()
-            await self._infer(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        if scope["type"] == "http":
+            if scope["asked"].kind is Kind.INFER:
+                scope["path_params"] = scope["asked"].model
+                await self._infer(scope, receive, send)
+                return
+            if scope["method"] == "HEAD":  # the server leaves the body out, as it knows the method too
+                scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)
 
     def _add_routes(self, endpoints: _Endpoints) -> None:
-        self.add_api_route("/v2/health/live", endpoints.live)
-        self.add_api_route("/v2/health/ready", endpoints.ready)
-        self.add_api_route("/v2", endpoints.server_metadata)
-        self.add_api_route("/v2/", endpoints.server_metadata, include_in_schema=False)
-        self.add_api_route("/v2/models", endpoints.model_names)
-        self.add_api_route("/v2/models/stats", endpoints.all_statistics)
-        for path in _OF_MODEL:
-            self.add_api_route(path, endpoints.model_metadata)
-            self.add_api_route(path + "/ready", endpoints.model_ready)
-            self.add_api_route(path + "/config", endpoints.model_configuration)
-            self.add_api_route(path + "/stats", endpoints.model_statistics)
+        self._get("/v2/health/live", endpoints.live, answers.Live, "Whether the process runs")
+        self._get("/v2/health/ready", endpoints.ready, answers.Ready, "Whether a model is served")
+        text = "Name, version and extensions of the service"
+        self._get("/v2", endpoints.server_metadata, answers.Server, text)
+        self._get("/v2/", endpoints.server_metadata, answers.Server, text, include_in_schema=False)
+        self._get("/v2/models", endpoints.model_names, answers.Models, "Names of the loaded models")
+        text = "Statistics of all models"
+        self._get("/v2/models/stats", endpoints.all_statistics, answers.Statistics, text)
+        for path in MODEL_PATHS:
+            text = "What the model takes and gives, and its fingerprint"
+            self._get(path, endpoints.model_metadata, answers.Model, text)
+            text = "Whether the model is loaded"
+            self._get(path + "/ready", endpoints.model_ready, answers.ModelReady, text)
+            text = "The model in Triton's form"
+            self._get(path + "/config", endpoints.model_configuration, answers.Configuration, text)
+            text = "What was answered for the model, and how fast"
+            self._get(path + "/stats", endpoints.model_statistics, answers.Statistics, text)
             # Not FastAPI's: the body is read there, whatever its Content-Type (tritonclient has none).
             self.router.routes.append(Route(path + "/infer", self._infer, methods=["POST"]))
+
+    def _get(
+        self,
+        path: str,
+        endpoint: Callable[..., Awaitable[dict[str, Any]]],
+        form: type[BaseModel],
+        summary: str,
+        include_in_schema: bool = True,
+    ) -> None:
+        self.add_api_route(
+            path, endpoint, response_model=form, summary=summary, include_in_schema=include_in_schema
+        )
 
 
 class _Endpoints:
@@ -123,10 +142,10 @@ class _Endpoints:
         self._statistics = service.statistics
         self._lifecycle = service.lifecycle
 
-    async def live(self) -> dict[str, bool]:
+    async def live(self) -> dict[str, Any]:
         return {"live": True}
 
-    async def ready(self) -> dict[str, bool]:
+    async def ready(self) -> dict[str, Any]:
         if self._lifecycle.stopping:
             raise NotReadyError("the service is about to end")
         if not self._repository.ready:
@@ -137,7 +156,7 @@ class _Endpoints:
     async def server_metadata(self) -> dict[str, Any]:
         return metadata.server()
 
-    async def model_names(self) -> dict[str, list[str]]:
+    async def model_names(self) -> dict[str, Any]:
         return {"models": self._repository.names()}
 
     async def model_ready(self, request: Request) -> dict[str, Any]:
@@ -170,24 +189,26 @@ class _Endpoints:
 
 
 async def _on_refusal(request: Request, refusal: ServiceError) -> Response:
-    return refusals.answer_to(refusal)
+    return error_answers.answer_to(refusal)
 
 
 async def _on_http_exception(request: Request, refusal: HTTPException) -> Response:
-    request.scope["status"] = refusal.status_code
-    return refusals.answer(refusal.status_code, refusal.detail, refusal.headers)
+    headers = dict(refusal.headers or {})
+    if "GET" in headers.get("Allow", ""):
+        headers["Allow"] += ", HEAD"
+    return error_answers.answer(refusal.status_code, refusal.detail, headers)
 
 
 async def _on_invalid_parameter(request: Request, refusal: RequestValidationError) -> Response:
     first = refusal.errors()[0]
-    return refusals.answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    return error_answers.answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 async def _on_disconnect(request: Request, refusal: ClientDisconnect) -> Response:
-    return refusals.answer(
+    return error_answers.answer(
         400, "the request is incomplete"
     )  # nobody reads it; it keeps a traceback out of the log
 
 
 async def _on_defect(request: Request, defect: Exception) -> Response:
-    return refusals.answer(500, refusals.DEFECT)  # uvicorn writes the traceback
+    return error_answers.answer(500, error_answers.DEFECT)  # uvicorn writes the traceback

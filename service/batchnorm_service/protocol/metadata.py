@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from batchnorm_service import __version__
-from batchnorm_service.message import INPUT, OUTPUT
-from batchnorm_service.models import Model
-from batchnorm_service.tensors import DATATYPES
+from batchnorm_service.models.model import Model
+from batchnorm_service.protocol.request import INPUT, OUTPUT
+from batchnorm_service.protocol.tensors import DATATYPES
 
 PLATFORM: Final = "batchnorm_safetensors"
 EXTENSIONS: Final = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from batchnorm_service.errors import LoadError, ModelNotFoundError, NotReadyError
-from batchnorm_service.models import Model
-from batchnorm_service.sources import Directory, Source
-from batchnorm_service.state import Entry, Listing, State
+from batchnorm_service.models.directory import Directory, Source
+from batchnorm_service.models.model import Model
+from batchnorm_service.models.shared_state import Entry, Listing, State
 
 logger = logging.getLogger(__name__)
 

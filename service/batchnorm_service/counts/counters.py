@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from batchnorm_service.state import State
-from batchnorm_service.statistics import LAST, LENGTH
+from batchnorm_service.counts.statistics import LAST, LENGTH
+from batchnorm_service.models.shared_state import State
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,8 @@
     DIR/NAME.safetensors                or NAME.onnx: version 1
 
 Where DIR is one model, its name is given: DIR/VERSION/bn.safetensors, or DIR/bn.safetensors for version 1.
+Whatever else looks like a model (by its suffix, in any case, or as a folder that is named as a version) is a
+source with a problem, so that nothing is left out without a word.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from batchnorm import FrozenBatchNorm
-from batchnorm_service.models import MAX_RANK
+from batchnorm_service.models.model import MAX_RANK
 
 # A name is one segment of a URL and one component of a path: no slash, no leading dot, no percent.
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -115,33 +117,44 @@ class Directory:
 
     def _named(self, entry: Path, wanted: str | None) -> Iterator[Source]:
         """What one entry of a directory of models is."""
-        if entry.suffix in SUFFIXES:
+        if _is_model_file(entry):
             if wanted in (None, entry.stem):
-                yield Source(entry.stem, "1", entry)
+                suffix = entry.suffix.lower()
+                problem = "" if entry.suffix == suffix else f"the suffix must be {suffix}, not {entry.suffix}"
+                yield Source(entry.stem, "1", entry, problem)
         elif wanted in (None, entry.name) and entry.is_dir() and not entry.name.startswith("."):
-            yield from self._versions(entry.name, entry)
+            yield from self._folder(entry.name, entry)
 
     def _single(self, name: str) -> Iterator[Source]:
         """What the directory is, as one model."""
-        if any((self._root / file).exists() for file in FILES):
+        if _model_files(self._root):
             yield self._only_file(name, "1", self._root)
         yield from self._versions(name, self._root)
 
-    def _versions(self, name: str, folder: Path) -> Iterator[Source]:
+    def _folder(self, name: str, folder: Path) -> Iterator[Source]:
+        """What a folder in a directory of models is."""
         try:
             self._contained(folder)
-            for entry in _listed(folder):
-                if entry.is_dir() and (VERSION.fullmatch(entry.name) or _files(entry)):
-                    yield self._only_file(name, entry.name, entry)
+            if misplaced := _model_files(folder):
+                shown = ", ".join(path.name for path in misplaced)
+                problem = f"{shown} must lie in the folder of a version, as {name}/1/{FILES[0]}"
+                yield Source(name, "", folder, problem)
+            yield from self._versions(name, folder)
         except (OSError, ValueError) as reason:
             yield Source(name, "", folder, self.explain(Source(name, "", folder), folder, reason))
 
+    def _versions(self, name: str, folder: Path) -> Iterator[Source]:
+        for entry in _listed(folder):
+            if entry.is_dir() and (entry.name.isdigit() or _model_files(entry)):
+                yield self._only_file(name, entry.name, entry)
+
     def _only_file(self, name: str, version: str, folder: Path) -> Source:
-        found = _files(folder)
+        found = [folder / file for file in FILES if os.path.lexists(folder / file)]
         if len(found) == 1:
             return Source(name, version, found[0])
-        had = f"found {', '.join(path.name for path in found)}" if found else "found none"
-        return Source(name, version, folder, f"one of {', '.join(FILES)} is wanted, {had}")
+        shown = ", ".join(path.name for path in found or _model_files(folder))
+        problem = f"one of {', '.join(FILES)} is wanted, found {shown or 'none'}"
+        return Source(name, version, folder, problem)
 
     def _checked(self, source: Source, seen: set[tuple[str, str]]) -> Source:
         problem = source.problem
@@ -167,12 +180,23 @@ class Directory:
 
 
 def _listed(folder: Path) -> list[Path]:
-    # Folders before files, so that of two sources of one version the folder is the first.
-    return sorted(folder.iterdir(), key=lambda path: (path.suffix in SUFFIXES, path.name))
+    # Of two sources of one version the first counts: folders before files, and right suffixes before others.
+    def order(path: Path) -> tuple[bool, bool, str]:
+        return _is_model_file(path), path.suffix not in SUFFIXES, path.name
+
+    return sorted(folder.iterdir(), key=order)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [folder / name for name in FILES if os.path.lexists(folder / name)]
+def _is_model_file(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Return what looks like a file of a model in a folder, or cannot be told where it cannot be listed."""
+    try:
+        return [path for path in _listed(folder) if _is_model_file(path)]
+    except OSError:
+        return []
 
 
 def _unfollowed(path: str, flags: int) -> int:

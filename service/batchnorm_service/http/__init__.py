@@ -1,0 +1,1 @@
+"""The web application: routes, admission, endpoints, and the answers to errors."""

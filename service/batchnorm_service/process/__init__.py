@@ -1,0 +1,1 @@
+"""Processes: a server with an orderly end, its supervisor, and the workers."""

@@ -1,0 +1,163 @@
+"""One connection: uvicorn's, with limits, and with a framing of requests that no header can change.
+
+Whatever is wrong on a connection is answered after the answers that come before it, and ends the connection.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from http import HTTPStatus
+from typing import Any, Final
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from batchnorm_service.settings import Settings
+
+# As much as most servers allow; the parser itself has no limit.
+MAX_HEAD: Final = 64 * 1024
+# How long a connection that ends with an error still reads what the client sends, without a look at it.
+LINGER_SECONDS: Final = 1.0
+_TOO_LONG: Final = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers exceed {MAX_HEAD} bytes"
+_CONNECT: Final = HTTPStatus.NOT_IMPLEMENTED, "CONNECT is not supported: the service is no proxy"
+
+
+class Connection(HttpToolsProtocol):
+    """One of a limited number of connections, with limited time and room for each request."""
+
+    limits: Settings  # of the class that `server` makes
+
+    def connection_made(self, transport: Any) -> None:
+        """Close a connection beyond the limit."""
+        super().connection_made(transport)
+        self._since: float | None = time.monotonic()  # when the request that is not yet complete began
+        self._error: tuple[HTTPStatus, str] | None = None
+        self._close_at: float | None = None  # where nothing more is answered
+        self._piece = 0  # size of the piece of data that is being parsed
+        self._fresh = True  # whether it begins with a new request, of which nothing was parsed yet
+        self._head_bytes = 0  # size of all earlier pieces since the head began
+        self._before = 0  # how much of them may belong to earlier requests
+        if len(self.connections) > self.limits.max_connections:
+            self._fail(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: try again")
+
+    def data_received(self, data: bytes) -> None:
+        """Parse a piece of data.
+
+        The parser ends a request that asks for an upgrade after its head, and would take the body for the
+        next request. No upgrade is offered, so such a head is parsed again without the question.
+        """
+        self._unset_keepalive_if_required()
+        if self._error is not None:
+            return
+        self._piece = len(data)
+        self._fresh = self._since is None or self.scope is None
+        rest: bytes | memoryview = data
+        try:
+            while rest:
+                rest = self._after_upgrade(rest)
+        except httptools.HttpParserError as reason:
+            self._fail(*(self._error or (HTTPStatus.BAD_REQUEST, f"the request is not HTTP/1.1: {reason}")))
+            return
+        if self._since is not None and self._in_head:
+            self._head_bytes += self._piece
+            if self._head_bytes - self._before > MAX_HEAD:
+                self._fail(*_TOO_LONG)
+
+    def _after_upgrade(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Parse up to the end of the first head that asks for an upgrade, and return what follows it."""
+        try:
+            self.parser.feed_data(data)
+            return b""
+        except httptools.HttpParserUpgrade as upgrade:
+            end = upgrade.args[0]
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.scope["http_version"].encode()]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                head += [b"\r\n", name, b": ", value]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"".join([*head, b"\r\n\r\n"]))
+        return memoryview(data)[end:]
+
+    def on_message_begin(self) -> None:
+        """Note when a request began."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._before = 0 if self._fresh else self._piece
+        self._fresh = False
+        self._since = time.monotonic()
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer, unless the head is too long or is to be parsed again without its upgrade."""
+        if self._head_bytes + self._piece > MAX_HEAD:  # may count earlier requests too: measure
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > MAX_HEAD:
+                self._error = _TOO_LONG
+                raise ValueError  # through the parser, which then takes no more
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._error = _CONNECT
+                raise ValueError
+            self.scope["http_version"] = self.parser.get_http_version()
+        else:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Note that a request is complete."""
+        if not self.parser.should_upgrade():
+            self._since = None
+            super().on_message_complete()
+
+    @property
+    def _in_head(self) -> bool:
+        return self.cycle is None or self.cycle.scope is not self.scope
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _behind(self) -> bool:
+        """Whether answers to earlier requests are to come first."""
+        return bool(self.pipeline) or (self._answering and (self._in_head or self._since is None))
+
+    def check(self, now: float) -> None:
+        """Answer a request that has taken too long to arrive, or an error that had to wait."""
+        if self._close_at is not None:
+            if now > self._close_at:
+                self.transport.close()
+        elif self._behind:
+            return
+        elif self._error is not None:
+            self._fail(*self._error)
+        elif self._since is not None:
+            in_head = self._in_head
+            limit = self.limits.header_seconds if in_head else self.limits.body_seconds
+            if now - self._since > limit:
+                what = "headers" if in_head else "body"
+                self._fail(HTTPStatus.REQUEST_TIMEOUT, f"the {what} took longer than {limit:g} s")
+
+    def _fail(self, status: HTTPStatus, reason: str) -> None:
+        """Answer with an error and close the connection, now or at a later `check`."""
+        self._error = status, reason
+        if self._behind or self.transport.is_closing():
+            return
+        self._since = None
+        if self._answering and self.cycle.response_started:
+            self.transport.close()
+            return
+        if self._answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = json.dumps({"error": reason})
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nConnection: close\r\n"
+        head += "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+        self.transport.write(f"{head}\r\n{body}".encode())
+        if status == HTTPStatus.SERVICE_UNAVAILABLE or not self.transport.can_write_eof():
+            self.transport.close()
+        else:
+            # To close with data unread is a reset, which can overtake the answer.
+            self.transport.write_eof()
+            self.flow.resume_reading()
+            self._close_at = time.monotonic() + LINGER_SECONDS
