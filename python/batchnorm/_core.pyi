@@ -9,7 +9,6 @@ __all__ = [
     "Affine",
     "Cache",
     "GradientSums",
-    "JsonNumbers",
     "Moments",
     "__version__",
     "backward",
@@ -20,6 +19,7 @@ __all__ = [
     "infer",
     "infer_backward",
     "json_cut_data",
+    "json_parse",
     "json_put_data",
     "moments",
     "normalize",
@@ -124,15 +124,10 @@ class Affine:
         dresidual: NDArray[Any] | None = None,
     ) -> Gradients: ...
 
-@final
-class JsonNumbers:
-    @property
-    def shape(self) -> list[int]: ...
-    def float32(self) -> NDArray[np.float32]: ...
-    def float64(self) -> NDArray[np.float64]: ...
-    def __len__(self) -> int: ...
-
-def json_cut_data(text: bytes | NDArray[np.uint8], max_elements: int) -> tuple[bytes, list[JsonNumbers]]: ...
+def json_cut_data(
+    text: bytes | NDArray[np.uint8], max_elements: int, max_depth: int
+) -> tuple[bytes, list[tuple[NDArray[np.float32 | np.float64], list[int]]]]: ...
+def json_parse(text: bytes, max_depth: int) -> Any: ...
 def json_put_data(
     before: bytes, values: NDArray[np.float32 | np.float64], after: bytes, null: bool
 ) -> NDArray[np.uint8]: ...

@@ -16,15 +16,6 @@ pub(crate) enum Text<'py> {
     Array(PyReadonlyArray1<'py, u8>),
 }
 
-impl Text<'_> {
-    fn bytes(&self) -> PyResult<&[u8]> {
-        match self {
-            Self::Bytes(bytes) => Ok(bytes.as_bytes()),
-            Self::Array(array) => Ok(array.as_slice()?),
-        }
-    }
-}
-
 /// Takes the ``data`` arrays out of the JSON of an inference request.
 ///
 /// NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
@@ -50,7 +41,10 @@ pub(crate) fn json_cut_data<'py>(
     max_elements: usize,
     max_depth: u8,
 ) -> PyResult<(Bound<'py, PyBytes>, Vec<(Bound<'py, PyAny>, Vec<usize>)>)> {
-    let bytes = text.bytes()?;
+    let bytes = match &text {
+        Text::Bytes(bytes) => bytes.as_bytes(),
+        Text::Array(array) => array.as_slice()?,
+    };
     let limits = Limits { depth: max_depth, numbers: max_elements };
     let request = detached(py, bytes.len(), || cut_data(bytes, limits)).map_err(raised)?;
     let arrays = request.arrays.into_iter().map(|array| {
@@ -68,7 +62,7 @@ pub(crate) fn json_cut_data<'py>(
 /// NaN, Infinity and -Infinity are numbers too. Of two members of one name the last counts.
 ///
 /// Args:
-///     text: The text, as bytes or as an array of them.
+///     text: The text.
 ///     max_depth: How deep arrays and objects may be nested, up to 255.
 ///
 /// Returns:
@@ -77,8 +71,8 @@ pub(crate) fn json_cut_data<'py>(
 /// Raises:
 ///     ValueError: The text is malformed or nested too deep, or holds a finite number beyond the range of float64.
 #[pyfunction]
-pub(crate) fn json_parse<'py>(py: Python<'py>, text: Text<'py>, max_depth: u8) -> PyResult<Bound<'py, PyAny>> {
-    parse(text.bytes()?, max_depth, &mut Objects(py)).map_err(|Raised(error)| error)
+pub(crate) fn json_parse<'py>(py: Python<'py>, text: &[u8], max_depth: u8) -> PyResult<Bound<'py, PyAny>> {
+    parse(text, max_depth, &mut Objects(py)).map_err(|Raised(error)| error)
 }
 
 /// Prints a JSON text with an array of floats in it, each with the fewest digits that give its bits back.
