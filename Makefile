@@ -59,7 +59,7 @@ lint: setup ## Formatting, lints, types, and the stub against the compiled modul
 .PHONY: test-rust
 test-rust: requirements ## The core's own tests, without Python
 	$(call step,Testing the Rust core)
-	@cargo test -p batchnorm --locked --quiet
+	@cargo test -p batchnorm -p batchnorm-json --locked --quiet
 
 .PHONY: test
 test: lint test-rust ## Everything but the long forms (no root; at most 8 minutes on two cores)
@@ -69,6 +69,7 @@ test: lint test-rust ## Everything but the long forms (no root; at most 8 minute
 .PHONY: test-all
 test-all: test memcheck bench-check ## What needs system packages or time as well
 	$(call step,Testing the long forms)
+	@cargo test -p batchnorm-json --locked --quiet --test fuzz -- --ignored --show-output
 	@$(BIN)/python -m pytest -q -m long --durations=5
 
 $(VENV)/.peers: $(VENV)/.packages tests/requirements-peers.txt tests/constraints-peers.txt

@@ -115,9 +115,7 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
     )
 
 
-def _read(
-    model: Model, body: Bytes, json_length: bytes | None, rules: Rules
-) -> tuple[Head, list[Data], int]:
+def _read(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) -> tuple[Head, list[Data], int]:
     """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
     if length == 0 and json_length is not None:
