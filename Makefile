@@ -66,7 +66,7 @@ lint: setup ## Formatting, lints, types, and the stub against the compiled modul
 .PHONY: test-rust
 test-rust: requirements ## The core's own tests, without Python
 	$(call step,Testing the Rust core)
-	@cargo test -p batchnorm --locked --quiet
+	@cargo test -p batchnorm -p batchnorm-json --locked --quiet
 
 .PHONY: bench-rust
 bench-rust: requirements
@@ -85,6 +85,7 @@ pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k ora
 .PHONY: test-all
 test-all: test bench-rust memcheck bench-check docs dist test-lowest ## What needs system packages or time as well
 	$(call step,Testing the long forms)
+	@cargo test -p batchnorm-json --locked --quiet --test fuzz -- --ignored --show-output
 	@$(BIN)/python -m pytest -q -m long --durations=5
 
 $(VENV)/.peers: $(VENV)/.packages tests/requirements-peers.txt tests/constraints-peers.txt

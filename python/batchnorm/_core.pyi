@@ -12,7 +12,6 @@ __all__ = [
     "Cache",
     "Coefficients",
     "GradientSums",
-    "JsonNumbers",
     "Moments",
     "__version__",
     "backward",
@@ -23,6 +22,7 @@ __all__ = [
     "infer",
     "infer_backward",
     "json_cut_data",
+    "json_parse",
     "json_put_data",
     "moments",
     "normalize",
@@ -221,42 +221,10 @@ class Coefficients:
     ) -> Gradients:
         """As ``batchnorm.infer_backward``."""
 
-@final
-class JsonNumbers:
-    """The numbers of one ``data`` array, flat or nested, as float64.
-
-    ``shape`` is that of the nesting: of [[1, 2, 3]] it is (1, 3), and of [[], []] (2, 0).
-    """
-    @property
-    def shape(self) -> list[int]:
-        """Lengths of the nested arrays, outermost first."""
-    def float32(self) -> NDArray[np.float32]:
-        """The numbers in a new flat array of float32, each rounded to the nearest.
-
-        Raises:
-            ValueError: A finite number is beyond the range of float32.
-        """
-    def float64(self) -> NDArray[np.float64]:
-        """The numbers in a new flat array of float64."""
-    def __len__(self) -> int: ...
-
-def json_cut_data(text: bytes | NDArray[np.uint8], max_elements: int) -> tuple[bytes, list[JsonNumbers]]:
-    """Cuts the ``data`` arrays out of an inference request.
-
-    Args:
-        text: A JSON message, as bytes or as an array of them; NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
-        max_elements: The most numbers that all these arrays may hold.
-
-    Returns:
-        The text in which each array ``data`` of an object of ``inputs`` is [i], and the arrays, of which that is number
-        i. What else the text holds is for a JSON parser to judge.
-
-    Raises:
-        ValueError: The text is malformed, an array holds something else than numbers or is ragged, or a finite number
-            is beyond the range of float64.
-        OverflowError: There are more numbers than may be.
-    """
-
+def json_cut_data(
+    text: bytes | NDArray[np.uint8], max_elements: int, max_depth: int
+) -> tuple[bytes, list[tuple[NDArray[np.float32 | np.float64], list[int]]]]: ...
+def json_parse(text: bytes, max_depth: int) -> Any: ...
 def json_put_data(
     before: bytes, values: NDArray[np.float32 | np.float64], after: bytes, null: bool
 ) -> NDArray[np.uint8]:

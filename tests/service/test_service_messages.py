@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serving import CHANNELS
 
-from batchnorm_service.protocol.tensors import cut_data, numbers_from_json, put_data
+from batchnorm_service.protocol.tensors import cut_data, put_data, shaped
 
 X = np.arange(2 * CHANNELS, dtype=np.float32).reshape(2, CHANNELS)
 
@@ -202,11 +202,11 @@ def test_numbers_survive_json(dtype):
     x = np.random.default_rng(0).integers(0, 2**64, 200_000, dtype=np.uint64).view(dtype)
     x = x[np.isfinite(x)]
     assert read(numbers_to_json(x)).astype(dtype).tobytes() == x.tobytes()
-    datatype = {np.float32: "FP32", np.float64: "FP64"}[dtype]
-    text = b'{"inputs":[{"data":%b}]}' % numbers_to_json(x)
-    rest, (numbers,) = cut_data(text, x.size)
-    assert rest == b'{"inputs":[{"data":[0]}]}'
-    assert numbers_from_json(numbers, x.shape, datatype).tobytes() == x.tobytes()
+    datatype = {np.float32: b"FP32", np.float64: b"FP64"}[dtype]
+    text = b'{"inputs":[{"datatype":"%b","data":%b}]}'
+    rest, (found,) = cut_data(text % (datatype, numbers_to_json(x)), x.size, 100)
+    assert rest == text % (datatype, b"[0]")
+    assert shaped(found, x.shape).tobytes() == x.tobytes()
 
 
 def test_the_float32_whose_shortest_text_is_misread():

@@ -81,10 +81,13 @@ CASES = [
     invalid("bytes alone", "needs Inference-Header", X.tobytes()),
     invalid("bytes that are text", "needs Inference-Header", json.dumps(binary()).encode() + b"text" * 10),
     invalid("not utf-8", "malformed", b'{"inputs":"\xff"}'),
+    invalid(
+        "a byte-order mark", "byte-order mark (EF BB BF)", b"\xef\xbb\xbf" + json.dumps(given()).encode()
+    ),
     invalid("utf-16", "malformed", json.dumps(given()).encode("utf-16")),
     invalid("not an object", "must be an object", b"[1]"),
     invalid("deeper than 100", "nested deeper", DEEP),
-    invalid("very deep", "nested too deep", b"[" * 100_000),
+    invalid("very deep", "nested deeper", b"[" * 100_000),
     invalid("deep objects", "nested deeper", b'{"a":' * 101 + b"1" + b"}" * 101),
     *(invalid(f"length {text!r}", LENGTH, given(), headers={LENGTH: text}) for text in BAD_LENGTHS),
     invalid("length beyond body", LENGTH, given(), headers={LENGTH: "100000"}),

@@ -22,7 +22,7 @@ mod _core {
         backward, copy, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize, train_forward,
     };
     #[pymodule_export]
-    use crate::json::{JsonNumbers, json_cut_data, json_put_data};
+    use crate::json::{json_cut_data, json_parse, json_put_data};
     #[pymodule_export]
     use crate::settings::{get_num_threads, release_memory, set_num_threads, set_simd_level, simd_level, simd_levels};
     #[pymodule_export]

@@ -5,12 +5,11 @@ Every operation has an example: the real answer for the model of `docs/service.m
 
 from __future__ import annotations
 
+import json
 import struct
 from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any, Final
-
-import orjson
 
 from batchnorm_service import __version__
 from batchnorm_service.http.answers import ControlRequest, Error, IndexRequest
@@ -200,7 +199,7 @@ _Y: Final = struct.pack("<3I", 0x3F7FFFAC, 0x3F7FFFEB, 0x3F7FFEB0)
 
 def _bytes(head: dict[str, Any], tail: bytes, multiple: int = 1) -> dict[str, Any]:
     """Return an example that is not JSON, for which OpenAPI has no form: in base64, with its header."""
-    text = orjson.dumps(head)
+    text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % multiple)
     headers = {_LENGTH: str(len(text))}
     return {"x-base64": b64encode(text + tail).decode(), "x-headers": headers}

@@ -14,7 +14,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from batchnorm._core import JsonNumbers
 from batchnorm_service.errors import BodyTooLargeError, FingerprintMismatchError, InvalidInputError
 from batchnorm_service.models.model import Model
 from batchnorm_service.protocol import request
@@ -23,9 +22,10 @@ from batchnorm_service.protocol.tensors import (
     DATATYPES,
     DTYPES,
     Bytes,
+    Data,
     cut_data,
-    numbers_from_json,
     put_data,
+    shaped,
     view,
 )
 
@@ -88,7 +88,7 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
     head, arrays, length = _read(model, body, json_length, rules)
     _check(model, head)
     if head.size is None:
-        x = numbers_from_json(arrays[head.array], head.shape, head.datatype)
+        x = shaped(arrays[head.array], head.shape)
         memory: bytearray | memoryview = x.reshape(-1).view(np.uint8).data
     else:
         memory = _memory(head, body, length)
@@ -117,17 +117,15 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
     )
 
 
-def _read(
-    model: Model, body: Bytes, json_length: bytes | None, rules: Rules
-) -> tuple[Head, list[JsonNumbers], int]:
+def _read(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) -> tuple[Head, list[Data], int]:
     """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
     if length == 0 and json_length is not None:
         return request.raw(model, len(body)), [], 0
-    arrays: list[JsonNumbers] = []
+    arrays: list[Data] = []
     try:
         if length == len(body):
-            text, arrays = cut_data(body, rules.max_elements)
+            text, arrays = cut_data(body, rules.max_elements, rules.max_depth)
         else:
             text = bytes(body[:length])
         head = request.parse(text, rules.max_depth)

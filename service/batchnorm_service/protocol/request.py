@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache
 from typing import Any, Final, TypeVar
 
 import numpy as np
-import orjson
 
 from batchnorm_service.errors import InvalidInputError, UnsupportedError
 from batchnorm_service.models.model import MAX_RANK, Model
@@ -68,12 +67,11 @@ class Head:
     @cached_property
     def answer(self) -> tuple[bytes, bytes]:
         """The JSON of the answer around the name of the model, up to the numbers if they are in it."""
-        # An id may hold what UTF-8 cannot (a lone surrogate); the standard library escapes it.
         opening = f'{{"id":{json.dumps(self.id)},' if self.id else "{"
         output: dict[str, Any] = {"name": OUTPUT, "datatype": self.datatype, "shape": self.shape}
         if self.binary:
             output["parameters"] = {"binary_data_size": self.nbytes}
-        closing = orjson.dumps({"outputs": [output]})[1:]
+        closing = json.dumps({"outputs": [output]}, separators=(",", ":"))[1:].encode()
         return opening.encode(), closing if self.binary else closing.removesuffix(b"}]}") + b',"data":'
 
 

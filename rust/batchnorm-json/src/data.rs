@@ -1,0 +1,230 @@
+//! The `data` arrays of a request.
+
+use crate::reader::Reader;
+use crate::{Error, Float};
+
+/// The most nested arrays, which is NumPy's limit.
+const MAX_RANK: usize = 64;
+
+/// More `data` arrays than this are not worth telling apart: a request has one.
+const MAX_ARRAYS: usize = 64;
+
+/// What a request may hold at most.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// How deep arrays and objects may be nested.
+    pub depth: u8,
+    /// How many numbers all `data` arrays may hold.
+    pub numbers: usize,
+}
+
+/// A request whose `data` arrays are taken out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The text, in which each array `data` of an object of `inputs` is `[i]`, i its place in `arrays`.
+    pub head: Vec<u8>,
+    /// The arrays.
+    pub arrays: Vec<Array>,
+}
+
+/// A `data` array, flat or nested.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Array {
+    /// The numbers, row-major.
+    pub numbers: Numbers,
+    /// The length of the nested arrays, outermost first: of `[[1, 2, 3]]` it is 1, 3, and of `[[], []]` 2, 0.
+    pub shape: Vec<usize>,
+}
+
+/// Numbers of a `data` array, in the type that the tensor says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Numbers {
+    /// Those of a tensor whose datatype is FP32, rounded to float64 and from there to float32.
+    F32(Vec<f32>),
+    /// Those of every other tensor, rounded to float64.
+    F64(Vec<f64>),
+}
+
+impl Numbers {
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F64(values) => values.len(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Takes the `data` arrays out of a request, and checks the grammar of all of it.
+///
+/// `null` is NaN in them. Two members of one name are read both; the head tells which array counts.
+///
+/// # Errors
+/// The text is malformed or beyond a limit; an array holds something else than numbers, is ragged, or holds a finite
+/// number beyond the range of its type; or there is no memory.
+pub fn cut_data(text: &[u8], limits: Limits) -> Result<Request, Error> {
+    let mut reader = Reader::new(text, limits.depth)?;
+    let mut cut = Cut { text, done: 0, head: Vec::new(), arrays: Vec::new(), left: limits.numbers };
+    if reader.peek() == Some(b'{') {
+        reader.object(|reader, name| match &*name {
+            "inputs" if reader.peek() == Some(b'[') => reader.array(|reader| cut.input(reader)),
+            _ => reader.skip(),
+        })?;
+    } else {
+        reader.skip()?;
+    }
+    reader.finish()?;
+    cut.copy_head(text.len())?;
+    let arrays = cut.arrays.into_iter().map(|(_, array)| array).collect();
+    Ok(Request { head: cut.head, arrays })
+}
+
+struct Cut<'a> {
+    text: &'a [u8],
+    /// How much of the text is in `head`.
+    done: usize,
+    head: Vec<u8>,
+    /// Each array, and the reader that stood before it.
+    arrays: Vec<(Reader<'a>, Array)>,
+    /// How many numbers may still come.
+    left: usize,
+}
+
+impl<'a> Cut<'a> {
+    /// Reads an item of `inputs`.
+    fn input(&mut self, reader: &mut Reader<'a>) -> Result<(), Error> {
+        if reader.peek() != Some(b'{') {
+            return reader.skip();
+        }
+        let first = self.arrays.len();
+        let mut single = false;
+        reader.object(|reader, name| match (&*name, reader.peek()) {
+            ("data", Some(b'[')) => self.data(reader, single),
+            ("datatype", Some(b'"')) => {
+                single = reader.string()? == "FP32";
+                Ok(())
+            }
+            ("datatype", _) => {
+                single = false;
+                reader.skip()
+            }
+            _ => reader.skip(),
+        })?;
+        // The datatype may follow the data.
+        for (before, Array { numbers, .. }) in &mut self.arrays[first..] {
+            match numbers {
+                Numbers::F64(values) if single => *numbers = Numbers::F32(narrow(values)?),
+                Numbers::F32(_) if !single => *numbers = array::<f64>(before, usize::MAX)?.numbers,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn data(&mut self, reader: &mut Reader<'a>, single: bool) -> Result<(), Error> {
+        if self.arrays.len() == MAX_ARRAYS {
+            return Err(Error::TooManyArrays(MAX_ARRAYS));
+        }
+        let before = reader.clone();
+        let array = if single { array::<f32>(reader, self.left) } else { array::<f64>(reader, self.left) }?;
+        self.left -= array.numbers.len();
+        self.copy_head(before.position())?;
+        self.head.extend_from_slice(format!("[{}]", self.arrays.len()).as_bytes());
+        self.done = reader.position();
+        self.arrays.push((before, array));
+        Ok(())
+    }
+
+    /// Copies the text up to `end` to the head.
+    fn copy_head(&mut self, end: usize) -> Result<(), Error> {
+        let part = &self.text[self.done..end];
+        self.head.try_reserve(part.len())?;
+        self.head.extend_from_slice(part);
+        Ok(())
+    }
+}
+
+/// Reads the array that comes next, of at most so many numbers.
+fn array<T: Float>(reader: &mut Reader<'_>, limit: usize) -> Result<Array, Error> {
+    let mut found = Found::<T> { values: Vec::new(), limit, shape: Vec::new(), numbers_at: None };
+    found.array(reader, 0)?;
+    if found.numbers_at.is_some_and(|depth| depth + 1 != found.shape.len()) {
+        return Err(Error::Ragged);
+    }
+    Ok(Array { numbers: T::numbers(found.values), shape: found.shape.into_iter().flatten().collect() })
+}
+
+/// What an array holds, as far as it is read.
+struct Found<T> {
+    values: Vec<T>,
+    limit: usize,
+    /// The length of the arrays of each depth, known when the first of them ends.
+    shape: Vec<Option<usize>>,
+    /// The depth of the arrays that hold the numbers, known with the first number.
+    numbers_at: Option<usize>,
+}
+
+impl<T: Float> Found<T> {
+    /// Reads an array; `depth` others are open around it.
+    fn array(&mut self, reader: &mut Reader<'_>, depth: usize) -> Result<(), Error> {
+        if depth == MAX_RANK || self.numbers_at.is_some_and(|numbers| numbers < depth) {
+            return Err(Error::Ragged);
+        }
+        if depth == self.shape.len() {
+            self.shape.push(None);
+        }
+        let mut length = 0;
+        reader.array(|reader| {
+            length += 1;
+            let first = reader.peek();
+            if first == Some(b'[') {
+                return self.array(reader, depth + 1);
+            }
+            if *self.numbers_at.get_or_insert(depth) != depth {
+                return Err(Error::Ragged);
+            }
+            self.number(reader, first)
+        })?;
+        if *self.shape[depth].get_or_insert(length) == length { Ok(()) } else { Err(Error::Ragged) }
+    }
+
+    /// Reads a number that begins with `first`.
+    #[inline]
+    fn number(&mut self, reader: &mut Reader<'_>, first: Option<u8>) -> Result<(), Error> {
+        if self.values.len() == self.values.capacity() {
+            self.values.try_reserve(1)?; // twice as much as there is
+        }
+        if self.values.len() == self.limit {
+            return Err(Error::TooManyNumbers);
+        }
+        let wide = match first {
+            Some(b'n') => reader.literal("null").map(|()| f64::NAN)?,
+            Some(b'"') => return Err(Error::NotANumber("a string")),
+            Some(b'{') => return Err(Error::NotANumber("an object")),
+            Some(b't' | b'f') => return Err(Error::NotANumber("true or false")),
+            _ => reader.number()?,
+        };
+        let value = T::rounded(wide);
+        if value.wide().is_infinite() && !reader.ended_in_token() {
+            return Err(Error::OutOfRange(T::NAME));
+        }
+        self.values.push(value);
+        Ok(())
+    }
+}
+
+/// Rounds numbers to float32.
+fn narrow(wide: &[f64]) -> Result<Vec<f32>, Error> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(wide.len())?;
+    values.extend(wide.iter().map(|&wide| wide as f32));
+    let beyond = values.iter().zip(wide).any(|(value, wide)| value.is_infinite() && wide.is_finite());
+    if beyond { Err(Error::OutOfRange("FP32")) } else { Ok(values) }
+}
