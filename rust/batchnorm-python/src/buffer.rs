@@ -353,7 +353,8 @@ pub(crate) fn bfloat16_by_dlpack<'py>(
     value: &Bound<'py, PyAny>,
 ) -> PyResult<Option<Bound<'py, PyUntypedArray>>> {
     let py = value.py();
-    let Some(capsule) = (value.call_method0(intern!(py, "__dlpack__")).ok()).and_then(|c| c.cast_into::<PyCapsule>().ok())
+    let Some(capsule) =
+        (value.call_method0(intern!(py, "__dlpack__")).ok()).and_then(|c| c.cast_into::<PyCapsule>().ok())
     else {
         return Ok(None);
     };

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failing unwrap is a failing test")]
 
 mod common;
+mod modules;
 mod widths;
 
 use batchnorm::{
