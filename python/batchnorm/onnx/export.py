@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from batchnorm._core import __version__
 from batchnorm._file import metadata
-from batchnorm.frozen import FrozenBatchNorm
+from batchnorm._types import FrozenLayer
 
 # BatchNormalization has had its present types and attributes since opset 15.
 _OLDEST_OPSET = 15
@@ -19,7 +19,7 @@ _PARAMETERS = ("gamma", "beta", "mean", "var")  # in the order of the node's inp
 _Parts: TypeAlias = tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]
 
 
-def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> onnx.ModelProto:
+def build_model(layer: FrozenLayer, *, opset: int, mode: str, rank: int) -> onnx.ModelProto:
     """Writes the model; `FrozenBatchNorm.to_onnx` documents it."""
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
@@ -54,7 +54,7 @@ def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> 
     return model
 
 
-def _inference(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
+def _inference(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
     """One BatchNormalization. It has its channels on axis 1, so another axis changes places with that one."""
     constants = {name: getattr(layer, name) for name in _PARAMETERS}
     swap = list(range(rank))
@@ -67,7 +67,7 @@ def _inference(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
     return nodes, constants
 
 
-def _exact(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
+def _exact(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
     """The defining expression node by node, s = gamma/√(var + eps) too, so that all five can be read back."""
     broadcast = (layer.channels,) + (1,) * (rank - 1 - axis)
     constants = {name: getattr(layer, name).astype(np.float64).reshape(broadcast) for name in _PARAMETERS}

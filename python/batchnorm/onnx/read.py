@@ -44,7 +44,7 @@ def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> Froz
         return FrozenBatchNorm(**_float64(parameters), eps=eps, dtype="float64" if wide else "float32")
     check_known(where, found)
     parameters, eps = graph.inference() if graph.normalizations else graph.exact()
-    return restore(where, found, _float64(parameters), eps)
+    return restore(FrozenBatchNorm, where, found, _float64(parameters), eps)
 
 
 def _parse(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> tuple[onnx.ModelProto, str]:
