@@ -470,6 +470,7 @@ pub fn infer_backward<T: Element>(
     if dx.layout() != x.layout() {
         return Err(Error::LayoutMismatch { argument: "out" });
     }
+    coefficients.check_range::<T>()?;
     let (mut dy, nothing) = (dy, Epilogue::default());
     if !epilogue.passes() {
         gate(dy, x, coefficients, epilogue, dx)?;

@@ -113,6 +113,20 @@ impl Coefficients {
         }
     }
 
+    /// Refuses coefficients that the precision in which x is normalized cannot hold, where they would make NaN of finite
+    /// numbers. Those that are not finite propagate.
+    ///
+    /// # Errors
+    /// [`Error::Range`].
+    pub(crate) fn check_range<T: Element>(&self) -> Result<(), Error> {
+        for (what, values) in [("mean", &self.mean), ("gamma/sqrt(var + eps)", &self.scale), ("beta", &self.beta)] {
+            if let Some(channel) = values.iter().position(|&value| !fits::<T>(value)) {
+                return Err(Error::Range { what, channel, value: values[channel] });
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn of_channel<T: Element>(&self, c: usize) -> [T::Wide; 4] {
         for_kernel::<T>(self.mean[c], self.scale[c], self.beta[c])
     }
@@ -138,6 +152,18 @@ fn root(var: f64, eps: f64) -> f64 {
 /// s = γ/√(var + ε).
 pub(crate) fn scale(gamma: f64, var: f64, eps: f64) -> f64 {
     gamma / root(var, eps)
+}
+
+/// Whether a number stays finite in the precision in which x is normalized.
+fn fits<T: Element>(value: f64) -> bool {
+    T::Wide::from_f64(value).to_f64().is_finite() || !value.is_finite()
+}
+
+/// Whether the coefficients of every batch are in the range of the precision in which x is normalized: s ≤ γ/√ε, and the
+/// mean is no larger than x.
+pub(crate) fn always_fit<T: Element>(gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> bool {
+    let all = |values: Option<&[f64]>, fits: &dyn Fn(f64) -> bool| values.is_none_or(|v| v.iter().all(|&v| fits(v)));
+    fits::<T>(scale(1.0, 0.0, eps)) && all(gamma, &|g| fits::<T>(scale(g, 0.0, eps))) && all(beta, &|b| fits::<T>(b))
 }
 
 /// Mean (high and low part), s and β in the precision in which x is normalized.

@@ -47,6 +47,7 @@ fn map<T: Element>(
     let _mode = crate::begin()?;
     let layout = y.layout();
     Error::check_channels("x", layout.channels(), coefficients.channels())?;
+    coefficients.check_range::<T>()?;
     epilogue.check(layout)?;
     let elements = tile::<T>(layout);
     match Family::of(layout) {

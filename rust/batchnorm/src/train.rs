@@ -1,7 +1,7 @@
 //! The training forward pass (Algorithm 1): statistics of the batch, then the coefficients they make.
 
 use crate::blocks::{Family, Planar};
-use crate::coefficients::{self, Coefficients, check_parameters, check_training_eps};
+use crate::coefficients::{self, Coefficients, always_fit, check_parameters, check_training_eps};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
@@ -81,7 +81,8 @@ fn forward<T: Element>(
         return Err(Error::TooFewValues { channel: 0, count: layout.count() as f64, wanted: 2 });
     }
     let moments = match Family::of(layout) {
-        Family::Planar(planar) if planar.fuses() => {
+        // It writes before all statistics are known; the other way can still refuse.
+        Family::Planar(planar) if planar.fuses() && always_fit::<T>(gamma, beta, eps) => {
             let moments = fused(x, planar, gamma, beta, eps, epilogue, y);
             let coefficients = Coefficients::of_moments(&moments, gamma, beta, eps)?;
             return Ok((moments, coefficients));
