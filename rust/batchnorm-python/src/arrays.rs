@@ -70,7 +70,9 @@ fn exported<'py>(
     let py = value.py();
     if value.hasattr("detach")? && value.getattr("requires_grad")?.is_truthy()? {
         let found = type_name(value);
-        return Err(PyTypeError::new_err(format!("{argument} is {found} that requires grad; wanted {argument}.detach()")));
+        return Err(PyTypeError::new_err(format!(
+            "{argument} is {found} that requires grad; wanted {argument}.detach()"
+        )));
     }
     let value = &resolved(value)?;
     let mut why = None;

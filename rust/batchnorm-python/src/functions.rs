@@ -1,12 +1,12 @@
 //! The functions of the module.
 
-use crate::buffer::{Tensor, with_element};
+use crate::buffer::{Tensor, new_vector, with_element};
 use crate::epilogue::{Back, Epilogue};
 use crate::parameters::{Parameters, coefficients};
 use crate::value_error;
 use crate::values::{Cache, GradientSums, Moments};
 use batchnorm::Error;
-use numpy::{PyArray1, PyUntypedArray};
+use numpy::PyUntypedArray;
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -31,7 +31,7 @@ pub(crate) fn gradients<'py>(
     static GRADIENTS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     let dx = &back.dx.array;
     let py = dx.py();
-    let (dgamma, dbeta) = (PyArray1::from_slice(py, sums.dgamma()), PyArray1::from_slice(py, sums.dbeta()));
+    let (dgamma, dbeta) = (new_vector(py, sums.dgamma())?, new_vector(py, sums.dbeta())?);
     let gradients = GRADIENTS.import(py, "batchnorm._types", "Gradients")?.call1((dx, dgamma, dbeta))?;
     if let Some(dresidual) = back.dresidual(epilogue) {
         gradients.setattr(intern!(py, "dresidual"), dresidual)?;
@@ -155,6 +155,7 @@ pub(crate) fn train_forward<'py>(
     residual: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<(Bound<'py, PyUntypedArray>, Cache)> {
     let x = Tensor::read("x", x, channel_axis)?;
+    x.check_batch()?;
     let parameters = Parameters::read(gamma, beta, x.layout.channels())?;
     let epilogue = Epilogue::read(&x, activation, residual)?;
     let (mut y, in_place) = x.output_over("out", out, ("x", &x), &epilogue.inputs(&[]))?;

@@ -1,7 +1,7 @@
 //! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
 
 use crate::arrays::real_array;
-use crate::buffer::floats;
+use crate::buffer::{collected, floats};
 use crate::value_error;
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -52,7 +52,7 @@ pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: us
     let values = vector(argument, value)?;
     match values.len() {
         n if n == channels => Ok(values),
-        1 => Ok(vec![values[0]; channels]),
+        1 => collected(std::iter::repeat_n(values[0], channels)),
         n => {
             Err(PyValueError::new_err(format!("{argument} has shape ({n},); wanted ({channels},) or a single number")))
         }
@@ -61,7 +61,7 @@ pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: us
 
 /// The argument as a vector of float64: a number, or a real array of one axis.
 pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
-    if let Some(values) = floats(value) {
+    if let Some(values) = floats(value)? {
         return Ok(values);
     }
     let py = value.py();
@@ -78,5 +78,5 @@ pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f
         }
     }
     let flat = array.call_method0(intern!(py, "ravel"))?.cast_into::<PyArray1<f64>>()?;
-    Ok(flat.readonly().as_slice()?.to_vec())
+    collected(flat.readonly().as_slice()?.iter().copied())
 }
