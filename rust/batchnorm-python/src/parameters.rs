@@ -1,49 +1,33 @@
 //! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
 
 use crate::buffer::{floats, has_mask, type_name};
-use crate::value_error;
 use numpy::{PyArray1, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 
-/// γ and β as the core takes them: absent ones stay absent.
+/// The arguments gamma, beta and eps; absent ones stay absent.
 pub(crate) struct Parameters {
     gamma: Option<Vec<f64>>,
     beta: Option<Vec<f64>>,
+    eps: f64,
 }
 
 impl Parameters {
     pub(crate) fn read(
         gamma: Option<&Bound<'_, PyAny>>,
         beta: Option<&Bound<'_, PyAny>>,
+        eps: f64,
         channels: usize,
     ) -> PyResult<Self> {
         let read = |name, value: Option<&Bound<'_, PyAny>>| value.map(|v| per_channel(name, v, channels)).transpose();
-        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)? })
+        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)?, eps })
     }
 
-    pub(crate) fn gamma(&self) -> Option<&[f64]> {
-        self.gamma.as_deref()
+    /// The parameters as the core takes them.
+    pub(crate) fn of(&self) -> batchnorm::Parameters<'_> {
+        batchnorm::Parameters { gamma: self.gamma.as_deref(), beta: self.beta.as_deref(), eps: self.eps }
     }
-
-    pub(crate) fn beta(&self) -> Option<&[f64]> {
-        self.beta.as_deref()
-    }
-}
-
-/// Frozen statistics and parameters, as the coefficients that they make.
-pub(crate) fn coefficients(
-    mean: &Bound<'_, PyAny>,
-    var: &Bound<'_, PyAny>,
-    gamma: Option<&Bound<'_, PyAny>>,
-    beta: Option<&Bound<'_, PyAny>>,
-    eps: f64,
-    channels: usize,
-) -> PyResult<batchnorm::Coefficients> {
-    let (mean, var) = (per_channel("mean", mean, channels)?, per_channel("var", var, channels)?);
-    let parameters = Parameters::read(gamma, beta, channels)?;
-    batchnorm::Coefficients::new(&mean, &var, parameters.gamma(), parameters.beta(), eps).map_err(value_error)
 }
 
 /// The argument as float64, one value a channel; a single value is repeated.
@@ -65,23 +49,23 @@ pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f
     }
     let py = value.py();
     let wanted = "wanted real numbers, an array of shape (channels,)";
-    let refusal = |found: String| PyTypeError::new_err(format!("{argument} {found}; {wanted}"));
+    let wrong = |found: String| PyTypeError::new_err(format!("{argument} {found}; {wanted}"));
     if has_mask(value)? {
-        return Err(refusal(format!("is {} with a mask", type_name(value))));
+        return Err(wrong(format!("is {} with a mask", type_name(value))));
     }
     let array = py
         .import(intern!(py, "numpy"))?
         .call_method1(intern!(py, "asarray"), (value,))
-        .map_err(|error| refusal(format!("is {} ({error})", type_name(value))))?
+        .map_err(|error| wrong(format!("is {} ({error})", type_name(value))))?
         .cast_into::<PyUntypedArray>()?;
     let dtype = array.dtype();
     // Real numbers, and the extension types of ml_dtypes, which are real too.
     if !matches!(dtype.kind(), b'f' | b'i' | b'u' | b'V') || dtype.has_fields() {
-        return Err(refusal(format!("has dtype {dtype}")));
+        return Err(wrong(format!("has dtype {dtype}")));
     }
     let array = array
         .call_method1(intern!(py, "astype"), (numpy::dtype::<f64>(py),))
-        .map_err(|_| refusal(format!("has dtype {dtype}")))?;
+        .map_err(|_| wrong(format!("has dtype {dtype}")))?;
     match array.cast::<PyUntypedArray>()?.shape() {
         [] | [_] => {}
         shape => {
