@@ -24,6 +24,7 @@ CRATE = Path(__file__).parents[1] / "rust/batchnorm"
 SOURCE = (CRATE / "src/error.rs").read_text()
 NOT_FROM_PYTHON = {  # tested in the crate
     "Elements": "an array carries its own size, so a buffer never has another",
+    "NoDresidual": "the binding says that dy lies in dresidual only where it is given",
     "LayoutMismatch": "the binding compares dtype, shape and memory order itself, and says which differs",
     "Overflow": "NumPy makes no array of more than 2**63 - 1 bytes",
 }

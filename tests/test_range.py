@@ -1,4 +1,4 @@
-"""Coefficients beyond the range of float32: 16-bit tensors, which are normalized in it, refuse them by name."""
+"""Coefficients beyond the range of float32: 16-bit tensors, which it normalizes, refuse them by name."""
 
 from __future__ import annotations
 

@@ -2,49 +2,33 @@
 
 use crate::arrays::real_array;
 use crate::buffer::{collected, floats};
-use crate::value_error;
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 
-/// γ and β as the core takes them: absent ones stay absent.
+/// The arguments gamma, beta and eps; absent ones stay absent.
 pub(crate) struct Parameters {
     gamma: Option<Vec<f64>>,
     beta: Option<Vec<f64>>,
+    eps: f64,
 }
 
 impl Parameters {
     pub(crate) fn read(
         gamma: Option<&Bound<'_, PyAny>>,
         beta: Option<&Bound<'_, PyAny>>,
+        eps: f64,
         channels: usize,
     ) -> PyResult<Self> {
         let read = |name, value: Option<&Bound<'_, PyAny>>| value.map(|v| per_channel(name, v, channels)).transpose();
-        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)? })
+        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)?, eps })
     }
 
-    pub(crate) fn gamma(&self) -> Option<&[f64]> {
-        self.gamma.as_deref()
+    /// The parameters as the core takes them.
+    pub(crate) fn of(&self) -> batchnorm::Parameters<'_> {
+        batchnorm::Parameters { gamma: self.gamma.as_deref(), beta: self.beta.as_deref(), eps: self.eps }
     }
-
-    pub(crate) fn beta(&self) -> Option<&[f64]> {
-        self.beta.as_deref()
-    }
-}
-
-/// Frozen statistics and parameters, as the coefficients that they make.
-pub(crate) fn coefficients(
-    mean: &Bound<'_, PyAny>,
-    var: &Bound<'_, PyAny>,
-    gamma: Option<&Bound<'_, PyAny>>,
-    beta: Option<&Bound<'_, PyAny>>,
-    eps: f64,
-    channels: usize,
-) -> PyResult<batchnorm::Coefficients> {
-    let (mean, var) = (per_channel("mean", mean, channels)?, per_channel("var", var, channels)?);
-    let parameters = Parameters::read(gamma, beta, channels)?;
-    batchnorm::Coefficients::new(&mean, &var, parameters.gamma(), parameters.beta(), eps).map_err(value_error)
 }
 
 /// The argument as float64, one value a channel; a single value is repeated.

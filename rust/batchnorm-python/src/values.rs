@@ -1,9 +1,8 @@
-//! The values that Python holds: statistics, gradient sums, the cache of a forward pass, coefficients of a frozen layer.
+//! The values that training gives to Python: moments, gradient sums, the cache of a forward pass.
 
 use crate::buffer::{Tensor, new_vector};
 use crate::epilogue::Epilogue;
-use crate::functions::{infer_backward_of, infer_into};
-use crate::parameters::{coefficients, vector};
+use crate::parameters::vector;
 use crate::value_error;
 use batchnorm::Activation;
 use numpy::{PyArray1, PyUntypedArray, PyUntypedArrayMethods};
@@ -199,8 +198,9 @@ fn range(count: &[f64]) -> String {
     if least == most { least.to_string() } else { format!("{least}..{most}") }
 }
 
-/// What a backward pass needs of its forward pass. It holds x and residual by reference: they must not be changed in
-/// between.
+/// What a backward pass needs of its forward pass.
+///
+/// It holds x and residual by reference: they must not be changed in between.
 #[pyclass(frozen, module = "batchnorm", name = "Cache")]
 pub(crate) struct Cache {
     pub(crate) x: Option<Py<PyUntypedArray>>,
@@ -267,79 +267,5 @@ impl Cache {
     fn __repr__(&self, py: Python<'_>) -> String {
         let x = self.x.as_ref().map_or("no x".to_owned(), |x| format!("x of shape {:?}", x.bind(py).shape()));
         format!("Cache({x}, channel_axis={})", self.channel_axis)
-    }
-}
-
-/// The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
-///
-/// Args:
-///     mean: E[x], shape (channels,) or a number.
-///     var: Var[x], shape (channels,) or a number; 0 or more.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
-///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
-///
-/// Raises:
-///     ValueError: A shape or value is not as said.
-///     TypeError: A parameter is not real.
-#[pyclass(frozen, module = "batchnorm._core", name = "Coefficients")]
-pub(crate) struct Coefficients(batchnorm::Coefficients);
-
-#[pymethods]
-impl Coefficients {
-    #[new]
-    #[pyo3(signature = (mean, var, gamma=None, beta=None, *, eps=1e-5))]
-    fn new(
-        mean: &Bound<'_, PyAny>,
-        var: &Bound<'_, PyAny>,
-        gamma: Option<&Bound<'_, PyAny>>,
-        beta: Option<&Bound<'_, PyAny>>,
-        eps: f64,
-    ) -> PyResult<Self> {
-        // All four broadcast: the first that is no single number tells the number of channels.
-        let mut channels = 1;
-        for (argument, value) in [("mean", Some(mean)), ("var", Some(var)), ("gamma", gamma), ("beta", beta)] {
-            if let (1, Some(value)) = (channels, value) {
-                channels = vector(argument, value)?.len();
-            }
-        }
-        coefficients(mean, var, gamma, beta, eps, channels).map(Self)
-    }
-
-    /// Number of channels.
-    #[getter]
-    fn channels(&self) -> usize {
-        self.0.channels()
-    }
-
-    /// As ``batchnorm.infer``.
-    #[pyo3(signature = (x, *, channel_axis=1, out=None, activation=None, residual=None))]
-    fn infer<'py>(
-        &self,
-        x: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-        activation: Option<&Bound<'py, PyAny>>,
-        residual: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        let x = Tensor::read("x", x, channel_axis)?;
-        infer_into(&x, &self.0, out, &Epilogue::read(&x, activation, residual)?)
-    }
-
-    /// As ``batchnorm.infer_backward``.
-    #[pyo3(signature = (dy, x, *, channel_axis=1, out=None, activation=None, residual=None, dresidual=None))]
-    #[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
-    fn backward<'py>(
-        &self,
-        dy: &Bound<'py, PyAny>,
-        x: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-        activation: Option<&Bound<'py, PyAny>>,
-        residual: Option<&Bound<'py, PyAny>>,
-        dresidual: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let x = Tensor::read("x", x, channel_axis)?;
-        infer_backward_of(dy, &x, &self.0, out, &Epilogue::read(&x, activation, residual)?, dresidual)
     }
 }

@@ -102,6 +102,8 @@ pub enum Error {
         /// Values that the moments are of.
         wanted: f64,
     },
+    /// dy is said to lie in the memory of dresidual, but there is none.
+    NoDresidual,
     /// Bytes that `from_bytes` cannot read.
     Bytes {
         /// What was to be read.
@@ -167,6 +169,7 @@ impl fmt::Display for Error {
                 f,
                 "sums are over {got} values in channel {channel}; wanted {wanted}, as its moments: merge those of all parts"
             ),
+            Self::NoDresidual => write!(f, "dresidual is absent; wanted the tensor that holds dy"),
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
             Self::Level { got, wanted } => {
