@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -233,3 +236,29 @@ def test_the_halves_over_parts_are_the_whole():
     for cache, part in zip(caches, sums, strict=True):
         with pytest.raises(ValueError, match="sums are over"):
             bn.gradient_apply(x[:4] if len(cache.x) == 4 else x[4:], cache, part)
+
+
+def test_gradients_are_a_tuple_of_three_that_keeps_dresidual(rng):
+    """Through `_replace`, copies and pickling; and equality looks at it."""
+    x, dy, residual = rng.normal(size=(3, 8, 4))
+    _, cache = bn.train_forward(x, activation="relu", residual=residual)
+    gradients = bn.backward(dy, cache, dresidual=np.empty_like(x))
+    dx, dgamma, dbeta = gradients
+    assert gradients.dresidual is not None
+    again = [copy.copy(gradients), copy.deepcopy(gradients), pickle.loads(pickle.dumps(gradients))]
+    again += [pickle.loads(pickle.dumps(gradients, protocol)) for protocol in range(6)]
+    again += [gradients._replace(), bn.Gradients(dx, dgamma, dbeta, gradients.dresidual)]
+    for other in again:
+        assert type(other) is bn.Gradients
+        assert len(other) == 3
+        assert other == gradients
+        assert other.dresidual.tobytes() == gradients.dresidual.tobytes()
+    changed = gradients._replace(dx=dy)
+    assert changed.dx is dy
+    assert changed.dresidual is gradients.dresidual
+    others = [changed, gradients._replace(dresidual=None), gradients._replace(dresidual=dx), (dx, dgamma)]
+    assert all(other != gradients for other in others)
+    assert bn.Gradients(dx, dgamma, dbeta) == bn.Gradients(dx.copy(), dgamma, dbeta)
+    assert bn.Gradients._make((dx, dgamma, dbeta)).dresidual is None
+    with pytest.raises(TypeError):
+        hash(gradients)

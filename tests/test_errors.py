@@ -20,11 +20,13 @@ from dlpack import Exporter
 
 NOT_FROM_PYTHON = {  # tested in the crate
     "Elements": "an array carries its own size, so a buffer never has another",
+    "NoDresidual": "the binding says that dy lies in dresidual only where it is given",
     "LayoutMismatch": "the binding compares dtype, shape and memory order itself, and says which differs",
     "Overflow": "NumPy makes no array of more than 2**63 - 1 bytes",
 }
 
 X = np.ones((4, 3, 5), np.float32)
+HALF = np.ones((4, 3), np.float16)
 ONES = np.ones(3)
 CACHE = bn.train_forward(X)[1]
 SUMS = bn.gradient_sums(X, CACHE)
@@ -112,9 +114,16 @@ CASES = [
     ),
     *with_eps("EpsZeroInTraining", "eps is 0 in training", TRAINING, 0.0),
     *with_eps("EpsZeroForZeroVariance", "eps is 0 although var is 0 in channel 1", FROZEN, 0.0, [1, 0, 1]),
-    Case("TooFewValues", "channel 0 has count 1; wanted 2", lambda: bn.train_forward(X[:1, :, 0]), "one row"),
-    Case("TooFewValues", "channel 0 has count 0; wanted 2", lambda: bn.train_forward(X[:0]), "zero rows"),
-    Case("TooFewValues", "channel 1 has count 1; wanted 2", lambda: FEW.var_unbiased, "var_unbiased"),
+    Case("TooFewValues", "count 1 in channel 1; wanted 2", lambda: bn.normalize(X[:, :2], FEW), "normalize"),
+    Case("TooFewValues", "count 1 in channel 1; wanted 2", lambda: FEW.var_unbiased, "var_unbiased"),
+    *(
+        Case("Range", f"{re.escape(what)} is .*e.* in channel 0; wanted at most 3.4e38", call, what)
+        for what, call in {
+            "mean": lambda: bn.infer(HALF, [1e39, 0, 0], 1.0),
+            "gamma/sqrt(var + eps)": lambda: bn.infer(HALF, 0.0, [1e-20, 1, 1], 1e30, eps=0.0),
+            "beta": lambda: bn.infer_backward(HALF, HALF, 0.0, 1.0, beta=[1e39, 1, 1]),
+        }.items()
+    ),
     Case(
         "Counts",
         "sums are over 0 values in channel 0; wanted 20,",
@@ -253,6 +262,15 @@ def test_a_copy_that_does_not_fit_in_memory():
     x = np.broadcast_to(np.float32(0), (2**30, 2**30))
     with pytest.raises((MemoryError, ValueError)):
         bn.infer(x, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (0, 3), (1, 3, 1), (0, 3, 5)], ids=str)
+def test_a_batch_of_one_value_a_channel(shape):
+    x, values = np.ones(shape, np.float32), "1 value" if shape[0] else "0 values"
+    wanted = f"x has shape {list(shape)}, {values} in each channel; training wants 2 or more"
+    for call in (bn.train_forward, bn.BatchNorm(3)):
+        with pytest.raises(ValueError, match=rf"^{re.escape(wanted)}"):
+            call(x)
 
 
 def test_numbers_of_threads_that_are_no_numbers():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -45,7 +45,7 @@ def integer(name: str, value: SupportsIndex) -> int:
     return operator.index(value)
 
 
-def number(name: str, value: SupportsFloat) -> float:
+def number(name: str, value: Any) -> float:
     """Return ``value`` as a float, or raise TypeError naming the argument."""
     # Text and booleans convert too, and nobody means that.
     if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__"):
@@ -53,7 +53,7 @@ def number(name: str, value: SupportsFloat) -> float:
     return float(value)
 
 
-def mapping(name: str, value: Mapping[str, Any], example: str) -> None:
+def mapping(name: str, value: object, example: str) -> None:
     """Raise TypeError unless ``value`` maps names to arrays."""
     if not isinstance(value, Mapping):
         found = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -1,36 +1,45 @@
-"""The file of a frozen layer; `docs/format.md` is the specification."""
+"""Files of frozen layers; `docs/format.md` is the specification."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from batchnorm._atomic import replacing
-from batchnorm.frozen import FrozenBatchNorm
+from batchnorm._types import FrozenLayer
+
+
+class Kind(NamedTuple):
+    """What a file of one kind of layer holds."""
+
+    format: str
+    version: str
+    tensors: tuple[str, ...]
+
+
+BATCH_NORM = Kind("batchnorm-frozen", "1", ("gamma", "beta", "mean", "var"))
 
 METADATA_KEYS = ("format", "version", "channel_axis", "eps", "dtype", "fingerprint")
-_FORMAT = "batchnorm-frozen"
-_VERSION = "1"
-_TENSORS = ("gamma", "beta", "mean", "var")
+_Layer = TypeVar("_Layer", bound=FrozenLayer)
 _CODES = {"float32": "F32", "float64": "F64"}
 
 
-def metadata(layer: FrozenBatchNorm) -> dict[str, str]:
-    """What stands beside the tensors, in a file as in an ONNX model: one canonical text for each value."""
+def metadata(layer: FrozenLayer, kind: Kind = BATCH_NORM) -> dict[str, str]:
+    """Return what stands beside the tensors of a file or an ONNX model: one canonical text for each value."""
     axis, eps = str(layer.channel_axis), layer.eps.hex()
-    values = (_FORMAT, _VERSION, axis, eps, layer.dtype.name, layer.fingerprint)
+    values = (kind.format, kind.version, axis, eps, layer.dtype.name, layer.fingerprint)
     return dict(zip(METADATA_KEYS, values, strict=True))
 
 
-def check_known(where: str, found: Mapping[str, str]) -> None:
-    """Refuses, by ValueError, metadata that is not of a frozen layer or is of a version not known here."""
-    for key, known in (("format", _FORMAT), ("version", _VERSION)):
+def check_known(where: str, found: Mapping[str, str], kind: Kind = BATCH_NORM) -> None:
+    """Raise ValueError for metadata that is not of this kind of layer, or of a version not known here."""
+    for key, known in (("format", kind.format), ("version", kind.version)):
         if found.get(key) != known:
             raise ValueError(f"{where}: a frozen layer of {key} {known!r} wanted, found {found.get(key)!r}")
     if sorted(found) != sorted(METADATA_KEYS):
@@ -39,63 +48,76 @@ def check_known(where: str, found: Mapping[str, str]) -> None:
 
 
 def restore(
-    where: str, found: Mapping[str, str], parameters: Mapping[str, Any], eps: float
-) -> FrozenBatchNorm:
-    """The layer of these parameters, which must be the one that the metadata beside them describes.
+    make: Callable[..., _Layer],
+    where: str,
+    found: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    eps: float,
+    kind: Kind = BATCH_NORM,
+) -> _Layer:
+    """Make the layer of these parameters, which must be the one that the metadata beside them describes.
 
     Nothing may have been lost by rounding, and all of the metadata is computed again from the layer and
     compared, so that no value is wrong unnoticed.
+
+    Args:
+        make: class of the layer.
+        where: what errors call the file or model.
+        found: the metadata, which `check_known` has seen.
+        parameters: the tensors by name.
+        eps: ε.
+        kind: kind of the layer.
 
     Raises:
         ValueError: names `where` and what is wrong.
     """
     try:
         axis, dtype = int(found["channel_axis"]), found["dtype"]
-        layer = FrozenBatchNorm(**parameters, eps=eps, channel_axis=axis, dtype=dtype)
+        layer = make(**parameters, eps=eps, channel_axis=axis, dtype=dtype)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: damaged: {error}") from error
     for name, value in {**parameters, "eps": eps}.items():
         if not np.array_equal(getattr(layer, name), value):
             raise ValueError(f"{where}: damaged: {name} is finer than {dtype}")
-    for key, value in metadata(layer).items():
+    for key, value in metadata(layer, kind).items():
         if found[key] != value:
             raise ValueError(f"{where}: damaged: {key} is {found[key]!r}, but the rest makes it {value!r}")
     return layer
 
 
-def read(path: str | os.PathLike[str]) -> FrozenBatchNorm:
-    """Reads a file; `FrozenBatchNorm.load` documents it."""
+def read(make: Callable[..., _Layer], path: str | os.PathLike[str], kind: Kind = BATCH_NORM) -> _Layer:
+    """Read a file and make its layer; `FrozenBatchNorm.load` documents it."""
     where = os.fspath(path)
     Path(where).open("rb").close()  # says better than safetensors why a file cannot be read
     try:
         with safe_open(where, framework="np") as file:
             found = file.metadata() or {}
-            check_known(where, found)
+            check_known(where, found, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{where}: not a whole safetensors file: {error}") from error
 
     kinds = {(values.dtype.name, values.ndim, values.size) for values in tensors.values()}
-    if sorted(tensors) != sorted(_TENSORS) or len(kinds) != 1 or min(kinds)[:2] != (found["dtype"], 1):
-        wanted = f"{', '.join(_TENSORS)} of {found['dtype']} and shape (channels,)"
+    if sorted(tensors) != sorted(kind.tensors) or len(kinds) != 1 or min(kinds)[:2] != (found["dtype"], 1):
+        wanted = f"{', '.join(kind.tensors)} of {found['dtype']} and shape (channels,)"
         there = ", ".join(f"{name} {values.dtype}{values.shape}" for name, values in sorted(tensors.items()))
         raise ValueError(f"{where}: {wanted} wanted, found {there or 'no tensors'}")
     try:
         eps = float.fromhex(found["eps"])
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: damaged: eps is {found['eps']!r}, not a hexadecimal float") from error
-    return restore(where, found, tensors, eps)
+    return restore(make, where, found, tensors, eps, kind)
 
 
-def encode(layer: FrozenBatchNorm) -> bytes:
-    """The bytes of the file.
+def encode(layer: FrozenLayer, kind: Kind = BATCH_NORM) -> bytes:
+    """Return the bytes of the file.
 
     The header is written here and not by the safetensors package, which orders metadata by a random hash: the
     same layer is to make the same bytes.
     """
     stored = layer.dtype.newbyteorder("<")
-    tensors = {name: getattr(layer, name).astype(stored).tobytes() for name in _TENSORS}
-    header: dict[str, Any] = {"__metadata__": metadata(layer)}
+    tensors = {name: getattr(layer, name).astype(stored).tobytes() for name in kind.tensors}
+    header: dict[str, Any] = {"__metadata__": metadata(layer, kind)}
     for k, (name, data) in enumerate(tensors.items()):
         offsets = [k * len(data), (k + 1) * len(data)]
         header[name] = {"dtype": _CODES[layer.dtype.name], "shape": [layer.channels], "data_offsets": offsets}
@@ -104,7 +126,7 @@ def encode(layer: FrozenBatchNorm) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(tensors.values())
 
 
-def write(layer: FrozenBatchNorm, path: str | os.PathLike[str]) -> None:
-    """Writes a file, whole or not at all; `FrozenBatchNorm.save` documents it."""
+def write(layer: FrozenLayer, path: str | os.PathLike[str], kind: Kind = BATCH_NORM) -> None:
+    """Write a file, whole or not at all; `FrozenBatchNorm.save` documents it."""
     with replacing(Path(path)) as file:
-        file.write(encode(layer))
+        file.write(encode(layer, kind))

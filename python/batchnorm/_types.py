@@ -2,10 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class FrozenLayer(Protocol):
+    """The parameters of a frozen layer, as files and models hold them."""
+
+    @property
+    def mean(self) -> NDArray[Any]:
+        """E[x], shape (channels,)."""
+
+    @property
+    def var(self) -> NDArray[Any]:
+        """Var[x], shape (channels,)."""
+
+    @property
+    def gamma(self) -> NDArray[Any]:
+        """γ, shape (channels,)."""
+
+    @property
+    def beta(self) -> NDArray[Any]:
+        """β, shape (channels,)."""
+
+    @property
+    def eps(self) -> float:
+        """ε, which float32 holds exactly."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of x that holds the channels."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the parameters."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the parameters."""
 
 
 class _Gradients(NamedTuple):
@@ -17,6 +57,8 @@ class _Gradients(NamedTuple):
 class Gradients(_Gradients):
     """What a backward pass returns (Ioffe and Szegedy 2015, section 3): a tuple of three.
 
+    Two are equal if all four arrays are, in shape and values.
+
     Attributes:
         dx: ∂ℓ/∂x, shape, dtype and memory order of x.
         dgamma: ∂ℓ/∂γ = Σ dy·x̂, shape (channels,), float64.
@@ -26,3 +68,33 @@ class Gradients(_Gradients):
     """
 
     dresidual: NDArray[Any] | None = None
+
+    def __new__(
+        cls,
+        dx: NDArray[Any],
+        dgamma: NDArray[np.float64],
+        dbeta: NDArray[np.float64],
+        dresidual: NDArray[Any] | None = None,
+    ) -> Self:
+        """Make the tuple of three and keep dresidual beside it."""
+        self = super().__new__(cls, dx, dgamma, dbeta)
+        self.dresidual = dresidual
+        return self
+
+    def _replace(self, **changes: Any) -> Self:
+        """Return a copy in which some of the four are others."""
+        return type(self)(**{**self._asdict(), "dresidual": self.dresidual} | changes)
+
+    __replace__ = _replace  # of copy.replace
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Gradients):
+            return NotImplemented
+        pairs = zip((*self, self.dresidual), (*other, other.dresidual), strict=True)
+        return all(a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in pairs)
+
+    __ne__ = object.__ne__  # by __eq__, where a tuple has its own
+    __hash__ = None  # type: ignore[assignment]  # as of the arrays
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (*self, self.dresidual)

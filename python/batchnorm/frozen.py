@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm._checks import channels_where, integer, number, parameter_dtype
-from batchnorm._core import Coefficients, Moments, real_array
+from batchnorm._core import Coefficients, Moments, real_array, tensor
 from batchnorm._types import Gradients
 from batchnorm.conventions import torch_parameters
 
@@ -29,9 +29,37 @@ _COARSE_MEAN = 1e-4
 """In units of σ: where rounding moves the mean by more than this, freezing warns."""
 
 # Compared with a dtype, a type would have to be made one first, which takes longer than the comparison.
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOAT32 = np.dtype(np.float32)
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrozenCache:
+    """What a backward pass needs of a forward pass with frozen statistics.
+
+    It holds x and residual by reference: they must not be changed in between.
+    """
+
+    coefficients: Coefficients
+    x: NDArray[Any]
+    channel_axis: int
+    activation: Literal["relu"] | None = None
+    residual: Any | None = None
+
+    def backward(
+        self, dy: Any, *, out: NDArray[Any] | None = None, dresidual: NDArray[Any] | None = None
+    ) -> Gradients:
+        """Return the gradients with the statistics held fixed; `batchnorm.infer_backward` documents them."""
+        return self.coefficients.backward(
+            dy,
+            self.x,
+            channel_axis=self.channel_axis,
+            out=out,
+            activation=self.activation,
+            residual=self.residual,
+            dresidual=dresidual,
+        )
 
 
 @final
@@ -138,7 +166,7 @@ class FrozenBatchNorm:
         channel_axis: int = 1,
         dtype: DTypeLike = "float32",
     ) -> FrozenBatchNorm:
-        """The layer whose population is exactly these moments.
+        """Make the layer whose population is exactly these moments.
 
         Args:
             moments: of the whole data.
@@ -166,7 +194,7 @@ class FrozenBatchNorm:
     def from_torch(
         cls, state_dict: Mapping[str, Any], prefix: str = "", *, eps: float = 1e-5
     ) -> FrozenBatchNorm:
-        """The layer that PyTorch's BatchNorm1d, 2d or 3d with this state is in eval mode.
+        """Make the layer that PyTorch's BatchNorm1d, 2d or 3d with this state is in eval mode.
 
         PyTorch need not be installed: plain arrays will do, and so will CPU tensors. The state does not hold
         ε, so give it where the layer did not have PyTorch's default. The parameters are float64 if a part of
@@ -179,6 +207,7 @@ class FrozenBatchNorm:
 
         Raises:
             ValueError: running statistics are missing, or what the class raises.
+            TypeError: `state_dict` is no mapping, or a part of it is not real, has a mask or requires grad.
         """
         parameters = torch_parameters(state_dict, prefix)
         wide = any(values is not None and values.dtype == np.float64 for values in parameters.values())
@@ -186,7 +215,7 @@ class FrozenBatchNorm:
 
     @staticmethod
     def load(path: str | PathLike[str]) -> FrozenBatchNorm:
-        """The layer saved at `path`, its fingerprint computed again and compared.
+        """Read the layer saved at `path`; its fingerprint is computed again and compared.
 
         Raises:
             OSError: the file cannot be read.
@@ -194,10 +223,10 @@ class FrozenBatchNorm:
         """
         from batchnorm._file import read
 
-        return read(path)
+        return read(FrozenBatchNorm, path)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the layer to `path` (safetensors; `docs/format.md`), whole or not at all.
+        """Write the layer to `path` (safetensors; `docs/format.md`), whole or not at all.
 
         The same layer always makes the same bytes.
 
@@ -211,7 +240,7 @@ class FrozenBatchNorm:
     def to_onnx(
         self, *, opset: int = 15, mode: Literal["inference", "exact"] = "inference", rank: int = 4
     ) -> onnx.ModelProto:
-        """The layer as an ONNX model with input x and output y, both of the layer's dtype.
+        """Make an ONNX model of the layer, with input x and output y of the layer's dtype.
 
         Needs the extra `batchnorm[onnx]`. `docs/onnx.md` tells what the modes promise.
 
@@ -232,11 +261,11 @@ class FrozenBatchNorm:
 
     @property
     def channels(self) -> int:
-        """The number of channels."""
+        """Number of channels."""
         return len(self.mean)
 
     def __call__(self, x: Any, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Normalizes x.
+        """Normalize x.
 
         Args:
             x: any dense tensor of rank 2 or more, `channels` long on the channel axis. A layer with float32
@@ -250,26 +279,31 @@ class FrozenBatchNorm:
             TypeError: x is not of such a dtype.
             ValueError: x or out is of the wrong shape.
         """
-        return self._infer(x, out)
+        return self._coefficients.infer(self._tensor(x), channel_axis=self.channel_axis, out=out)
 
-    def _infer(
-        self,
-        x: Any,
-        out: NDArray[Any] | None = None,
-        activation: Literal["relu"] | None = None,
-        residual: Any | None = None,
-    ) -> NDArray[Any]:
-        """A call; with what follows a trainable layer in eval mode, which is no part of a frozen one."""
-        if out is not None:
-            self._refuse_float64("out", out)
-        axis = self.channel_axis
-        y = self._coefficients.infer(x, channel_axis=axis, out=out, activation=activation, residual=residual)
-        if out is None:
-            self._refuse_float64("x", y)
-        return y
+    def _forward(
+        self, x: Any, activation: Literal["relu"] | None = None, residual: Any | None = None
+    ) -> tuple[NDArray[Any], FrozenCache]:
+        """Normalize x, and keep what a backward pass needs: eval mode of a trainable layer.
+
+        Args:
+            x: as for a call.
+            activation: None or "relu", applied last.
+            residual: array of x's shape and dtype that is added before it.
+
+        Returns:
+            y, of shape, dtype and memory order of x, and the cache, which holds x and residual by reference.
+
+        Raises:
+            TypeError: as for a call.
+            ValueError: as for a call.
+        """
+        x, axis = self._tensor(x), self.channel_axis
+        y = self._coefficients.infer(x, channel_axis=axis, activation=activation, residual=residual)
+        return y, FrozenCache(self._coefficients, x, axis, activation, residual)
 
     def backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None) -> Gradients:
-        """The gradients with the statistics held fixed: dx = γ/√(var + ε)·dy, dγ = Σ dy·x̂, dβ = Σ dy.
+        """Compute the gradients with the statistics held fixed: dx = γ/√(var + ε)·dy, dγ = Σ dy·x̂, dβ = Σ dy.
 
         Args:
             dy: ∂ℓ/∂y, of shape and dtype of x.
@@ -280,23 +314,17 @@ class FrozenBatchNorm:
             TypeError: as for a call.
             ValueError: a tensor is of the wrong shape.
         """
-        return self._backward(dy, x, out)
+        return FrozenCache(self._coefficients, self._tensor(x), self.channel_axis).backward(dy, out=out)
 
-    def _backward(self, dy: Any, x: Any, out: NDArray[Any] | None = None, **epilogue: Any) -> Gradients:
-        if out is not None:
-            self._refuse_float64("out", out)
-        gradients = self._coefficients.backward(dy, x, channel_axis=self.channel_axis, out=out, **epilogue)
-        if out is None:
-            self._refuse_float64("dy", gradients.dx)
-        return gradients
-
-    def _refuse_float64(self, name: str, tensor: Any) -> None:
-        """The dtype rule, asked of outputs, which are NumPy's and have the dtype of x whatever x is."""
-        if self.dtype == _FLOAT32 and getattr(tensor, "dtype", None) == _FLOAT64:
+    def _tensor(self, x: Any) -> NDArray[Any]:
+        """Return x as a NumPy array, if its dtype goes with that of the parameters."""
+        array = tensor("x", x)
+        if self.dtype == _FLOAT32 and array.dtype.type is np.float64:
             raise TypeError(
-                f"{name}: float64 tensors want a layer with float64 parameters, and those of this one are "
-                f"float32; freeze it with dtype='float64' or convert {name}"
+                "x: float64 tensors want a layer with float64 parameters, and those of this one are float32; "
+                "freeze it with dtype='float64' or convert x"
             )
+        return array
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FrozenBatchNorm):
@@ -325,7 +353,7 @@ def _checked_axis(channel_axis: int) -> int:
 
 
 def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """`values` in `dtype`, in memory that nobody can write to."""
+    """Round `values` to `dtype`, in memory that nobody can write to."""
     with np.errstate(all="ignore"):
         rounded = values.astype(dtype)
     lost = ~np.isfinite(rounded)
@@ -365,7 +393,7 @@ def _warn_of_coarse_means(mean: NDArray[np.float64], layer: FrozenBatchNorm) -> 
 
 
 def _stacklevel_outside() -> int:
-    """What makes a warning of our caller name the line outside this package that led here."""
+    """Return the `stacklevel` with which a warning of our caller names the line outside this package."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

@@ -5,18 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _core
 from batchnorm._checks import finite_vector, integer, mapping, number, of_channels, parameter_dtype
-from batchnorm.frozen import FrozenBatchNorm
+from batchnorm._types import Gradients
+from batchnorm.frozen import FrozenBatchNorm, FrozenCache
 from batchnorm.population import MovingAverage, Population
 
 _FLOAT64 = np.dtype(np.float64)
 _PREFIX = "population."
+
+
+class _TrainingCache(NamedTuple):
+    """The cache of a forward pass in train mode, which goes back as that of eval mode does."""
+
+    cache: _core.Cache
+
+    def backward(self, dy: Any, *, dresidual: NDArray[Any] | None = None) -> Gradients:
+        return _core.backward(dy, self.cache, dresidual=dresidual)
 
 
 class BatchNorm:
@@ -88,7 +98,7 @@ class BatchNorm:
         if affine:
             self._parameters["gamma"] = np.ones(self.channels, self.dtype)
             self._parameters["beta"] = np.zeros(self.channels, self.dtype)
-        self._last: _core.Cache | tuple[FrozenBatchNorm, Any, dict[str, Any]] | None = None
+        self._cache: _TrainingCache | FrozenCache | None = None
         self._kept: tuple[tuple[Any, ...], FrozenBatchNorm] | None = None
 
     # γ and β are typed Any: a union with None would make every optimizer step of a typed program assert
@@ -164,32 +174,33 @@ class BatchNorm:
             TypeError: A dtype that does not go with the layer's.
         """
         if not self.training:
-            frozen = self._frozen()
-            epilogue = {"activation": activation, "residual": residual}
-            y = frozen._infer(x, None, activation, residual)
-            self._last = frozen, x, epilogue
+            y, self._cache = self._frozen()._forward(x, activation, residual)
             return y
-        if not hasattr(x, "shape") and hasattr(x, "__dlpack__"):
-            x = np.from_dlpack(x)
-        shape, axis = np.shape(x), self.channel_axis
-        if not -len(shape) <= axis < len(shape) or shape[axis] != self.channels:
-            wanted = f"{of_channels(self.channels)} on axis {axis}"
-            raise ValueError(f"x: shape was {tuple(shape)}, wanted {wanted}")
+        x = self._batch(x)
         y, cache = _core.train_forward(
             x,
             self.gamma,
             self.beta,
             eps=self.eps,
-            channel_axis=axis,
+            channel_axis=self.channel_axis,
             activation=activation,
             residual=residual,
         )
-        if (y.dtype == _FLOAT64) != (self.dtype == _FLOAT64):
-            wanted = "float64" if self.dtype == _FLOAT64 else "float16, bfloat16 or float32"
-            raise TypeError(f"x: dtype was {y.dtype}, wanted {wanted} for a {self.dtype} layer")
         self.population.update(cache.moments)
-        self._last = cache
+        self._cache = _TrainingCache(cache)
         return y
+
+    def _batch(self, x: Any) -> NDArray[Any]:
+        """Return x as a NumPy array, if its shape and dtype are those of a batch of this layer."""
+        array, axis = _core.tensor("x", x), self.channel_axis
+        if not -array.ndim <= axis < array.ndim or array.shape[axis] != self.channels:
+            wanted = f"{of_channels(self.channels)} on axis {axis}"
+            raise ValueError(f"x: shape was {array.shape}, wanted {wanted}")
+        wide = self.dtype == _FLOAT64
+        if (array.dtype.type is np.float64) != wide:
+            wanted = "float64" if wide else "float16, bfloat16 or float32"
+            raise TypeError(f"x: dtype was {array.dtype}, wanted {wanted} for a {self.dtype} layer")
+        return array
 
     def backward(self, dy: Any, dresidual: NDArray[Any] | None = None) -> NDArray[Any]:
         """Go back through the last forward pass, in the mode that it ran in; may be called again.
@@ -210,13 +221,9 @@ class BatchNorm:
             ValueError: Another shape than y's, or dresidual without a residual.
             TypeError: Another dtype than y's.
         """
-        if self._last is None:
+        if self._cache is None:
             raise RuntimeError("backward: there was no forward pass to go back through; call the layer first")
-        if isinstance(self._last, tuple):
-            frozen, x, epilogue = self._last
-            dx, dgamma, dbeta = frozen._backward(dy, x, dresidual=dresidual, **epilogue)
-        else:
-            dx, dgamma, dbeta = _core.backward(dy, self._last, dresidual=dresidual)
+        dx, dgamma, dbeta = self._cache.backward(dy, dresidual=dresidual)
         if self.affine:
             with np.errstate(all="ignore"):
                 self.grad_gamma = dgamma.astype(self.dtype)
@@ -260,7 +267,7 @@ class BatchNorm:
         Raises:
             ValueError: Missing or unknown keys, wrong shapes, values that are not finite; nothing is changed
                 then.
-            TypeError: No mapping, or an array that is not of real numbers, has a mask or requires grad; likewise.
+            TypeError: No mapping, or an array that is not real, has a mask or requires grad; likewise.
         """
         mapping("state", state, "state_dict()")
         own = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
@@ -298,7 +305,7 @@ class BatchNorm:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference.
-        return self.__dict__ | {"_last": None}
+        return self.__dict__ | {"_cache": None}
 
     def __repr__(self) -> str:
         return (

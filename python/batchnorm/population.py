@@ -88,8 +88,8 @@ class _Averages:
             state: What ``state_dict`` of the same kind of estimator returned.
 
         Raises:
-            ValueError: Missing or unknown keys, shapes that differ, or values that no batches can give; nothing
-                is changed then.
+            ValueError: Missing or unknown keys, shapes that differ, or values that no batches can give;
+                nothing is changed then.
             TypeError: No mapping, or an array that is not of real numbers, has a mask or requires grad.
         """
         mapping("state", state, "state_dict()")
@@ -181,8 +181,8 @@ class MovingAverage(_Averages):
             moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
 
         Raises:
-            ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in a
-                channel, or statistics too far from those before; nothing is changed then.
+            ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in
+                a channel, or statistics too far from those before; nothing is changed then.
         """
         _, mean, var = self._checked(moments)
         old = self._state or {"mean": np.zeros_like(mean), "var": np.ones_like(var)}
@@ -240,8 +240,8 @@ class Algorithm2(_Averages):
             moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
 
         Raises:
-            ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in a
-                channel, or statistics too far from those before; nothing is changed then.
+            ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in
+                a channel, or statistics too far from those before; nothing is changed then.
         """
         count, mean, var = self._checked(moments)
         old = self._state or {name: np.zeros_like(mean) for name in self._names()}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from batchnorm._checks import integer
 from batchnorm._core import __version__
 from batchnorm._file import metadata
-
-if TYPE_CHECKING:
-    from batchnorm.frozen import FrozenBatchNorm
+from batchnorm._types import FrozenLayer
 
 # BatchNormalization has had its present types and attributes since opset 15.
 _OLDEST_OPSET = 15
@@ -23,9 +21,9 @@ _PARAMETERS = ("gamma", "beta", "mean", "var")  # in the order of the node's inp
 _Parts: TypeAlias = tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]
 
 
-def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> onnx.ModelProto:
+def build_model(layer: FrozenLayer, *, opset: int, mode: str, rank: int) -> onnx.ModelProto:
     """The layer as a model; `FrozenBatchNorm.to_onnx` documents it."""
-    opset, rank = _integer("opset", opset), _integer("rank", rank)
+    opset, rank = integer("opset", opset), integer("rank", rank)
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
         raise ValueError(f"opset: was {opset}, wanted {_OLDEST_OPSET} to {newest}")
@@ -60,13 +58,7 @@ def build_model(layer: FrozenBatchNorm, *, opset: int, mode: str, rank: int) -> 
     return model
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: was {value!r}, wanted an integer")
-    return operator.index(value)
-
-
-def _inference(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
+def _inference(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
     """One BatchNormalization, with a Transpose on either side if the channels are not on axis 1."""
     constants = {name: getattr(layer, name) for name in _PARAMETERS}
     swap = list(range(rank))
@@ -79,7 +71,7 @@ def _inference(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
     return nodes, constants
 
 
-def _exact(layer: FrozenBatchNorm, axis: int, rank: int) -> _Parts:
+def _exact(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
     """The expression that defines inference, node by node; nothing is folded, so that it can be read back."""
     broadcast = (layer.channels,) + (1,) * (rank - 1 - axis)
     constants = {name: getattr(layer, name).astype(np.float64).reshape(broadcast) for name in _PARAMETERS}

@@ -46,7 +46,7 @@ def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> Froz
         return FrozenBatchNorm(**_float64(parameters), eps=eps, dtype="float64" if wide else "float32")
     check_known(graph.where, found)
     parameters, eps = _inference(graph) if graph.nodes("BatchNormalization") else _exact(graph)
-    return restore(graph.where, found, _float64(parameters), eps)
+    return restore(FrozenBatchNorm, graph.where, found, _float64(parameters), eps)
 
 
 def _float64(parameters: dict[str, NDArray[Any]]) -> dict[str, Any]:

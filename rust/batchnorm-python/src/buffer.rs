@@ -10,8 +10,8 @@ use numpy::npyffi::{
     self, NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER,
     PY_ARRAY_API,
 };
-use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{PyArray1, PyArrayDescr, PyArrayDescrMethods, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyCapsule, PyDict};
@@ -152,6 +152,19 @@ impl<'py> Tensor<'py> {
             .is_some_and(|out| data(out) == data(&over.1.array) && !self.layout.is_empty());
         let inputs = if in_place { inputs.to_vec() } else { [&[(over.0, &over.1.array)], inputs].concat() };
         Ok((self.output(argument, out, &inputs)?, in_place))
+    }
+
+    /// Refuses a batch that training cannot normalize, since the variance of one value is 0.
+    pub(crate) fn check_batch(&self) -> PyResult<()> {
+        let (shape, values) = (self.array.shape(), self.layout.count());
+        if values >= 2 {
+            return Ok(());
+        }
+        let plural = if values == 1 { "" } else { "s" };
+        Err(PyValueError::new_err(format!(
+            "x has shape {shape:?}, {values} value{plural} in each channel; training wants 2 or more, for it normalizes by \
+             their variance"
+        )))
     }
 
     fn check_output(&self, argument: &str, out: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
@@ -381,25 +394,56 @@ pub(crate) fn bfloat16_by_dlpack<'py>(
 }
 
 /// The values of a plain array of one axis that lie one after the other as float64 or float32; `None` of anything else.
-pub(crate) fn floats(value: &Bound<'_, PyAny>) -> Option<Vec<f64>> {
+pub(crate) fn floats(value: &Bound<'_, PyAny>) -> PyResult<Option<Vec<f64>>> {
     const WANTED: c_int = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED;
-    let array = value.cast_exact::<PyUntypedArray>().ok()?;
+    let Ok(array) = value.cast_exact::<PyUntypedArray>() else { return Ok(None) };
     let descr = array.dtype();
     if array.ndim() != 1 || flags(array) & WANTED != WANTED || descr.is_native_byteorder() != Some(true) {
-        return None;
+        return Ok(None);
     }
+    let len = array.len();
     // SAFETY: the array is alive, contiguous and aligned, with as many elements of this type as its axis says. Like
     // NumPy's own functions this relies on the caller not to write it from another thread meanwhile.
     unsafe {
-        match DType::of(&descr)? {
-            DType::F32 => {
-                let values = std::slice::from_raw_parts(data(array).cast::<f32>(), array.len());
-                Some(values.iter().map(|&value| value.into()).collect())
+        match DType::of(&descr) {
+            Some(DType::F32) => {
+                let values = std::slice::from_raw_parts(data(array).cast::<f32>(), len);
+                collected(values.iter().map(|&value| value.into())).map(Some)
             }
-            DType::F64 => Some(std::slice::from_raw_parts(data(array).cast::<f64>(), array.len()).to_vec()),
-            DType::F16 | DType::Bf16 => None,
+            Some(DType::F64) => {
+                let values = std::slice::from_raw_parts(data(array).cast::<f64>(), len);
+                collected(values.iter().copied()).map(Some)
+            }
+            Some(DType::F16 | DType::Bf16) | None => Ok(None),
         }
     }
+}
+
+/// The values as a vector, or MemoryError.
+pub(crate) fn collected(values: impl ExactSizeIterator<Item = f64>) -> PyResult<Vec<f64>> {
+    let mut vector = Vec::new();
+    vector
+        .try_reserve_exact(values.len())
+        .map_err(|_| PyMemoryError::new_err(format!("no memory for {} values, one for each channel", values.len())))?;
+    vector.extend(values);
+    Ok(vector)
+}
+
+/// A new array of these values.
+pub(crate) fn new_vector<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let (mut dimensions, null) = ([values.len() as npyffi::npy_intp], std::ptr::null_mut());
+    // SAFETY: the dimensions are as many as are said; null pointers stand for strides and memory of NumPy's own. The result
+    // is a new reference or null with an error set, as `from_owned_ptr_or_err` expects.
+    let new = unsafe {
+        let (class, float64) =
+            (npyffi::get_type_object(py, npyffi::NpyTypes::PyArray_Type), npyffi::NPY_TYPES::NPY_DOUBLE as c_int);
+        let dimensions = dimensions.as_mut_ptr();
+        let new = PY_ARRAY_API.PyArray_New(py, class, 1, dimensions, float64, null, null.cast(), 0, 0, null.cast());
+        Bound::from_owned_ptr_or_err(py, new)?
+    };
+    let new = new.cast_into::<PyArray1<f64>>()?;
+    new.readwrite().as_slice_mut()?.copy_from_slice(values);
+    Ok(new)
 }
 
 pub(crate) fn type_name(value: &Bound<'_, PyAny>) -> String {

@@ -1,13 +1,17 @@
 //! The binding `batchnorm._core`: parse, detach, call, wrap; no arithmetic.
 
 mod arrays;
+mod backward;
 mod buffer;
+mod copy;
 mod epilogue;
-mod functions;
+mod frozen;
 mod json;
 mod memory;
 mod parameters;
+mod run;
 mod settings;
+mod training;
 mod values;
 
 use pyo3::prelude::*;
@@ -18,15 +22,17 @@ mod _core {
     #[pymodule_export]
     use crate::arrays::{real_array, tensor};
     #[pymodule_export]
-    use crate::functions::{
-        backward, copy, gradient_apply, gradient_sums, infer, infer_backward, moments, normalize, train_forward,
-    };
+    use crate::copy::copy;
+    #[pymodule_export]
+    use crate::frozen::{Coefficients, infer, infer_backward};
     #[pymodule_export]
     use crate::json::{json_cut_data, json_parse, json_put_data};
     #[pymodule_export]
     use crate::settings::{get_num_threads, release_memory, set_num_threads, set_simd_level, simd_level, simd_levels};
     #[pymodule_export]
-    use crate::values::{Cache, Coefficients, GradientSums, Moments};
+    use crate::training::{backward, gradient_apply, gradient_sums, moments, normalize, train_forward};
+    #[pymodule_export]
+    use crate::values::{Cache, GradientSums, Moments};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name that Python gives it")]

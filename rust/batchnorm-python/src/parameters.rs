@@ -1,50 +1,34 @@
 //! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
 
 use crate::arrays::real_array;
-use crate::buffer::floats;
-use crate::value_error;
+use crate::buffer::{collected, floats};
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 
-/// γ and β as the core takes them: absent ones stay absent.
+/// The arguments gamma, beta and eps; absent ones stay absent.
 pub(crate) struct Parameters {
     gamma: Option<Vec<f64>>,
     beta: Option<Vec<f64>>,
+    eps: f64,
 }
 
 impl Parameters {
     pub(crate) fn read(
         gamma: Option<&Bound<'_, PyAny>>,
         beta: Option<&Bound<'_, PyAny>>,
+        eps: f64,
         channels: usize,
     ) -> PyResult<Self> {
         let read = |name, value: Option<&Bound<'_, PyAny>>| value.map(|v| per_channel(name, v, channels)).transpose();
-        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)? })
+        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)?, eps })
     }
 
-    pub(crate) fn gamma(&self) -> Option<&[f64]> {
-        self.gamma.as_deref()
+    /// The parameters as the core takes them.
+    pub(crate) fn of(&self) -> batchnorm::Parameters<'_> {
+        batchnorm::Parameters { gamma: self.gamma.as_deref(), beta: self.beta.as_deref(), eps: self.eps }
     }
-
-    pub(crate) fn beta(&self) -> Option<&[f64]> {
-        self.beta.as_deref()
-    }
-}
-
-/// Frozen statistics and parameters, as the coefficients that they make.
-pub(crate) fn coefficients(
-    mean: &Bound<'_, PyAny>,
-    var: &Bound<'_, PyAny>,
-    gamma: Option<&Bound<'_, PyAny>>,
-    beta: Option<&Bound<'_, PyAny>>,
-    eps: f64,
-    channels: usize,
-) -> PyResult<batchnorm::Coefficients> {
-    let (mean, var) = (per_channel("mean", mean, channels)?, per_channel("var", var, channels)?);
-    let parameters = Parameters::read(gamma, beta, channels)?;
-    batchnorm::Coefficients::new(&mean, &var, parameters.gamma(), parameters.beta(), eps).map_err(value_error)
 }
 
 /// The argument as float64, one value a channel; a single value is repeated.
@@ -52,7 +36,7 @@ pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: us
     let values = vector(argument, value)?;
     match values.len() {
         n if n == channels => Ok(values),
-        1 => Ok(vec![values[0]; channels]),
+        1 => collected(std::iter::repeat_n(values[0], channels)),
         n => {
             Err(PyValueError::new_err(format!("{argument} has shape ({n},); wanted ({channels},) or a single number")))
         }
@@ -61,7 +45,7 @@ pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: us
 
 /// The argument as a vector of float64: a number, or a real array of one axis.
 pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f64>> {
-    if let Some(values) = floats(value) {
+    if let Some(values) = floats(value)? {
         return Ok(values);
     }
     let py = value.py();
@@ -78,5 +62,5 @@ pub(crate) fn vector(argument: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<f
         }
     }
     let flat = array.call_method0(intern!(py, "ravel"))?.cast_into::<PyArray1<f64>>()?;
-    Ok(flat.readonly().as_slice()?.to_vec())
+    collected(flat.readonly().as_slice()?.iter().copied())
 }

@@ -1,18 +1,13 @@
-//! The values that Python holds: statistics, gradient sums, the cache of a forward pass, coefficients of a frozen layer.
+//! The values that training gives to Python: moments, gradient sums, the cache of a forward pass.
 
-use crate::buffer::Tensor;
+use crate::buffer::{Tensor, new_vector};
 use crate::epilogue::Epilogue;
-use crate::functions::{infer_backward_of, infer_into};
-use crate::parameters::{coefficients, vector};
+use crate::parameters::vector;
 use crate::value_error;
 use batchnorm::Activation;
 use numpy::{PyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-
-fn array<'py>(py: Python<'py>, values: &[f64]) -> Bound<'py, PyArray1<f64>> {
-    PyArray1::from_slice(py, values)
-}
 
 /// Count, mean and M2 of each channel, in float64; a value that merges.
 ///
@@ -47,20 +42,20 @@ impl Moments {
 
     /// Values per channel, shape (channels,), float64: the paper's m.
     #[getter]
-    fn count<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.0.count())
+    fn count<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.0.count())
     }
 
     /// Mean per channel, shape (channels,), float64: the paper's μ_B.
     #[getter]
-    fn mean<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.0.mean())
+    fn mean<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.0.mean())
     }
 
     /// Σ(x − mean)² per channel, shape (channels,), float64.
     #[getter]
-    fn m2<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.0.m2())
+    fn m2<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.0.m2())
     }
 
     /// Biased variance m2/count, shape (channels,), float64: the paper's σ²_B (Algorithm 1).
@@ -69,7 +64,7 @@ impl Moments {
     ///     ValueError: A channel has no value.
     #[getter]
     fn var<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
-        Ok(array(py, &self.0.var().map_err(value_error)?))
+        new_vector(py, &self.0.var().map_err(value_error)?)
     }
 
     /// Unbiased variance m2/(count − 1), shape (channels,), float64 (section 3.1).
@@ -78,7 +73,7 @@ impl Moments {
     ///     ValueError: A channel has fewer than 2 values.
     #[getter]
     fn var_unbiased<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
-        Ok(array(py, &self.0.var_unbiased().map_err(value_error)?))
+        new_vector(py, &self.0.var_unbiased().map_err(value_error)?)
     }
 
     /// The moments of the values of both, as a new value.
@@ -90,8 +85,8 @@ impl Moments {
     }
 
     /// A portable form: header with version, number of channels, then count, mean and m2, little-endian.
-    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.to_bytes())
+    fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        new_bytes(py, &self.0.to_bytes())
     }
 
     /// Reads what ``to_bytes`` wrote.
@@ -104,7 +99,7 @@ impl Moments {
     }
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
-        Ok((slf.get_type().getattr("from_bytes")?, (slf.get().to_bytes(slf.py()),)))
+        Ok((slf.get_type().getattr("from_bytes")?, (slf.get().to_bytes(slf.py())?,)))
     }
 
     fn __repr__(&self) -> String {
@@ -142,20 +137,20 @@ impl GradientSums {
 
     /// Values per channel, shape (channels,), float64.
     #[getter]
-    fn count<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.0.count())
+    fn count<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.0.count())
     }
 
     /// ∂ℓ/∂γ = Σdy·x̂, shape (channels,), float64 (section 3).
     #[getter]
-    fn dgamma<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.0.dgamma())
+    fn dgamma<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.0.dgamma())
     }
 
     /// ∂ℓ/∂β = Σdy, shape (channels,), float64 (section 3).
     #[getter]
-    fn dbeta<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.0.dbeta())
+    fn dbeta<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.0.dbeta())
     }
 
     /// The sums over the values of both, as a new value.
@@ -167,8 +162,8 @@ impl GradientSums {
     }
 
     /// A portable form: header with version, number of channels, then count, dγ and dβ, little-endian.
-    fn to_bytes<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.0.to_bytes())
+    fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        new_bytes(py, &self.0.to_bytes())
     }
 
     /// Reads what ``to_bytes`` wrote.
@@ -181,12 +176,20 @@ impl GradientSums {
     }
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
-        Ok((slf.get_type().getattr("from_bytes")?, (slf.get().to_bytes(slf.py()),)))
+        Ok((slf.get_type().getattr("from_bytes")?, (slf.get().to_bytes(slf.py())?,)))
     }
 
     fn __repr__(&self) -> String {
         format!("GradientSums(channels={}, count={})", self.0.channels(), range(self.0.count()))
     }
+}
+
+/// New bytes, or MemoryError.
+fn new_bytes<'py>(py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+    PyBytes::new_with(py, data.len(), |bytes| {
+        bytes.copy_from_slice(data);
+        Ok(())
+    })
 }
 
 /// Counts as a short text: one number where they agree.
@@ -251,92 +254,18 @@ impl Cache {
 
     /// Mean per channel, shape (channels,), float64.
     #[getter]
-    fn mean<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.coefficients.mean())
+    fn mean<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.coefficients.mean())
     }
 
     /// 1/√(σ² + ε) per channel, shape (channels,), float64.
     #[getter]
-    fn invstd<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f64>> {
-        array(py, self.coefficients.invstd())
+    fn invstd<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
+        new_vector(py, self.coefficients.invstd())
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
         let x = self.x.as_ref().map_or("no x".to_owned(), |x| format!("x of shape {:?}", x.bind(py).shape()));
         format!("Cache({x}, channel_axis={})", self.channel_axis)
-    }
-}
-
-/// The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
-///
-/// Args:
-///     mean: E[x], shape (channels,) or a number.
-///     var: Var[x], shape (channels,) or a number; 0 or more.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
-///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
-///
-/// Raises:
-///     ValueError: A shape or value is not as said.
-///     TypeError: A parameter is not real.
-#[pyclass(frozen, module = "batchnorm._core", name = "Coefficients")]
-pub(crate) struct Coefficients(batchnorm::Coefficients);
-
-#[pymethods]
-impl Coefficients {
-    #[new]
-    #[pyo3(signature = (mean, var, gamma=None, beta=None, *, eps=1e-5))]
-    fn new(
-        mean: &Bound<'_, PyAny>,
-        var: &Bound<'_, PyAny>,
-        gamma: Option<&Bound<'_, PyAny>>,
-        beta: Option<&Bound<'_, PyAny>>,
-        eps: f64,
-    ) -> PyResult<Self> {
-        // All four broadcast: the first that is no single number tells the number of channels.
-        let mut channels = 1;
-        for (argument, value) in [("mean", Some(mean)), ("var", Some(var)), ("gamma", gamma), ("beta", beta)] {
-            if let (1, Some(value)) = (channels, value) {
-                channels = vector(argument, value)?.len();
-            }
-        }
-        coefficients(mean, var, gamma, beta, eps, channels).map(Self)
-    }
-
-    /// Number of channels.
-    #[getter]
-    fn channels(&self) -> usize {
-        self.0.channels()
-    }
-
-    /// As ``batchnorm.infer``.
-    #[pyo3(signature = (x, *, channel_axis=1, out=None, activation=None, residual=None))]
-    fn infer<'py>(
-        &self,
-        x: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-        activation: Option<&Bound<'py, PyAny>>,
-        residual: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        let x = Tensor::read("x", x, channel_axis)?;
-        infer_into(&x, &self.0, out, &Epilogue::read(&x, activation, residual)?)
-    }
-
-    /// As ``batchnorm.infer_backward``.
-    #[pyo3(signature = (dy, x, *, channel_axis=1, out=None, activation=None, residual=None, dresidual=None))]
-    #[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
-    fn backward<'py>(
-        &self,
-        dy: &Bound<'py, PyAny>,
-        x: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-        activation: Option<&Bound<'py, PyAny>>,
-        residual: Option<&Bound<'py, PyAny>>,
-        dresidual: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let x = Tensor::read("x", x, channel_axis)?;
-        infer_backward_of(dy, &x, &self.0, out, &Epilogue::read(&x, activation, residual)?, dresidual)
     }
 }

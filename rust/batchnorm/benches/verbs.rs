@@ -6,8 +6,8 @@
 #![allow(clippy::unwrap_used, reason = "a benchmark that fails should stop")]
 
 use batchnorm::{
-    Activation, Coefficients, Element, Epilogue, Error, Layout, View, ViewMut, backward, bf16, copy, f16,
-    get_num_threads, infer, moments, simd_level, train_forward,
+    Activation, Coefficients, Dy, Element, Epilogue, Error, ForwardPass, Input, Layout, Parameters, View, ViewMut,
+    backward, bf16, copy, f16, get_num_threads, infer, moments, simd_level, train_forward,
 };
 use std::time::{Duration, Instant};
 
@@ -52,20 +52,21 @@ impl Run {
         let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
         let mut out = ViewMut::new(&mut out, layout).unwrap();
         let m = moments(x).unwrap();
-        let coefficients = Coefficients::new(m.mean(), &m.var().unwrap(), None, None, 1e-5).unwrap();
+        let coefficients = Coefficients::new(m.mean(), &m.var().unwrap(), Parameters::default()).unwrap();
         let nothing = Epilogue::default();
         let relu = Epilogue { activation: Some(Activation::Relu), residual: Some(dy) };
-        let (_, trained) = train_forward(x, None, None, 1e-5, nothing, &mut out).unwrap();
+        let (_, trained) = train_forward(Input::View(x), Parameters::default(), nothing, &mut out).unwrap();
         let name = |verb: &str| format!("{verb} {dtype} {family}");
         self.measure(&name("copy"), bytes, || copy(x, None, &mut out, false));
         self.measure(&name("copy, streaming"), bytes, || copy(x, None, &mut out, true));
         self.measure(&name("moments"), bytes, || moments(x).map(drop));
-        self.measure(&name("infer"), bytes, || infer(x, &coefficients, nothing, &mut out));
-        self.measure(&name("infer, residual, relu"), bytes, || infer(x, &coefficients, relu, &mut out));
+        self.measure(&name("infer"), bytes, || infer(Input::View(x), &coefficients, nothing, &mut out));
+        self.measure(&name("infer, residual, relu"), bytes, || infer(Input::View(x), &coefficients, relu, &mut out));
         for (follows, epilogue) in [("", nothing), (", residual, relu", relu)] {
-            let train = || train_forward(x, None, None, 1e-5, epilogue, &mut out).map(drop);
+            let train = || train_forward(Input::View(x), Parameters::default(), epilogue, &mut out).map(drop);
             self.measure(&name(&format!("train_forward{follows}")), bytes, train);
-            let back = || backward(Some(dy), x, &trained, epilogue, &mut out).map(drop);
+            let pass = ForwardPass { x, coefficients: &trained, epilogue };
+            let back = || backward(Dy::View(dy), pass, None, &mut out).map(drop);
             self.measure(&name(&format!("backward{follows}")), bytes, back);
         }
     }

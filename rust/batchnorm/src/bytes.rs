@@ -2,8 +2,9 @@
 
 use crate::error::Error;
 
+/// What stands before the values.
 pub(crate) struct Format {
-    /// What errors call it.
+    /// What errors call the values.
     pub(crate) what: &'static str,
     pub(crate) header: &'static [u8],
 }

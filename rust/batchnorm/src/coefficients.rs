@@ -1,14 +1,15 @@
-//! The coefficients that normalization takes: y = (x − mean)·s + β with s = γ/√(var + ε), per channel, in float64.
+//! The numbers that normalization takes per channel: mean, s = γ/√(var + ε) and β.
 
 use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::float_mode::FloatMode;
 use crate::moments::Moments;
+use crate::parameters::Parameters;
 use crate::partition::Interleaved;
 use crate::simd::LANES;
 use std::ops::Range;
 
-/// Coefficients of a channel-wise map, from frozen statistics or from those of a batch.
+/// The coefficients of y = (x − mean)·s + β per channel, in float64: of frozen statistics or of those of a batch.
 ///
 /// γ = √(Var\[x\] + ε), β = E\[x\] restores the identity (section 3). Note the square root: γ = Var\[x\] does not.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,23 +18,17 @@ pub struct Coefficients {
     invstd: Vec<f64>,
     scale: Vec<f64>,
     beta: Vec<f64>,
-    /// Of the moments, in training.
+    /// In training: how many values per channel the statistics are of.
     count: Option<Vec<f64>>,
 }
 
 impl Coefficients {
-    /// From frozen statistics; absent γ are ones, absent β zeros.
+    /// The coefficients of frozen statistics.
     ///
     /// # Errors
     /// [`Error::NoChannels`], [`Error::Channels`], [`Error::NotFinite`], [`Error::Negative`], [`Error::Eps`], and
     /// [`Error::EpsZeroForZeroVariance`].
-    pub fn new(
-        mean: &[f64],
-        var: &[f64],
-        gamma: Option<&[f64]>,
-        beta: Option<&[f64]>,
-        eps: f64,
-    ) -> Result<Self, Error> {
+    pub fn new(mean: &[f64], var: &[f64], parameters: Parameters<'_>) -> Result<Self, Error> {
         if mean.is_empty() {
             return Err(Error::NoChannels);
         }
@@ -41,37 +36,36 @@ impl Coefficients {
         Error::check_finite("mean", mean)?;
         Error::check_finite("var", var)?;
         Error::check_not_negative("var", var)?;
-        check_eps(eps)?;
-        if let (true, Some(channel)) = (eps == 0.0, var.iter().position(|&v| v == 0.0)) {
+        parameters.check(mean.len())?;
+        if let (true, Some(channel)) = (parameters.eps == 0.0, var.iter().position(|&v| v == 0.0)) {
             return Err(Error::EpsZeroForZeroVariance { channel });
         }
-        Self::of(mean.to_vec(), var, gamma, beta, eps)
+        Ok(Self::of(mean, var, parameters))
     }
 
-    /// From the statistics of a batch (Algorithm 1): the biased variance, since it is this batch that is to get
+    /// The coefficients of a batch (Algorithm 1), from its biased variance, since it is this batch that is to get
     /// variance one. Statistics that are not finite propagate.
     ///
     /// # Errors
     /// [`Error::TooFewValues`] where a channel has fewer than 2 values, [`Error::EpsZeroInTraining`],
     /// [`Error::Channels`], [`Error::NotFinite`], [`Error::Eps`].
-    pub fn of_moments(moments: &Moments, gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
-        check_training_eps(eps)?;
-        moments.require(2)?;
-        let coefficients = Self::of(moments.mean().to_vec(), &moments.var()?, gamma, beta, eps)?;
+    pub fn of_moments(moments: &Moments, parameters: Parameters<'_>) -> Result<Self, Error> {
+        parameters.check_training(moments.channels())?;
+        moments.check_count(2)?;
+        let coefficients = Self::of(moments.mean(), &moments.var()?, parameters);
         Ok(Self { count: Some(moments.count().to_vec()), ..coefficients })
     }
 
-    fn of(mean: Vec<f64>, var: &[f64], gamma: Option<&[f64]>, beta: Option<&[f64]>, eps: f64) -> Result<Self, Error> {
-        check_parameters(mean.len(), gamma, beta)?;
+    fn of(mean: &[f64], var: &[f64], parameters: Parameters<'_>) -> Self {
         let _mode = FloatMode::standard();
-        let root: Vec<f64> = var.iter().map(|&v| root(v, eps)).collect();
-        let scale = match gamma {
+        let root: Vec<f64> = var.iter().map(|&var| parameters.root(var)).collect();
+        let invstd: Vec<f64> = root.iter().map(|root| 1.0 / root).collect();
+        let scale = match parameters.gamma {
             Some(gamma) => gamma.iter().zip(&root).map(|(gamma, root)| gamma / root).collect(),
-            None => root.iter().map(|root| 1.0 / root).collect(),
+            None => invstd.clone(),
         };
-        let invstd = root.iter().map(|root| 1.0 / root).collect();
-        let beta = beta.map_or_else(|| vec![0.0; mean.len()], <[f64]>::to_vec);
-        Ok(Self { mean, invstd, scale, beta, count: None })
+        let beta = parameters.beta.map_or_else(|| vec![0.0; mean.len()], <[f64]>::to_vec);
+        Self { mean: mean.to_vec(), invstd, scale, beta, count: None }
     }
 
     /// Number of channels.
@@ -94,18 +88,14 @@ impl Coefficients {
         &self.scale
     }
 
-    /// The same map without its constant: x·s, which is what it does to a gradient.
+    /// The coefficients of x·s alone, without mean and β: what frozen statistics do to a gradient.
     pub(crate) fn scale_only(&self) -> Self {
         let zeros = vec![0.0; self.channels()];
         Self { mean: zeros.clone(), beta: zeros, ..self.clone() }
     }
 
-    /// Refuses sums over another number of values per channel than the moments were of, as every backward pass does before
-    /// it writes.
-    ///
-    /// # Errors
-    /// [`Error::Channels`], [`Error::Counts`].
-    pub fn check_counts(&self, count: impl ExactSizeIterator<Item = f64>) -> Result<(), Error> {
+    /// Checks that gradient sums are over as many values per channel as the moments. Frozen statistics take any number.
+    pub(crate) fn check_count(&self, count: impl ExactSizeIterator<Item = f64>) -> Result<(), Error> {
         Error::check_channels("sums", count.len(), self.channels())?;
         let wanted = self.count.iter().flatten();
         match count.zip(wanted).enumerate().find(|(_, (got, wanted))| got != *wanted) {
@@ -114,12 +104,27 @@ impl Coefficients {
         }
     }
 
+    /// Refuses coefficients that the precision in which x is normalized cannot hold, where they would make NaN of finite
+    /// numbers. Those that are not finite propagate.
+    ///
+    /// # Errors
+    /// [`Error::Range`].
+    pub(crate) fn check_range<T: Element>(&self) -> Result<(), Error> {
+        for (what, values) in [("mean", &self.mean), ("gamma/sqrt(var + eps)", &self.scale), ("beta", &self.beta)] {
+            if let Some(channel) = values.iter().position(|&value| !fits::<T>(value)) {
+                return Err(Error::Range { what, channel, value: values[channel] });
+            }
+        }
+        Ok(())
+    }
+
+    /// The coefficients of channel `c` for the kernels.
     pub(crate) fn of_channel<T: Element>(&self, c: usize) -> [T::Wide; 4] {
         for_kernel::<T>(self.mean[c], self.scale[c], self.beta[c])
     }
 
-    /// The four coefficients of some columns, and of the first of them again.
-    pub(crate) fn of_columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> [Vec<T::Wide>; 4] {
+    /// The coefficients of some columns for the kernels.
+    pub(crate) fn of_columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> Columns<T> {
         let part = |values: &[f64]| rows.spread(columns.clone(), LANES, |c| T::Wide::from_f64(values[c]));
         let high = part(&self.mean);
         // Where the mean is in one part, nothing reads the other; any numbers will do.
@@ -127,41 +132,34 @@ impl Coefficients {
             true => rows.spread(columns.clone(), LANES, |c| self.of_channel::<T>(c)[1]),
             false => high.clone(),
         };
-        [high, low, part(&self.scale), part(&self.beta)]
+        Columns([high, low, part(&self.scale), part(&self.beta)])
     }
 }
 
-/// √(var + ε): s = γ/√(var + ε), as contract 1 writes it.
-fn root(var: f64, eps: f64) -> f64 {
-    (var + eps).sqrt()
+/// Coefficients per column: mean (high and low part), s and β. Those of the first [`LANES`] columns stand again after
+/// the last, as [`crate::simd::NormalizeRows`] takes them.
+pub(crate) struct Columns<T: Element>([Vec<T::Wide>; 4]);
+
+impl<T: Element> Columns<T> {
+    pub(crate) fn slices(&self) -> [&[T::Wide]; 4] {
+        self.0.each_ref().map(Vec::as_slice)
+    }
 }
 
-/// s = γ/√(var + ε).
-pub(crate) fn scale(gamma: f64, var: f64, eps: f64) -> f64 {
-    gamma / root(var, eps)
+/// Whether a number stays finite in the precision in which x is normalized.
+fn fits<T: Element>(value: f64) -> bool {
+    T::Wide::from_f64(value).to_f64().is_finite() || !value.is_finite()
+}
+
+/// Whether the coefficients of any batch are in the range of the precision in which x is normalized, as
+/// [`Coefficients::check_range`] asks: |s| ≤ |γ|/√ε, and no mean is larger than x.
+pub(crate) fn always_fit<T: Element>(parameters: Parameters<'_>, channels: usize) -> bool {
+    let of_channel = |c| fits::<T>(parameters.scale(c, 0.0)) && fits::<T>(parameters.shift(c));
+    !T::SPLIT_MEAN || (0..channels).all(of_channel)
 }
 
 /// Mean (high and low part), s and β in the precision in which x is normalized.
 pub(crate) fn for_kernel<T: Element>(mean: f64, scale: f64, beta: f64) -> [T::Wide; 4] {
     let high = T::Wide::from_f64(mean);
     [high, T::Wide::from_f64(mean - high.to_f64()), T::Wide::from_f64(scale), T::Wide::from_f64(beta)]
-}
-
-fn check_eps(eps: f64) -> Result<(), Error> {
-    if eps.is_finite() && eps >= 0.0 { Ok(()) } else { Err(Error::Eps { value: eps }) }
-}
-
-pub(crate) fn check_training_eps(eps: f64) -> Result<(), Error> {
-    check_eps(eps)?;
-    if eps == 0.0 { Err(Error::EpsZeroInTraining) } else { Ok(()) }
-}
-
-pub(crate) fn check_parameters(channels: usize, gamma: Option<&[f64]>, beta: Option<&[f64]>) -> Result<(), Error> {
-    for (argument, values) in [("gamma", gamma), ("beta", beta)] {
-        if let Some(values) = values {
-            Error::check_channels(argument, values.len(), channels)?;
-            Error::check_finite(argument, values)?;
-        }
-    }
-    Ok(())
 }

@@ -1,7 +1,8 @@
-//! What may follow normalization in the same pass: a residual that is added, an activation.
+//! What may follow normalization in the same pass: a residual is added, an activation applied.
 
 use crate::element::Element;
 use crate::error::Error;
+use crate::input::check_layout;
 use crate::layout::Layout;
 use crate::view::View;
 
@@ -12,10 +13,11 @@ pub enum Activation {
     Relu,
 }
 
-/// y = activation(v + residual), where v is what normalization gives: in the precision of v, then rounded once.
+/// What follows normalization: y = activation(v + residual), where v is the normalized value, scaled and shifted. It is
+/// computed in the precision of v and rounded once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Epilogue<R> {
-    /// What follows the sum.
+    /// What is applied to the sum.
     pub activation: Option<Activation>,
     /// What is added: a tensor like x.
     pub residual: Option<R>,
@@ -29,24 +31,16 @@ impl<R> Default for Epilogue<R> {
 }
 
 impl<R: Copy> Epilogue<R> {
-    /// The same with another form of the residual.
+    /// The epilogue with its residual in another form.
     #[inline(always)]
     pub(crate) fn map<S>(&self, f: impl FnOnce(R) -> S) -> Epilogue<S> {
         Epilogue { activation: self.activation, residual: self.residual.map(f) }
     }
-
-    /// Whether gradients pass everywhere.
-    pub(crate) fn passes(&self) -> bool {
-        self.activation.is_none()
-    }
 }
 
 impl<T: Element> Epilogue<View<'_, T>> {
-    /// The residual has the layout of x.
+    /// Checks that the residual has the layout of x.
     pub(crate) fn check(&self, layout: Layout) -> Result<(), Error> {
-        match self.residual {
-            Some(residual) if residual.layout() != layout => Err(Error::LayoutMismatch { argument: "residual" }),
-            _ => Ok(()),
-        }
+        self.residual.map_or(Ok(()), |residual| check_layout("residual", residual.layout(), layout))
     }
 }

@@ -63,6 +63,15 @@ pub enum Error {
         /// The value found there.
         value: f64,
     },
+    /// A coefficient is finite, but not in float32, in which 16-bit tensors are normalized.
+    Range {
+        /// Which coefficient.
+        what: &'static str,
+        /// The first channel where it is out of range.
+        channel: usize,
+        /// Its value there.
+        value: f64,
+    },
     /// ε is negative, NaN or infinite.
     Eps {
         /// The value given.
@@ -93,6 +102,8 @@ pub enum Error {
         /// Values that the moments are of.
         wanted: f64,
     },
+    /// dy is said to lie in the memory of dresidual, but there is none.
+    NoDresidual,
     /// Bytes that `from_bytes` cannot read.
     Bytes {
         /// What was to be read.
@@ -140,6 +151,10 @@ impl fmt::Display for Error {
             Self::Negative { argument, channel, value } => {
                 write!(f, "{argument} is {value} in channel {channel}; wanted 0 or more")
             }
+            Self::Range { what, channel, value } => write!(
+                f,
+                "{what} is {value:e} in channel {channel}; wanted at most 3.4e38 for x of 16 bits, which is normalized in float32"
+            ),
             Self::Eps { value } => write!(f, "eps is {value}; wanted a finite number, 0 or more"),
             Self::EpsZeroInTraining => {
                 write!(f, "eps is 0 in training; wanted more than 0, since the variance of a batch may be 0")
@@ -148,12 +163,13 @@ impl fmt::Display for Error {
                 write!(f, "eps is 0 although var is 0 in channel {channel}; wanted eps > 0, or var > 0 everywhere")
             }
             Self::TooFewValues { channel, count, wanted } => {
-                write!(f, "channel {channel} has count {count}; wanted {wanted} values or more")
+                write!(f, "moments have count {count} in channel {channel}; wanted {wanted} values or more")
             }
             Self::Counts { channel, got, wanted } => write!(
                 f,
                 "sums are over {got} values in channel {channel}; wanted {wanted}, as its moments: merge those of all parts"
             ),
+            Self::NoDresidual => write!(f, "dresidual is absent; wanted the tensor that holds dy"),
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
             Self::Level { got, wanted } => {
@@ -184,7 +200,7 @@ macro_rules! kinds {
 
 kinds! {
     Rank ChannelAxis NoChannels Overflow Elements LayoutMismatch Channels NotFinite Negative Eps EpsZeroInTraining
-    EpsZeroForZeroVariance TooFewValues Counts Bytes Threads Level
+    EpsZeroForZeroVariance TooFewValues Counts Bytes Threads Level Range NoDresidual
 }
 
 impl Error {

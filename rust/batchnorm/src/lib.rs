@@ -28,17 +28,18 @@
 //! or being in place; in inference not on the batch either.
 //!
 //! ```
-//! use batchnorm::{Activation, Coefficients, Epilogue, Layout, View, ViewMut, infer, train_forward};
+//! use batchnorm::{Activation, Coefficients, Epilogue, Input, Layout, Parameters, View, ViewMut, infer, train_forward};
 //!
 //! let layout = Layout::of_shape(&[4, 2], 1)?;
 //! let x: Vec<f32> = vec![1.0, 10.0, 2.0, 20.0, 3.0, 30.0, 4.0, 40.0];
 //! let mut y = vec![0.0; 8];
 //! let (x, mut y) = (View::new(&x, layout)?, ViewMut::new(&mut y, layout)?);
-//! let (moments, _) = train_forward(x, None, None, 1e-5, Epilogue::default(), &mut y)?;
+//! let parameters = Parameters { gamma: None, beta: None, eps: 1e-5 };
+//! let (moments, _) = train_forward(Input::View(x), parameters, Epilogue::default(), &mut y)?;
 //! assert_eq!(moments.mean(), [2.5, 25.0]);
 //!
-//! let frozen = Coefficients::new(moments.mean(), &moments.var_unbiased()?, None, None, 1e-5)?;
-//! infer(x, &frozen, Epilogue { activation: Some(Activation::Relu), residual: Some(x) }, &mut y)?;
+//! let frozen = Coefficients::new(moments.mean(), &moments.var_unbiased()?, parameters)?;
+//! infer(Input::View(x), &frozen, Epilogue { activation: Some(Activation::Relu), residual: Some(x) }, &mut y)?;
 //! # Ok::<(), batchnorm::Error>(())
 //! ```
 
@@ -50,10 +51,15 @@ mod element;
 mod epilogue;
 mod error;
 mod float_mode;
+mod forward_pass;
+mod gradient_sums;
 mod infer;
+mod input;
 mod layout;
 mod moments;
+mod pairs;
 mod parallel;
+mod parameters;
 mod partition;
 mod simd;
 mod train;
@@ -61,17 +67,21 @@ mod tree;
 mod verb;
 mod view;
 
-pub use backward::{GradientSums, backward, gate, gradient_apply, gradient_sums, infer_backward};
+pub use backward::{Dy, backward, gradient_apply, infer_backward};
 pub use coefficients::Coefficients;
 pub use copy::copy;
 pub use element::{Element, Wide};
 pub use epilogue::{Activation, Epilogue};
 pub use error::Error;
+pub use forward_pass::ForwardPass;
+pub use gradient_sums::{GradientSums, gradient_sums};
 pub use half::{bf16, f16};
-pub use infer::{infer, infer_in_place};
+pub use infer::infer;
+pub use input::Input;
 pub use layout::Layout;
 pub use moments::{Moments, moments};
 pub use parallel::{Owned, PerProcess, get_num_threads, set_num_threads};
+pub use parameters::Parameters;
 pub use simd::{Level, set_simd_level, simd_level, simd_levels};
-pub use train::{normalize, train_forward, train_forward_in_place};
+pub use train::{normalize, train_forward};
 pub use view::{View, ViewMut};

@@ -13,14 +13,15 @@ use crate::bytes;
 use crate::element::Element;
 use crate::error::Error;
 use crate::float_mode::FloatMode;
+use crate::pairs::{OfChannel, OfColumns, Pair};
 use crate::partition::{Family, Interleaved, Planar};
 use crate::simd::{MomentRows, MomentRuns, dispatch};
-use crate::tree::{Merge, Tree};
+use crate::tree::Tree;
 use crate::verb::begin;
 use crate::view::{Rect, Tile, View};
 use std::ops::Range;
 
-/// Statistics of channels in float64.
+/// Count, mean and M2 of each channel, in float64; a value that merges.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
     count: Vec<f64>,
@@ -78,7 +79,7 @@ impl Moments {
     /// # Errors
     /// [`Error::TooFewValues`] where a channel has no value.
     pub fn var(&self) -> Result<Vec<f64>, Error> {
-        self.require(1)?;
+        self.check_count(1)?;
         Ok(self.divided(0.0))
     }
 
@@ -87,7 +88,7 @@ impl Moments {
     /// # Errors
     /// [`Error::TooFewValues`] where a channel has count 1 or less.
     pub fn var_unbiased(&self) -> Result<Vec<f64>, Error> {
-        self.require(2)?;
+        self.check_count(2)?;
         Ok(self.divided(1.0))
     }
 
@@ -96,9 +97,8 @@ impl Moments {
         self.m2.iter().zip(&self.count).map(|(m2, n)| m2 / (n - less)).collect()
     }
 
-    /// # Errors
-    /// [`Error::TooFewValues`] where a channel has `wanted` − 1 values or fewer. (Weights may make a count fractional.)
-    pub(crate) fn require(&self, wanted: u32) -> Result<(), Error> {
+    /// Checks that each channel has more than `wanted` − 1 values. (Weights may make a count fractional.)
+    pub(crate) fn check_count(&self, wanted: u32) -> Result<(), Error> {
         match self.count.iter().position(|&n| n <= f64::from(wanted - 1)) {
             Some(channel) => Err(Error::TooFewValues { channel, count: self.count[channel], wanted }),
             None => Ok(()),
@@ -118,8 +118,8 @@ impl Moments {
             if mine == 0.0 {
                 (merged.mean[c], merged.m2[c]) = (other.mean[c], other.m2[c]);
             } else if theirs != 0.0 {
-                let weights = Weights::new(mine, theirs);
-                weights.combine(&mut merged.mean[c], &mut merged.m2[c], other.mean[c], other.m2[c]);
+                let weights = MeanAndM2::weights(mine, theirs);
+                MeanAndM2::merge(weights, &mut merged.mean[c], &mut merged.m2[c], (other.mean[c], other.m2[c]));
             }
             merged.count[c] = mine + theirs;
         }
@@ -141,7 +141,7 @@ impl Moments {
     }
 }
 
-/// What Chan's update needs of the two counts.
+/// What Chan's update takes of the two counts.
 #[derive(Clone, Copy)]
 struct Weights {
     /// n_b/n
@@ -150,102 +150,75 @@ struct Weights {
     product: f64,
 }
 
-impl Weights {
-    fn new(left: f64, right: f64) -> Self {
+/// Mean and M2, which merge by Chan's update.
+struct MeanAndM2;
+
+impl Pair for MeanAndM2 {
+    type Weights = Weights;
+
+    #[inline(always)]
+    fn weights(left: f64, right: f64) -> Weights {
         let share = right / (left + right);
-        Self { right: share, product: left * share }
+        Weights { right: share, product: left * share }
     }
 
     #[inline(always)]
-    fn combine(self, mean: &mut f64, m2: &mut f64, right_mean: f64, right_m2: f64) {
+    fn merge(weights: Weights, mean: &mut f64, m2: &mut f64, (right_mean, right_m2): (f64, f64)) {
         let delta = right_mean - *mean;
-        *mean += delta * self.right;
-        *m2 = (*m2 + right_m2) + delta * delta * self.product;
+        *mean += delta * weights.right;
+        *m2 = (*m2 + right_m2) + delta * delta * weights.product;
     }
 }
 
-/// Moments of some blocks of columns with one count: a leaf or node of the tree.
-struct Partial {
-    count: f64,
-    mean: Vec<f64>,
-    m2: Vec<f64>,
-}
-
-impl Merge for Partial {
-    fn merge(&mut self, right: &Self) {
-        let weights = Weights::new(self.count, right.count);
-        for (c, (mean, m2)) in self.mean.iter_mut().zip(&mut self.m2).enumerate() {
-            weights.combine(mean, m2, right.mean[c], right.m2[c]);
-        }
-        self.count += right.count;
-    }
-}
-
-/// The same of one channel, without a heap.
-struct Scalar(f64, f64, f64);
-
-impl Merge for Scalar {
-    fn merge(&mut self, right: &Self) {
-        Weights::new(self.0, right.0).combine(&mut self.1, &mut self.2, right.1, right.2);
-        self.0 += right.0;
-    }
-}
-
-/// Moments of a tensor, per channel over m = outer·inner values. Of no values: the neutral element.
+/// Moments of a tensor, per channel over m = outer·inner values. Those of no values are the neutral element.
 ///
 /// # Errors
-/// [`Error::Threads`], [`Error::Level`] for what the environment names wrongly.
+/// [`Error::Threads`], [`Error::Level`] for a wrong value of an environment variable.
 pub fn moments<T: Element>(x: View<'_, T>) -> Result<Moments, Error> {
     let _mode = begin()?;
     let layout = x.layout();
-    let (mean, m2) = if layout.is_empty() {
-        (vec![0.0; layout.channels()], vec![0.0; layout.channels()])
+    let pairs = if layout.is_empty() {
+        vec![(0.0, 0.0); layout.channels()]
     } else {
         match Family::of(layout) {
-            Family::Planar(planar) => moments_planar(x, planar),
-            Family::Interleaved(rows) => moments_interleaved(x, rows),
+            Family::Planar(planar) => planar_moments(x, planar),
+            Family::Interleaved(rows) => interleaved_moments(x, rows),
         }
     };
+    let (mean, m2) = pairs.into_iter().unzip();
     Ok(Moments::of_equal_count(layout.count(), mean, m2))
 }
 
-fn moments_planar<T: Element>(x: View<'_, T>, planar: Planar) -> (Vec<f64>, Vec<f64>) {
+fn planar_moments<T: Element>(x: View<'_, T>, planar: Planar) -> Vec<(f64, f64)> {
     let channels = planar.map_channels(x.bytes(), |channels, block| {
         moments_of_block(x.tile(planar.width(), &planar.rect(&channels, block)), channels.len())
     });
-    channels.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).unzip()
+    channels.into_iter().map(OfChannel::into_pair).collect()
 }
 
-fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<Scalar> {
-    dispatch(MomentRuns { x, channels }).into_iter().map(|(count, mean, m2)| Scalar(count, mean, m2)).collect()
+fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<OfChannel<MeanAndM2>> {
+    let moments = dispatch(MomentRuns { x, channels });
+    moments.into_iter().map(|(count, mean, m2)| OfChannel::new(count, (mean, m2))).collect()
 }
 
 /// Mean and M2 of each channel of a group that has at least one value, given as a tile of all its runs.
 pub(crate) fn moments_of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Vec<(f64, f64)> {
-    let sums = planar.fold(0..group.cols() / planar.inner, 0..planar.blocks(), |channels, block| {
+    let channels = planar.fold(0..group.cols() / planar.inner, 0..planar.blocks(), |channels, block| {
         moments_of_block(group.part(&planar.rect(&channels, block)), channels.len())
     });
-    sums.into_iter().map(|Scalar(_, mean, m2)| (mean, m2)).collect()
+    channels.into_iter().map(OfChannel::into_pair).collect()
 }
 
-fn moments_interleaved<T: Element>(x: View<'_, T>, rows: Interleaved) -> (Vec<f64>, Vec<f64>) {
+fn interleaved_moments<T: Element>(x: View<'_, T>, rows: Interleaved) -> Vec<(f64, f64)> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mut sum = vec![0.0; columns.len()];
         Tree::of(blocks.map(|b| {
             let block = rows.block(b);
-            let (mut mean, mut m2) = (vec![0.0; columns.len()], vec![0.0; columns.len()]);
-            let x = x.tile(rows.width, &Rect { rows: block.clone(), cols: columns.clone() });
-            dispatch(MomentRows { x, mean: &mut mean, m2: &mut m2, sum: &mut sum });
-            Partial { count: block.len() as f64, mean, m2 }
+            let mut moments = OfColumns::<MeanAndM2>::zeros(block.len(), columns.len());
+            let x = x.tile(rows.width, &Rect { rows: block, cols: columns.clone() });
+            dispatch(MomentRows { x, mean: &mut moments.first, m2: &mut moments.second, sum: &mut sum });
+            moments
         }))
     };
-    let close = |strip: Partial| {
-        let columns: Vec<(f64, f64)> = strip.mean.into_iter().zip(strip.m2).collect();
-        let channel = |columns: &[(f64, f64)]| {
-            let leaves = columns.iter().map(|&(mean, m2)| Scalar(strip.count, mean, m2));
-            Tree::of(leaves).map_or((0.0, 0.0), |Scalar(_, mean, m2)| (mean, m2))
-        };
-        columns.chunks(rows.inner).map(channel).collect()
-    };
-    rows.map_strips(x.bytes(), of_blocks, close).into_iter().unzip()
+    rows.map_strips(x.bytes(), of_blocks, |strip| strip.into_channels(rows.inner))
 }

@@ -1,122 +1,87 @@
-//! The training forward pass (Algorithm 1): statistics of the batch, then the coefficients they make.
+//! The training forward pass (Algorithm 1): the statistics of the batch, then the coefficients that they make.
 
-use crate::coefficients::{self, Coefficients, check_parameters, check_training_eps};
+use crate::coefficients::{Coefficients, always_fit, for_kernel};
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
-use crate::infer::{infer, infer_in_place};
+use crate::infer::infer;
+use crate::input::Input;
 use crate::moments::{Moments, moments, moments_of_group};
+use crate::parameters::Parameters;
 use crate::partition::{Family, Planar};
 use crate::simd::{NormalizeRuns, dispatch};
 use crate::verb::begin;
 use crate::view::{View, ViewMut};
 
-/// Normalizes x by given moments, which may be those of more than x: of all micro-batches or processes. Absent γ are
-/// ones, absent β zeros. What it returns, [`crate::backward`] needs.
+/// Normalizes x by given moments, which may be those of more than x: of all micro-batches or processes.
+///
+/// A backward pass needs the coefficients that it returns, and x.
 ///
 /// # Errors
 /// Those of [`Coefficients::of_moments`] and [`infer`].
 pub fn normalize<T: Element>(
-    x: View<'_, T>,
+    x: Input<'_, T>,
     moments: &Moments,
-    gamma: Option<&[f64]>,
-    beta: Option<&[f64]>,
-    eps: f64,
+    parameters: Parameters<'_>,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<Coefficients, Error> {
-    Error::check_channels("moments", moments.channels(), x.layout().channels())?;
-    let coefficients = Coefficients::of_moments(moments, gamma, beta, eps)?;
+    Error::check_channels("moments", moments.channels(), y.layout().channels())?;
+    let coefficients = Coefficients::of_moments(moments, parameters)?;
     infer(x, &coefficients, epilogue, y)?;
     Ok(coefficients)
 }
 
-/// `normalize ∘ moments`, to the bit; where channels lie in runs, channel by channel, so that the second pass reads from
-/// cache.
+/// Normalizes x by its own moments: `normalize ∘ moments`, to the bit.
+///
+/// Where each channel lies in long runs, it goes channel by channel, so that the second pass reads from cache. A backward
+/// pass needs the coefficients that it returns, and x: a copy of it where y is written in place.
 ///
 /// # Errors
 /// Those of [`moments`] and [`normalize`]; nothing is written then.
 pub fn train_forward<T: Element>(
-    x: View<'_, T>,
-    gamma: Option<&[f64]>,
-    beta: Option<&[f64]>,
-    eps: f64,
-    epilogue: Epilogue<View<'_, T>>,
-    y: &mut ViewMut<'_, T>,
-) -> Result<(Moments, Coefficients), Error> {
-    if x.layout() != y.layout() {
-        return Err(Error::LayoutMismatch { argument: "out" });
-    }
-    forward(Some(x), gamma, beta, eps, epilogue, y)
-}
-
-/// The same with y in the memory of x. A backward pass needs a copy of x.
-///
-/// # Errors
-/// Those of [`train_forward`]; nothing is written then.
-pub fn train_forward_in_place<T: Element>(
-    gamma: Option<&[f64]>,
-    beta: Option<&[f64]>,
-    eps: f64,
-    epilogue: Epilogue<View<'_, T>>,
-    y: &mut ViewMut<'_, T>,
-) -> Result<(Moments, Coefficients), Error> {
-    forward(None, gamma, beta, eps, epilogue, y)
-}
-
-/// Normalizes x, or where there is none y itself, into y.
-fn forward<T: Element>(
-    x: Option<View<'_, T>>,
-    gamma: Option<&[f64]>,
-    beta: Option<&[f64]>,
-    eps: f64,
+    x: Input<'_, T>,
+    parameters: Parameters<'_>,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Result<(Moments, Coefficients), Error> {
     let _mode = begin()?;
     let layout = y.layout();
-    check_training_eps(eps)?;
-    check_parameters(layout.channels(), gamma, beta)?;
+    x.check("out", layout)?;
+    parameters.check_training(layout.channels())?;
     epilogue.check(layout)?;
     if layout.count() < 2 {
         return Err(Error::TooFewValues { channel: 0, count: layout.count() as f64, wanted: 2 });
     }
-    let moments = match Family::of(layout) {
-        Family::Planar(planar) if planar.fuses() => {
-            let moments = fused(x, planar, gamma, beta, eps, epilogue, y);
-            let coefficients = Coefficients::of_moments(&moments, gamma, beta, eps)?;
-            return Ok((moments, coefficients));
+    match Family::of(layout) {
+        // This way writes before all statistics are known; the other one can still refuse them.
+        Family::Planar(planar) if planar.fuses() && always_fit::<T>(parameters, layout.channels()) => {
+            let moments = fused(x, planar, parameters, epilogue, y);
+            let coefficients = Coefficients::of_moments(&moments, parameters)?;
+            Ok((moments, coefficients))
         }
-        _ => moments(x.unwrap_or_else(|| y.as_view()))?,
-    };
-    let coefficients = Coefficients::of_moments(&moments, gamma, beta, eps)?;
-    match x {
-        Some(x) => infer(x, &coefficients, epilogue, y)?,
-        None => infer_in_place(&coefficients, epilogue, y)?,
+        _ => {
+            let moments = moments(x.view(y))?;
+            let coefficients = normalize(x, &moments, parameters, epilogue, y)?;
+            Ok((moments, coefficients))
+        }
     }
-    Ok((moments, coefficients))
 }
 
 fn fused<T: Element>(
-    x: Option<View<'_, T>>,
+    x: Input<'_, T>,
     planar: Planar,
-    gamma: Option<&[f64]>,
-    beta: Option<&[f64]>,
-    eps: f64,
+    parameters: Parameters<'_>,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
 ) -> Moments {
     let count = planar.outer * planar.inner;
-    let at = |values: Option<&[f64]>, c: usize, absent| values.map_or(absent, |values| values[c]);
     let groups = y.map_tiles(&planar.groups(size_of::<T>()), |rect, y| {
-        let x = x.map_or_else(|| y.as_tile(), |x| x.tile(planar.width(), rect));
+        let x = x.tile(planar.width(), rect, &y);
         let epilogue = epilogue.map(|residual| residual.tile(planar.width(), rect));
         let statistics = moments_of_group(&planar, x);
         let coefficients: Vec<[T::Wide; 4]> = (planar.channels_of(rect).zip(&statistics))
-            .map(|(c, &(mean, m2))| {
-                let scale = coefficients::scale(at(gamma, c, 1.0), m2 / count as f64, eps);
-                coefficients::for_kernel::<T>(mean, scale, at(beta, c, 0.0))
-            })
+            .map(|(c, &(mean, m2))| for_kernel::<T>(mean, parameters.scale(c, m2 / count as f64), parameters.shift(c)))
             .collect();
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {

@@ -6,26 +6,29 @@ use half::{bf16, f16};
 /// Elements in a vector.
 pub(crate) const WIDTH: usize = 8;
 
-/// What kernels ask of an element type.
+/// How elements of a type are loaded, computed with and stored by kernels.
 pub trait Vectors: Copy + Sized {
     /// The precision in which x is normalized: float64, or float32 for 16-bit types.
     type Wide: Copy;
-    /// Eight elements in that precision.
+    /// Eight elements in the precision in which x is normalized.
     type Vector<L: Lanes>: Copy;
 
+    /// The value in every lane.
     #[doc(hidden)]
     fn splat<L: Lanes>(value: Self::Wide) -> Self::Vector<L>;
+    /// Eight coefficients.
     #[doc(hidden)]
     fn column<L: Lanes>(values: [Self::Wide; WIDTH]) -> Self::Vector<L>;
-    /// Exact.
+    /// Eight elements, exactly.
     #[doc(hidden)]
     fn load<L: Lanes>(values: [Self; WIDTH]) -> Self::Vector<L>;
-    /// Rounded.
+    /// Eight elements, rounded.
     #[doc(hidden)]
     fn store<L: Lanes>(vector: Self::Vector<L>) -> [Self; WIDTH];
-    /// (x − mean)·s + β, each operation rounded; the mean in two parts where one would not hold it.
+    /// (x − mean)·s + β, each operation rounded. The mean is in two parts where one does not hold it.
     #[doc(hidden)]
     fn normalize<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
+    /// a + b, rounded.
     #[doc(hidden)]
     fn add<L: Lanes>(a: Self::Vector<L>, b: Self::Vector<L>) -> Self::Vector<L>;
     /// 0 where v ≤ 0, else v.
@@ -34,10 +37,10 @@ pub trait Vectors: Copy + Sized {
     /// d where v > floor, else 0.
     #[doc(hidden)]
     fn pass<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, floor: Self::Vector<L>) -> Self::Vector<L>;
-    /// In float64, exact.
+    /// Eight elements in float64, exactly.
     #[doc(hidden)]
     fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2];
-    /// Rounded; 16-bit types by way of float32.
+    /// Eight elements, rounded; 16-bit types by way of float32.
     #[doc(hidden)]
     fn store_wide<L: Lanes>(vector: [L::D; 2]) -> [Self; WIDTH];
 }

@@ -12,10 +12,10 @@ use crate::element::Element;
 use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
 use std::array::from_fn;
 
-/// Rows in a step of a sum: its columns are loaded and stored once for all of them. Rows that are given in parts of whole
-/// steps are summed in the same order.
+/// Rows that are added in one step: sums are loaded and stored once for all of them. Rows given in parts are summed in
+/// the same order if each part is whole steps.
 pub(crate) const ROWS: usize = 4;
-/// Bytes by which memory is asked for ahead of its use, at least.
+/// The least number of bytes by which memory is prefetched ahead of its use.
 const AHEAD: usize = 4096;
 
 /// Adds up to four rows in a fixed tree.
@@ -35,14 +35,14 @@ fn eight<L: Lanes, T: Element>(row: &Row<'_, T>, j: usize) -> [L::D; 2] {
     T::load_wide::<L>(row.chunk::<WIDTH>(j).part(0))
 }
 
-/// Adds to eight sums.
+/// Adds eight terms to eight sums.
 #[inline(always)]
 fn add_to<L: Lanes>(sums: &mut [f64; WIDTH], terms: [L::D; 2]) {
     *sums = f64::store_wide::<L>(add_eight::<L>(f64::load_wide::<L>(*sums), terms));
 }
 
-/// How memory is asked for ahead of its use. Four rows at a time are an order that no processor foresees; where rows are
-/// adjacent, they are asked for in the order in which they lie, which is three times faster than column by column.
+/// How memory is prefetched. No processor foresees that four rows are read at a time. Adjacent rows are prefetched in
+/// memory order, which is three times faster than column by column.
 #[derive(Clone, Copy)]
 struct Ahead {
     elements: usize,
@@ -56,7 +56,7 @@ impl Ahead {
         Self { elements: step.max(AHEAD / size_of::<T>()), adjacent: x.stride() == x.cols() }
     }
 
-    /// Asks for as much as a step over columns `j .. j + 8` loads.
+    /// Prefetches as much as a step over columns `j .. j + 8` loads.
     #[inline(always)]
     fn prefetch<T: Element, const R: usize>(self, rows: &[Row<'_, T>; R], j: usize) {
         if R < ROWS {
@@ -76,14 +76,14 @@ pub(crate) struct MomentRows<'a, T: Element> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) mean: &'a mut [f64],
     pub(crate) m2: &'a mut [f64],
-    /// Room for a sum a column.
+    /// Scratch memory: one sum per column.
     pub(crate) sum: &'a mut [f64],
 }
 
 impl<T: Element> Kernel for MomentRows<'_, T> {
     type Output = ();
 
-    /// As for runs: deviations from a pivot, and a second pass for columns where it was far off.
+    /// One pass over deviations from a pivot, as in [`super::MomentRuns`], and a second for columns where it was far off.
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { x, mean, m2, sum } = self;
@@ -192,18 +192,18 @@ fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
     }
 }
 
-/// Of sixteen columns from `j` on.
+/// The coefficients of sixteen columns from `j` on.
 #[inline(always)]
 fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
     column[j..j + LANES].as_chunks().0
 }
 
-/// y = (x − mean)·s + β, finished, with coefficients a column.
+/// Normalizes rows whose columns are channels: `then` computes the result from v = (x − mean)·s + β.
 pub(crate) struct NormalizeRows<'a, 'b, T: Element, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β of each column; the first [`super::LANES`] columns stand again after the last,
-    /// so that a step may cross from one row to the next.
+    /// Mean (high and low part), s and β of each column. Those of the first [`super::LANES`] columns stand again after
+    /// the last, so that a step may cross from one row to the next.
     pub(crate) coefficients: [&'a [T::Wide]; 4],
     pub(crate) then: E,
 }
@@ -302,12 +302,12 @@ fn add_products_of<L: Lanes, T: Element, const R: usize>(
     }
 }
 
-/// dx from dy, x and the sums of each column.
+/// Computes dx from dy and x in rows whose columns are channels.
 pub(crate) struct DxRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    /// Of each column; the first [`super::LANES`] columns stand again after the last.
+    /// Coefficients of each column. Those of the first [`super::LANES`] columns stand again after the last.
     pub(crate) coefficients: DxCoefficients<&'a [f64]>,
 }
 

@@ -1,4 +1,4 @@
-//! Kernels that compute each element from elements at the same place: the loop around them, what they compute, a copy.
+//! Kernels that compute each element from elements at the same place: the loop over rows, and what is computed in it.
 
 use super::elements::WIDTH;
 use super::lanes::Lanes;
@@ -8,22 +8,24 @@ use crate::epilogue::{Activation, Epilogue};
 use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
 
-/// What is written to the rows of a tile.
+/// How the rows of a tile are computed, element by element.
 pub(super) trait Map<T: Element> {
-    /// What a row is computed from.
+    /// What one row is computed from.
     type Inputs: Copy;
 
+    /// What row `r` is computed from.
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// Writes elements `i .. i + 16`, of columns `j .. j + 16`.
+    /// Writes elements `i .. i + 16`, which lie in columns `j .. j + 16`.
     fn sixteen<L: Lanes, const S: bool>(&self, inputs: Self::Inputs, i: usize, j: usize, y: ChunkMut<'_, T, LANES, S>);
-    /// Element `i`, of column `j`.
+    /// Element `i`, which lies in column `j`.
     fn one(&self, inputs: Self::Inputs, i: usize, j: usize) -> T;
 }
 
-/// Bytes of the shortest row that is written past the caches: the lines that two rows share are not.
+/// Bytes of the shortest row that is written with non-temporal stores. (The cache lines that two rows share never are.)
 const STREAM_RUN: usize = 1024;
 
-/// Writes a tile; past the caches, in whole cache lines, where asked to. Columns start again after `period` elements.
+/// Writes a tile; if `streaming`, with non-temporal stores of whole cache lines. Columns start again after `period`
+/// elements.
 #[inline(always)]
 pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, period: usize, streaming: bool, map: &M) {
     for r in 0..y.rows() {
@@ -52,8 +54,8 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     }
     let first = if STREAMING { y.before_line() } else { 0 };
     let whole = (len - first) / LANES * LANES;
-    // What whole steps leave over at either end is computed by a step that overlaps them, and before them, since in place
-    // they write what it reads.
+    // The elements that whole steps leave over at either end are computed by steps that overlap them. These come first:
+    // in place, the whole steps overwrite what they read.
     let (mut head, mut tail) = (Buffer::<T, LANES>::new(), Buffer::<T, LANES>::new());
     let start = first / LANES * LANES; // a line has up to 32 elements
     if start < first {
@@ -74,7 +76,7 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
             j -= period;
         }
     }
-    // A line that was written past the caches must not be touched again: it would have to come back from memory.
+    // A cache line written by non-temporal stores is not written again: it would have to come back from memory.
     match len - first - whole {
         0 => {}
         over if STREAMING => tail.copy_last(y, over),
@@ -90,23 +92,24 @@ pub(super) fn normalize_one<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]
     d * s + beta
 }
 
-/// The same of eight.
+/// [`normalize_one`] of eight elements.
 #[inline(always)]
 pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector<L>; 4]) -> T::Vector<L> {
     T::normalize::<L>(T::load::<L>(x), c)
 }
 
-/// What is made of v.
+/// A result computed from the normalized value v: y, or the gradient that passes ReLU.
 pub(crate) trait FromNormalized<T: Element>: Copy {
-    /// What a row of it takes besides v.
+    /// What one row is computed from besides v.
     type Inputs: Copy;
 
+    /// What row `r` is computed from besides v.
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// The same over one row, where rows are adjacent.
+    /// The inputs as one row, where their rows are adjacent.
     fn flat(&self) -> Self;
-    /// Of elements `i .. i + 8`.
+    /// Elements `i .. i + 8`.
     fn eight<L: Lanes>(inputs: Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH];
-    /// Of element `i`.
+    /// Element `i`.
     fn one(inputs: Self::Inputs, i: usize, v: T::Wide) -> T;
 }
 
@@ -116,7 +119,7 @@ fn plus_residual<T: Element>(v: T::Wide, residual: Option<Row<'_, T>>, i: usize)
     residual.map_or(v, |residual| v + residual.one(i).widen())
 }
 
-/// The same of eight.
+/// [`plus_residual`] of elements `i .. i + 8`.
 #[inline(always)]
 fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<Row<'_, T>>, i: usize) -> T::Vector<L> {
     match residual {
@@ -125,7 +128,7 @@ fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<R
     }
 }
 
-/// y
+/// y: the epilogue applied to the normalized value.
 impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     type Inputs = Epilogue<Row<'a, T>>;
 
@@ -155,7 +158,8 @@ impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     }
 }
 
-/// dy where y > 0, else 0. y is not read: that it rounds to more than 0 is seen by v + residual.
+/// The backward of ReLU: dy where y > 0, else 0. y is not read but told from v + residual: whether that rounds to more
+/// than 0.
 #[derive(Clone, Copy)]
 pub(crate) struct ReluBackward<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
@@ -186,8 +190,9 @@ impl<'a, T: Element> FromNormalized<T> for ReluBackward<'a, T> {
     }
 }
 
-/// What dx needs of a channel: dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64. A number a
-/// channel, or a slice over the columns.
+/// The coefficients of dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64.
+///
+/// Each is the number of one channel, or a slice with a number per column.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DxCoefficients<V> {
     pub(crate) mean: V,
@@ -207,7 +212,7 @@ impl DxCoefficients<f64> {
 }
 
 impl<V: Copy> DxCoefficients<V> {
-    /// The same with every part mapped.
+    /// Each coefficient mapped by `f`.
     #[inline(always)]
     pub(crate) fn map<W>(self, f: impl Fn(V) -> W) -> DxCoefficients<W> {
         DxCoefficients { mean: f(self.mean), offset: f(self.offset), slope: f(self.slope), scale: f(self.scale) }
@@ -225,10 +230,10 @@ impl<D: Copy> DxCoefficients<[D; 2]> {
     }
 }
 
-/// A tile as it is.
-struct Same<'a, T: Element>(Tile<'a, T>);
+/// y = x.
+struct Copied<'a, T: Element>(Tile<'a, T>);
 
-impl<'a, T: Element> Map<T> for Same<'a, T> {
+impl<'a, T: Element> Map<T> for Copied<'a, T> {
     type Inputs = Row<'a, T>;
 
     #[inline(always)]
@@ -247,10 +252,10 @@ impl<'a, T: Element> Map<T> for Same<'a, T> {
     }
 }
 
-/// The sum of two tiles, rounded.
-struct Plus<'a, T: Element>(Tile<'a, T>, Tile<'a, T>);
+/// y = x + z, rounded.
+struct Added<'a, T: Element>(Tile<'a, T>, Tile<'a, T>);
 
-impl<'a, T: Element> Map<T> for Plus<'a, T> {
+impl<'a, T: Element> Map<T> for Added<'a, T> {
     type Inputs = (Row<'a, T>, Row<'a, T>);
 
     #[inline(always)]
@@ -275,7 +280,7 @@ fn plus<L: Lanes, T: Element>(a: [T; WIDTH], b: [T; WIDTH]) -> [T; WIDTH] {
     T::store_wide::<L>(from_fn(|h| L::add(a[h], b[h])))
 }
 
-/// The least that a pass over memory costs: y = x, or y = x + z.
+/// y = x, or y = x + z: the least that a pass over memory costs.
 pub(crate) struct Transfer<'a, 'b, T: Element> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) z: Option<Tile<'a, T>>,
@@ -290,8 +295,8 @@ impl<T: Element> Kernel for Transfer<'_, '_, T> {
     fn run<L: Lanes>(self) {
         let streaming = self.streaming && self.y.is_aligned();
         match self.z {
-            None => write::<L, T, _>(self.y, usize::MAX, streaming, &Same(self.x)),
-            Some(z) => write::<L, T, _>(self.y, usize::MAX, streaming, &Plus(self.x, z)),
+            None => write::<L, T, _>(self.y, usize::MAX, streaming, &Copied(self.x)),
+            Some(z) => write::<L, T, _>(self.y, usize::MAX, streaming, &Added(self.x, z)),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::element::Element;
 use crate::view::{ChunkMut, Row, Tile, TileMut};
 use std::array::from_fn;
 
-/// Elements `i .. i + 16` in float64, as the lanes that they are summed in.
+/// Elements `i .. i + 16` in float64, in the lanes in which they are summed.
 #[inline(always)]
 fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
     let x = row.chunk::<LANES>(i);
@@ -16,8 +16,7 @@ fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
     [a, b, c, d]
 }
 
-/// The last elements of a row, fewer than 16, in the last lanes; the others are as `sixteen` gives them where the row is
-/// long enough, and else 0: [`last`] clears them.
+/// The last elements of a row, up to 16, in the last lanes. A row shorter than 16 leaves 0 in the other lanes.
 #[inline(always)]
 fn ending<L: Lanes, T: Element>(row: &Row<'_, T>) -> Sum<L> {
     if row.len() >= LANES {
@@ -31,7 +30,7 @@ fn ending<L: Lanes, T: Element>(row: &Row<'_, T>) -> Sum<L> {
     from_fn(|k| L::get(lanes[k]))
 }
 
-/// The last `count` lanes; zeros, which change no sum, in the others.
+/// The last `count` lanes, with zeros, which change no sum, in the others.
 #[inline(always)]
 fn last<L: Lanes>(lanes: Sum<L>, count: usize) -> Sum<L> {
     const MASKS: [u64; 2 * LANES] = {
@@ -47,7 +46,7 @@ fn last<L: Lanes>(lanes: Sum<L>, count: usize) -> Sum<L> {
     from_fn(|k| L::keep(lanes[k], masks[k]))
 }
 
-/// Two sums in the making.
+/// Two sums that are being added up.
 #[derive(Clone, Copy)]
 struct Sums<L: Lanes> {
     first: Sum<L>,
@@ -113,11 +112,11 @@ impl<L: Lanes> Sums<L> {
     }
 }
 
-/// Most adjacent channels whose runs are summed together, so that memory is walked in the order in which it lies. Their
-/// sums stay in the first-level cache.
+/// The most adjacent channels whose runs are summed together, so that memory is read in order. Their sums stay in the
+/// first-level cache.
 pub(crate) const TOGETHER: usize = 32;
 
-/// Count, mean and M2 of a block of each of some adjacent channels.
+/// Count, mean and M2 of one block of each of some adjacent channels.
 pub(crate) struct MomentRuns<'a, T: Element> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) channels: usize,
@@ -139,7 +138,7 @@ impl<T: Element> Kernel for MomentRuns<'_, T> {
 }
 
 impl<T: Element> MomentRuns<'_, T> {
-    /// Of at most `MOST` channels.
+    /// For at most `MOST` channels.
     #[inline(always)]
     fn moments<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64, f64)> {
         let Self { x, channels } = self;
@@ -182,11 +181,11 @@ fn pivot_of<L: Lanes, T: Element>(run: &Row<'_, T>) -> f64 {
     total::<L>(sixteen::<L, T>(run, 0).map(|v| L::mul(v, part)))
 }
 
-/// y = (x − mean)·s + β, finished, with coefficients a row.
+/// Normalizes rows that are each of one channel: `then` computes the result from v = (x − mean)·s + β.
 pub(crate) struct NormalizeRuns<'a, 'b, T: Element, F, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β of a row.
+    /// Mean (high and low part), s and β of row `r`.
     pub(crate) coefficients: F,
     pub(crate) then: E,
 }
@@ -225,11 +224,11 @@ impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Map<T> 
     }
 }
 
-/// Σdy and Σdy·(x − mean) of a block of each of some adjacent channels.
+/// Σdy and Σdy·(x − mean) of one block of each of some adjacent channels.
 pub(crate) struct GradientSumRuns<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
-    /// Of each channel.
+    /// Mean of each channel.
     pub(crate) mean: &'a [f64],
 }
 
@@ -246,7 +245,7 @@ impl<T: Element> Kernel for GradientSumRuns<'_, T> {
 }
 
 impl<T: Element> GradientSumRuns<'_, T> {
-    /// Of at most `MOST` channels.
+    /// For at most `MOST` channels.
     #[inline(always)]
     fn sums<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64)> {
         let Self { dy, x, mean } = self;
@@ -267,11 +266,12 @@ impl<T: Element> GradientSumRuns<'_, T> {
     }
 }
 
-/// dx from dy, x and the sums of the channel of each row.
+/// Computes dx from dy and x in rows that are each of one channel.
 pub(crate) struct DxRuns<'a, 'b, T: Element, F> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
+    /// Coefficients of row `r`.
     pub(crate) coefficients: F,
 }
 

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
 use batchnorm::{
-    Activation, Coefficients, Element, Epilogue, Layout, View, ViewMut, backward, gate, gradient_apply, gradient_sums,
-    infer, infer_backward, infer_in_place, moments, normalize, train_forward, train_forward_in_place,
+    Activation, Coefficients, Dy, Element, Epilogue, ForwardPass, Input, Layout, Parameters, View, ViewMut, backward,
+    gradient_apply, gradient_sums, infer, infer_backward, moments, normalize, train_forward,
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -40,6 +40,9 @@ fn bits<T: Element>(values: &[T]) -> Vec<u64> {
     values.iter().map(|v| v.to_f64().to_bits()).collect()
 }
 
+/// A backward pass into dresidual, where that is asked for, and dx.
+type Backward<'c, T> = &'c mut dyn FnMut(Option<&mut ViewMut<'_, T>>, &mut ViewMut<'_, T>);
+
 /// Everything that a layer computes, as bits: alone, and with a residual and an activation.
 pub(crate) fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
     let residual = tensor::<T>(layout, 3, 0.0);
@@ -49,59 +52,73 @@ pub(crate) fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>>
 }
 
 fn all_with<T: Element>(layout: Layout, mean: f64, epilogue: Epilogue<View<'_, T>>) -> Vec<Vec<u64>> {
-    let (x, dy) = (tensor::<T>(layout, 1, mean), tensor::<T>(layout, 2, 0.0));
-    let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
+    let (x_values, dy_values) = (tensor::<T>(layout, 1, mean), tensor::<T>(layout, 2, 0.0));
+    let (x, dy) = (View::new(&x_values, layout).unwrap(), View::new(&dy_values, layout).unwrap());
     let (gamma, beta) = parameters(layout.channels());
-    let (gamma, beta) = (Some(&gamma[..]), Some(&beta[..]));
-    let zero = vec![T::from_f64(0.0); layout.len()];
+    let parameters = Parameters { gamma: Some(&gamma), beta: Some(&beta), eps: EPS };
+    // Calls with an output that holds the given values, and gives what it returned and the bits written.
+    let with = |values: &[T], call: &mut dyn FnMut(&mut ViewMut<'_, T>)| {
+        let mut output = values.to_vec();
+        call(&mut ViewMut::new(&mut output, layout).unwrap());
+        bits(&output)
+    };
+    let zeros = vec![T::from_f64(0.0); layout.len()];
 
-    let mut y = zero.clone();
-    let (m, coefficients) =
-        train_forward(x, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
-    let mut halves = zero.clone();
-    assert_eq!(moments(x).unwrap(), m, "train_forward and moments differ: {layout:?}");
-    let from_halves =
-        normalize(x, &m, gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut halves, layout).unwrap()).unwrap();
-    assert_eq!(from_halves, coefficients);
-    assert_eq!(bits(&halves), bits(&y), "train_forward and normalize differ: {layout:?}");
+    let m = moments(x).unwrap();
+    let coefficients = Coefficients::of_moments(&m, parameters).unwrap();
+    let trained = Ok((m.clone(), coefficients.clone()));
+    let y = with(&zeros, &mut |y| assert_eq!(train_forward(Input::View(x), parameters, epilogue, y), trained));
+    let over = with(&x_values, &mut |y| assert_eq!(train_forward(Input::InPlace, parameters, epilogue, y), trained));
+    assert!(over == y, "train_forward in place and not differ: {layout:?}");
+    for (x, held) in [(Input::View(x), &zeros), (Input::InPlace, &x_values)] {
+        let normalized = with(held, &mut |y| {
+            assert_eq!(normalize(x, &m, parameters, epilogue, y).as_ref(), Ok(&coefficients));
+        });
+        assert!(normalized == y, "train_forward and normalize differ: {layout:?}");
+    }
 
-    let mut dx = zero.clone();
-    let sums = backward(Some(dy), x, &coefficients, epilogue, &mut ViewMut::new(&mut dx, layout).unwrap()).unwrap();
-    assert_eq!(gradient_sums(dy, x, &coefficients, epilogue).unwrap(), sums);
-    gradient_apply(Some(dy), x, &coefficients, epilogue, &sums, &mut ViewMut::new(&mut halves, layout).unwrap())
-        .unwrap();
-    assert_eq!(bits(&halves), bits(&dx), "backward and gradient_apply differ: {layout:?}");
+    let pass = ForwardPass { x, coefficients: &coefficients, epilogue };
+    let sums = gradient_sums(dy, pass).unwrap();
+    let dx = with(&zeros, &mut |dx| assert_eq!(backward(Dy::View(dy), pass, None, dx).as_ref(), Ok(&sums)));
+    let frozen = Coefficients::new(m.mean(), &m.var_unbiased().unwrap(), parameters).unwrap();
+    let inferred = with(&zeros, &mut |y| infer(Input::View(x), &frozen, epilogue, y).unwrap());
+    let over = with(&x_values, &mut |y| infer(Input::InPlace, &frozen, epilogue, y).unwrap());
+    assert!(over == inferred, "infer in place and not differ: {layout:?}");
+    let frozen_pass = ForwardPass { coefficients: &frozen, ..pass };
+    let mut frozen_sums = None;
+    let frozen_dx = with(&zeros, &mut |dx| {
+        frozen_sums = Some(infer_backward(Dy::View(dy), frozen_pass, None, dx).unwrap());
+    });
+    let frozen_sums = frozen_sums.unwrap();
 
-    let frozen = Coefficients::new(m.mean(), &m.var_unbiased().unwrap(), gamma, beta, EPS).unwrap();
-    let mut z = zero.clone();
-    infer(x, &frozen, epilogue, &mut ViewMut::new(&mut z, layout).unwrap()).unwrap();
-    let mut in_place = tensor::<T>(layout, 1, mean);
-    infer_in_place(&frozen, epilogue, &mut ViewMut::new(&mut in_place, layout).unwrap()).unwrap();
-    assert_eq!(bits(&in_place), bits(&z), "in place and not differ: {layout:?}");
-    let mut over = tensor::<T>(layout, 1, mean);
-    let again =
-        train_forward_in_place(gamma, beta, EPS, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap();
-    assert_eq!(again, (m.clone(), coefficients.clone()));
-    assert_eq!(bits(&over), bits(&y), "train_forward in place and not differ: {layout:?}");
-    let mut over = tensor::<T>(layout, 2, 0.0);
-    assert_eq!(
-        backward(None, x, &coefficients, epilogue, &mut ViewMut::new(&mut over, layout).unwrap()).unwrap(),
-        sums
-    );
-    assert_eq!(bits(&over), bits(&dx), "dx over dy and not differ: {layout:?}");
-    let mut gated = zero.clone();
-    gate(Some(dy), x, &coefficients, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
-    let through = View::new(&gated, layout).unwrap();
-    let nothing = Epilogue::default();
-    assert_eq!(
-        backward(Some(through), x, &coefficients, nothing, &mut ViewMut::new(&mut over, layout).unwrap()),
-        Ok(sums.clone())
-    );
-    assert_eq!(bits(&over), bits(&dx), "gradients through the activation in one step and two differ: {layout:?}");
-    let mut frozen_dx = zero;
-    let frozen_sums =
-        infer_backward(Some(dy), x, &frozen, epilogue, &mut ViewMut::new(&mut frozen_dx, layout).unwrap()).unwrap();
+    // The gradient that passes is dy where y > 0.
+    let passes = |(&dy, &y): (&T, &u64)| if f64::from_bits(y) > 0.0 { dy.to_f64().to_bits() } else { 0 };
+    let through = |y: &[u64]| match epilogue.activation {
+        Some(Activation::Relu) => dy_values.iter().zip(y).map(passes).collect(),
+        None => bits(&dy_values),
+    };
+    // Every place of dy, with dresidual and without it.
+    for (dy, in_dx, in_dresidual) in
+        [(Dy::View(dy), &zeros, &zeros), (Dy::InDx, &dy_values, &zeros), (Dy::InDresidual, &zeros, &dy_values)]
+    {
+        let check = |wanted: (&[u64], &[u64]), call: Backward<'_, T>| {
+            let mut found = Vec::new();
+            let dresidual =
+                with(in_dresidual, &mut |dresidual| found = with(in_dx, &mut |dx| call(Some(dresidual), dx)));
+            assert!((&found[..], &dresidual[..]) == wanted, "gradients with dresidual: {layout:?}");
+            if !matches!(dy, Dy::InDresidual) {
+                assert!(with(in_dx, &mut |dx| call(None, dx)) == wanted.0, "gradients without dresidual: {layout:?}");
+            }
+        };
+        let passed: Vec<u64> = through(&y);
+        check((&dx, &passed), &mut |r, dx| assert_eq!(backward(dy, pass, r, dx).as_ref(), Ok(&sums)));
+        check((&dx, &passed), &mut |r, dx| gradient_apply(dy, pass, &sums, r, dx).unwrap());
+        let passed: Vec<u64> = through(&inferred);
+        check((&frozen_dx, &passed), &mut |r, dx| {
+            assert_eq!(infer_backward(dy, frozen_pass, r, dx).as_ref(), Ok(&frozen_sums));
+        });
+    }
 
     let sums = [sums.dgamma(), sums.dbeta(), frozen_sums.dgamma(), m.mean(), m.m2()].map(bits);
-    [bits(&y), bits(&dx), bits(&z), bits(&frozen_dx), bits(&gated)].into_iter().chain(sums).collect()
+    [y, dx, inferred, frozen_dx].into_iter().chain(sums).collect()
 }

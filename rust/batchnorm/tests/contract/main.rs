@@ -7,9 +7,9 @@ mod modules;
 mod widths;
 
 use batchnorm::{
-    Activation, Coefficients, Element, Epilogue, Error, GradientSums, Layout, Moments, View, ViewMut, bf16, f16, gate,
-    get_num_threads, gradient_sums, infer, moments, set_num_threads, set_simd_level, simd_level, simd_levels,
-    train_forward,
+    Activation, Coefficients, Dy, Element, Epilogue, Error, ForwardPass, GradientSums, Input, Layout, Moments,
+    Parameters, View, ViewMut, backward, bf16, f16, get_num_threads, gradient_sums, infer, infer_backward, moments,
+    set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
 };
 use common::{EPS, everything, own_settings, parameters, tensor};
 
@@ -80,29 +80,33 @@ fn bits_do_not_depend_on_threads_or_levels() {
     same_bits::<f64>();
     same_bits::<f16>();
     same_bits::<bf16>();
-    gate_at_the_least_number::<f32>(2f64.powi(-149));
-    gate_at_the_least_number::<f16>(2f64.powi(-24));
-    gate_at_the_least_number::<bf16>(2f64.powi(-133));
+    relu_backward_at_the_least_number::<f32>(2f64.powi(-149));
+    relu_backward_at_the_least_number::<f16>(2f64.powi(-24));
+    relu_backward_at_the_least_number::<bf16>(2f64.powi(-133));
     set_simd_level(None).unwrap();
 }
 
 /// Half the least positive number rounds to 0, and so no gradient passes there; a little more does.
-fn gate_at_the_least_number<T: Element>(least: f64) {
+fn relu_backward_at_the_least_number<T: Element>(least: f64) {
     for layout in [Layout::new(1, 1, 40).unwrap(), Layout::new(40, 1, 1).unwrap()] {
-        let coefficients = Coefficients::new(&[0.0], &[1.0], Some(&[0.5]), None, 0.0).unwrap();
+        let coefficients =
+            Coefficients::new(&[0.0], &[1.0], Parameters { gamma: Some(&[0.5]), beta: None, eps: 0.0 }).unwrap();
         let epilogue = Epilogue { activation: Some(Activation::Relu), residual: None };
         let values = [-1.0, -least, -0.0, 0.0, least, 2.0 * least, 3.0 * least, 1.0, f64::INFINITY, f64::NAN];
         let x: Vec<T> = (0..40).map(|i| T::from_f64(values[i % 10])).collect();
         let dy = vec![T::from_f64(3.0); 40];
-        let (mut y, mut gated) = (dy.clone(), dy.clone());
+        let (mut y, mut dx, mut dresidual) = (dy.clone(), dy.clone(), dy.clone());
         let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
         for level in simd_levels() {
             set_simd_level(Some(level.name())).unwrap();
-            infer(x, &coefficients, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
-            gate(Some(dy), x, &coefficients, epilogue, &mut ViewMut::new(&mut gated, layout).unwrap()).unwrap();
-            for (i, (y, gated)) in y.iter().zip(&gated).enumerate() {
+            infer(Input::View(x), &coefficients, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+            let pass = ForwardPass { x, coefficients: &coefficients, epilogue };
+            let mut dx = ViewMut::new(&mut dx, layout).unwrap();
+            let mut to = ViewMut::new(&mut dresidual, layout).unwrap();
+            infer_backward(Dy::View(dy), pass, Some(&mut to), &mut dx).unwrap();
+            for (i, (y, passed)) in y.iter().zip(&dresidual).enumerate() {
                 let y = y.to_f64();
-                assert_eq!(gated.to_f64(), if y > 0.0 { 3.0 } else { 0.0 }, "{level:?} {i}");
+                assert_eq!(passed.to_f64(), if y > 0.0 { 3.0 } else { 0.0 }, "{level:?} {i}");
                 assert!(!y.is_sign_negative() || y.is_nan(), "{level:?} {i}");
                 assert_eq!(y > 0.0, (5..9).contains(&(i % 10)), "{level:?} {i}");
                 assert_eq!(y.is_nan(), i % 10 == 9);
@@ -177,10 +181,8 @@ fn a_constant_channel_gives_beta_and_no_variance() {
             let mut y = vec![0.0; layout.len()];
             let view = View::new(&x, layout).unwrap();
             let (m, _) = train_forward(
-                view,
-                None,
-                Some(&beta),
-                EPS,
+                Input::View(view),
+                Parameters { gamma: None, beta: Some(&beta), eps: EPS },
                 Epilogue::default(),
                 &mut ViewMut::new(&mut y, layout).unwrap(),
             )
@@ -205,10 +207,8 @@ fn what_is_not_finite_stays_in_its_channel() {
                 let mut y = vec![0.0; layout.len()];
                 let view = View::new(x, layout).unwrap();
                 let (m, _) = train_forward(
-                    view,
-                    None,
-                    None,
-                    EPS,
+                    Input::View(view),
+                    Parameters::default(),
                     Epilogue::default(),
                     &mut ViewMut::new(&mut y, layout).unwrap(),
                 )
@@ -244,22 +244,28 @@ fn moments_and_sums_merge_and_travel() {
     assert_eq!(GradientSums::from_bytes(&twice.to_bytes()), Ok(twice));
 }
 
-/// The refusals that Python's callers cannot reach, since the binding makes buffers and layouts agree.
+/// Errors that callers from Python cannot meet, since the binding makes buffers and layouts agree.
 #[test]
-fn mismatched_buffers_are_refused() {
+fn mismatched_buffers_are_errors() {
     let (layout, other) = (Layout::new(4, 2, 1).unwrap(), Layout::new(2, 4, 1).unwrap());
     let x = [0.0f32; 8];
     assert!(matches!(View::new(&x[1..], layout), Err(Error::Elements { argument: "x", got: 7, wanted: 8 })));
     let mut y = [0.0f32; 8];
     assert!(matches!(ViewMut::new(&mut y[1..], layout), Err(Error::Elements { argument: "out", .. })));
     let view = View::new(&x, layout).unwrap();
-    let coefficients = Coefficients::new(&[0.0; 2], &[1.0; 2], None, None, EPS).unwrap();
+    let coefficients = Coefficients::new(&[0.0; 2], &[1.0; 2], Parameters::default()).unwrap();
+    let mismatch = |argument| Err::<(), _>(Error::LayoutMismatch { argument });
     let mut y = ViewMut::new(&mut y, other).unwrap();
-    assert_eq!(infer(view, &coefficients, Epilogue::default(), &mut y), Err(Error::LayoutMismatch { argument: "out" }));
-    let sums = gradient_sums(View::new(&x, other).unwrap(), view, &coefficients, Epilogue::default());
-    assert_eq!(sums, Err(Error::LayoutMismatch { argument: "dy" }));
-    let residual = Epilogue { residual: Some(View::new(&x, other).unwrap()), activation: None };
-    let mut y = [0.0f32; 8];
-    let mut y = ViewMut::new(&mut y, layout).unwrap();
-    assert_eq!(infer(view, &coefficients, residual, &mut y), Err(Error::LayoutMismatch { argument: "residual" }));
+    assert_eq!(infer(Input::View(view), &coefficients, Epilogue::default(), &mut y), mismatch("out"));
+    let pass = ForwardPass { x: view, coefficients: &coefficients, epilogue: Epilogue::default() };
+    let (dy, other_dy) = (View::new(&x, layout).unwrap(), View::new(&x, other).unwrap());
+    assert_eq!(gradient_sums(other_dy, pass).map(drop), mismatch("dy"));
+    assert_eq!(backward(Dy::View(dy), pass, None, &mut y).map(drop), mismatch("out"));
+    let residual = Epilogue { residual: Some(other_dy), activation: None };
+    let mut dx = [0.0f32; 8];
+    let mut dx = ViewMut::new(&mut dx, layout).unwrap();
+    assert_eq!(infer(Input::View(view), &coefficients, residual, &mut dx), mismatch("residual"));
+    assert_eq!(backward(Dy::View(other_dy), pass, None, &mut dx).map(drop), mismatch("dy"));
+    assert_eq!(backward(Dy::View(dy), pass, Some(&mut y), &mut dx).map(drop), mismatch("dresidual"));
+    assert_eq!(infer_backward(Dy::InDresidual, pass, None, &mut dx), Err(Error::NoDresidual));
 }

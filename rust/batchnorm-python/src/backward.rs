@@ -1,0 +1,89 @@
+//! The tensors that every backward pass takes and returns.
+
+use crate::buffer::{Output, Tensor, new_vector};
+use crate::epilogue::Epilogue;
+use batchnorm::{Dy, Element, ViewMut};
+use numpy::PyUntypedArray;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+
+/// dy, the memory of dx, and the memory of the residual's gradient where that is asked for.
+pub(crate) struct Back<'py> {
+    dy: Tensor<'py>,
+    place: Place,
+    pub(crate) dx: Output<'py>,
+    dresidual: Option<Output<'py>>,
+}
+
+/// Whose memory dy has.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Own,
+    Dx,
+    Dresidual,
+}
+
+impl<'py> Back<'py> {
+    pub(crate) fn read(
+        dy: &Bound<'py, PyAny>,
+        x: &Tensor<'py>,
+        epilogue: &Epilogue<'py>,
+        out: Option<&Bound<'py, PyAny>>,
+        dresidual: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Self> {
+        if dresidual.is_some() && epilogue.residual.is_none() {
+            return Err(PyValueError::new_err("dresidual is given, but the forward pass had no residual; wanted None"));
+        }
+        let dy = x.read_like("dy", dy)?;
+        let mut inputs = epilogue.inputs(&[("x", x)]);
+        let (dx, over_dy) = x.output_over("out", out, ("dy", &dy), &inputs)?;
+        let mut place = if over_dy { Place::Dx } else { Place::Own };
+        let dresidual = match dresidual {
+            Some(_) => {
+                if out.is_some() {
+                    inputs.push(("out", &dx.array));
+                }
+                let (output, over_dy) = x.output_over("dresidual", dresidual, ("dy", &dy), &inputs)?;
+                if over_dy {
+                    place = Place::Dresidual;
+                }
+                Some(output)
+            }
+            None => None,
+        };
+        Ok(Self { dy, place, dx, dresidual })
+    }
+
+    /// dy, dresidual and dx as the core takes them: there is no view of dy where an output has its memory.
+    pub(crate) fn views<T: Element>(&mut self) -> (Dy<'_, T>, Option<ViewMut<'_, T>>, ViewMut<'_, T>) {
+        let dy = match self.place {
+            Place::Own => Dy::View(self.dy.view()),
+            Place::Dx => Dy::InDx,
+            Place::Dresidual => Dy::InDresidual,
+        };
+        (dy, self.dresidual.as_mut().map(Output::view_mut), self.dx.view_mut())
+    }
+
+    /// The named tuple that a backward pass returns.
+    pub(crate) fn gradients(
+        &self,
+        epilogue: &Epilogue<'py>,
+        sums: &batchnorm::GradientSums,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        static GRADIENTS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        let dx = &self.dx.array;
+        let py = dx.py();
+        let (dgamma, dbeta) = (new_vector(py, sums.dgamma())?, new_vector(py, sums.dbeta())?);
+        let gradients = (dx, dgamma, dbeta, self.dresidual(epilogue));
+        GRADIENTS.import(py, "batchnorm._types", "Gradients")?.call1(gradients)
+    }
+
+    /// The gradient of the residual, where it is known: what was asked for, or dy itself without an activation.
+    fn dresidual(&self, epilogue: &Epilogue<'py>) -> Option<Bound<'py, PyUntypedArray>> {
+        let is_dy = epilogue.activation.is_none() && epilogue.residual.is_some() && self.place == Place::Own;
+        let asked_for = self.dresidual.as_ref().map(|dresidual| dresidual.array.clone());
+        asked_for.or_else(|| is_dy.then(|| self.dy.array.clone()))
+    }
+}

@@ -1,0 +1,230 @@
+//! The functions of frozen statistics, and the coefficients that a frozen layer holds.
+
+use crate::backward::Back;
+use crate::buffer::{Tensor, with_element};
+use crate::epilogue::{Epilogue, input};
+use crate::parameters::{Parameters, per_channel, vector};
+use crate::run::run;
+use crate::value_error;
+use numpy::PyUntypedArray;
+use pyo3::prelude::*;
+
+/// Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
+///
+/// With ``residual`` and ``activation``, y = activation((x − mean)·s + β + residual), rounded once.
+///
+/// Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
+/// rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. For 16-bit tensors,
+/// |x − mean| must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+///
+/// Args:
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     mean: E[x], shape (channels,) or a number.
+///     var: Var[x], shape (channels,) or a number; 0 or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory of its own.
+///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
+///
+/// Returns:
+///     y, of x's shape, dtype and memory order.
+///
+/// Raises:
+///     ValueError: A shape or value is not as described.
+///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+#[pyfunction]
+#[pyo3(signature = (
+    x, mean, var, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None, activation=None, residual=None
+))]
+#[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
+pub(crate) fn infer<'py>(
+    x: &Bound<'py, PyAny>,
+    mean: &Bound<'py, PyAny>,
+    var: &Bound<'py, PyAny>,
+    gamma: Option<&Bound<'py, PyAny>>,
+    beta: Option<&Bound<'py, PyAny>>,
+    eps: f64,
+    channel_axis: isize,
+    out: Option<&Bound<'py, PyAny>>,
+    activation: Option<&Bound<'py, PyAny>>,
+    residual: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyUntypedArray>> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    let coefficients = Coefficients::read(mean, var, gamma, beta, eps, x.layout.channels())?;
+    coefficients.infer_tensor(&x, out, &Epilogue::read(&x, activation, residual)?)
+}
+
+/// The backward pass with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
+///
+/// With the ``activation`` of the forward pass, dy stands for the gradient that passes it: dy where y > 0, else 0. Only
+/// that depends on ``beta`` and ``residual``.
+///
+/// Args:
+///     dy: ∂ℓ/∂y, of the shape and dtype of x.
+///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+///     mean: E[x], shape (channels,) or a number.
+///     var: Var[x], shape (channels,) or a number; 0 or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     channel_axis: The axis of the channels; negative counts from the end.
+///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
+///     activation: None or "relu", as in the forward pass.
+///     residual: As in the forward pass.
+///     dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
+///         that passes the activation; memory of its own, or dy itself. Only with residual.
+///
+/// Returns:
+///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
+///     Its attribute dresidual is the array given. Without one it is dy itself if the forward pass had a residual and no
+///     activation (and dx was not written over dy), else None.
+///
+/// Raises:
+///     ValueError: A shape or value is not as described.
+///     TypeError: dy, x, out or a parameter is of a wrong type.
+#[pyfunction]
+#[pyo3(signature = (
+    dy, x, mean, var, gamma=None, *, beta=None, eps=1e-5, channel_axis=1, out=None, activation=None, residual=None,
+    dresidual=None
+))]
+#[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
+pub(crate) fn infer_backward<'py>(
+    dy: &Bound<'py, PyAny>,
+    x: &Bound<'py, PyAny>,
+    mean: &Bound<'py, PyAny>,
+    var: &Bound<'py, PyAny>,
+    gamma: Option<&Bound<'py, PyAny>>,
+    beta: Option<&Bound<'py, PyAny>>,
+    eps: f64,
+    channel_axis: isize,
+    out: Option<&Bound<'py, PyAny>>,
+    activation: Option<&Bound<'py, PyAny>>,
+    residual: Option<&Bound<'py, PyAny>>,
+    dresidual: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let x = Tensor::read("x", x, channel_axis)?;
+    let coefficients = Coefficients::read(mean, var, gamma, beta, eps, x.layout.channels())?;
+    coefficients.backward_tensor(dy, &x, out, &Epilogue::read(&x, activation, residual)?, dresidual)
+}
+
+/// The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
+///
+/// Args:
+///     mean: E[x], shape (channels,) or a number.
+///     var: Var[x], shape (channels,) or a number; 0 or more.
+///     gamma: γ, shape (channels,) or a number; ones where absent.
+///     beta: β, shape (channels,) or a number; zeros where absent.
+///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///
+/// Raises:
+///     ValueError: A shape or value is not as described.
+///     TypeError: A parameter is not real.
+#[pyclass(frozen, module = "batchnorm._core", name = "Coefficients")]
+pub(crate) struct Coefficients(batchnorm::Coefficients);
+
+impl Coefficients {
+    fn read(
+        mean: &Bound<'_, PyAny>,
+        var: &Bound<'_, PyAny>,
+        gamma: Option<&Bound<'_, PyAny>>,
+        beta: Option<&Bound<'_, PyAny>>,
+        eps: f64,
+        channels: usize,
+    ) -> PyResult<Self> {
+        let (mean, var) = (per_channel("mean", mean, channels)?, per_channel("var", var, channels)?);
+        let parameters = Parameters::read(gamma, beta, eps, channels)?;
+        batchnorm::Coefficients::new(&mean, &var, parameters.of()).map(Self).map_err(value_error)
+    }
+
+    fn infer_tensor<'py>(
+        &self,
+        x: &Tensor<'py>,
+        out: Option<&Bound<'py, PyAny>>,
+        epilogue: &Epilogue<'py>,
+    ) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let (mut y, in_place) = x.output_over("out", out, ("x", x), &epilogue.inputs(&[]))?;
+        with_element!(x.dtype, T => {
+            let (input, follows, mut y) = (input::<T>(x, in_place), epilogue.of::<T>(), y.view_mut::<T>());
+            run(x.array.py(), x.bytes(), || batchnorm::infer(input, &self.0, follows, &mut y))
+        })?;
+        Ok(y.array)
+    }
+
+    fn backward_tensor<'py>(
+        &self,
+        dy: &Bound<'py, PyAny>,
+        x: &Tensor<'py>,
+        out: Option<&Bound<'py, PyAny>>,
+        epilogue: &Epilogue<'py>,
+        dresidual: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let mut back = Back::read(dy, x, epilogue, out, dresidual)?;
+        let sums = with_element!(x.dtype, T => {
+            let ((dy, mut dresidual, mut dx), pass) = (back.views::<T>(), epilogue.pass::<T>(x, &self.0));
+            run(x.array.py(), x.bytes(), || batchnorm::infer_backward(dy, pass, dresidual.as_mut(), &mut dx))
+        })?;
+        back.gradients(epilogue, &sums)
+    }
+}
+
+#[pymethods]
+impl Coefficients {
+    #[new]
+    #[pyo3(signature = (mean, var, gamma=None, beta=None, *, eps=1e-5))]
+    fn new(
+        mean: &Bound<'_, PyAny>,
+        var: &Bound<'_, PyAny>,
+        gamma: Option<&Bound<'_, PyAny>>,
+        beta: Option<&Bound<'_, PyAny>>,
+        eps: f64,
+    ) -> PyResult<Self> {
+        // All four broadcast: the first that is no single number tells the number of channels.
+        let mut channels = 1;
+        for (argument, value) in [("mean", Some(mean)), ("var", Some(var)), ("gamma", gamma), ("beta", beta)] {
+            if let (1, Some(value)) = (channels, value) {
+                channels = vector(argument, value)?.len();
+            }
+        }
+        Self::read(mean, var, gamma, beta, eps, channels)
+    }
+
+    /// Number of channels.
+    #[getter]
+    fn channels(&self) -> usize {
+        self.0.channels()
+    }
+
+    /// As ``batchnorm.infer``.
+    #[pyo3(signature = (x, *, channel_axis=1, out=None, activation=None, residual=None))]
+    fn infer<'py>(
+        &self,
+        x: &Bound<'py, PyAny>,
+        channel_axis: isize,
+        out: Option<&Bound<'py, PyAny>>,
+        activation: Option<&Bound<'py, PyAny>>,
+        residual: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyUntypedArray>> {
+        let x = Tensor::read("x", x, channel_axis)?;
+        self.infer_tensor(&x, out, &Epilogue::read(&x, activation, residual)?)
+    }
+
+    /// As ``batchnorm.infer_backward``.
+    #[pyo3(signature = (dy, x, *, channel_axis=1, out=None, activation=None, residual=None, dresidual=None))]
+    #[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
+    fn backward<'py>(
+        &self,
+        dy: &Bound<'py, PyAny>,
+        x: &Bound<'py, PyAny>,
+        channel_axis: isize,
+        out: Option<&Bound<'py, PyAny>>,
+        activation: Option<&Bound<'py, PyAny>>,
+        residual: Option<&Bound<'py, PyAny>>,
+        dresidual: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let x = Tensor::read("x", x, channel_axis)?;
+        self.backward_tensor(dy, &x, out, &Epilogue::read(&x, activation, residual)?, dresidual)
+    }
+}

@@ -1,0 +1,135 @@
+//! A forward pass as its backward pass sees it: the gradient that passes the activation.
+
+use crate::coefficients::{Coefficients, Columns};
+use crate::copy::copy;
+use crate::element::Element;
+use crate::epilogue::Epilogue;
+use crate::error::Error;
+use crate::input::Input;
+use crate::layout::Layout;
+use crate::partition::{Family, Interleaved, Planar, tile};
+use crate::simd::{NormalizeRows, NormalizeRuns, ReluBackward, dispatch};
+use crate::view::{Rect, Tile, TileMut, View, ViewMut};
+use std::ops::Range;
+
+/// The forward pass that a gradient goes back through: its x, coefficients and epilogue.
+#[derive(Clone, Copy)]
+pub struct ForwardPass<'a, T: Copy> {
+    /// Input of the pass.
+    pub x: View<'a, T>,
+    /// Coefficients by which x was normalized.
+    pub coefficients: &'a Coefficients,
+    /// What followed normalization.
+    pub epilogue: Epilogue<View<'a, T>>,
+}
+
+// The methods `through_…` return the gradient that passes the activation (dy where y > 0, else 0) in one part of the tensor.
+// Without an activation that is dy itself; else it is written to `to`, whose memory may be that of dy, and read from there.
+impl<'a, T: Element> ForwardPass<'a, T> {
+    /// The layout of all tensors of the pass.
+    pub(crate) fn layout(&self) -> Layout {
+        self.x.layout()
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        self.epilogue.check(self.layout())?;
+        Error::check_channels("x", self.layout().channels(), self.coefficients.channels())
+    }
+
+    pub(crate) fn has_activation(&self) -> bool {
+        self.epilogue.activation.is_some()
+    }
+
+    /// The pass up to the epilogue: what is left to go back through once a gradient has passed the activation.
+    pub(crate) fn without_epilogue(&self) -> Self {
+        Self { epilogue: Epilogue::default(), ..*self }
+    }
+
+    /// In a rectangle of planes, each of one channel (see [`Planar::planes`]).
+    pub(crate) fn through_planes<'t>(
+        &self,
+        planar: &Planar,
+        rect: &Rect,
+        dy: Tile<'t, T>,
+        to: &'t TileMut<'_, T>,
+    ) -> Tile<'t, T> {
+        if !self.has_activation() {
+            return dy;
+        }
+        let (x, residual) = self.tiles(planar.inner, rect);
+        let coefficients = |r: usize| self.coefficients.of_channel::<T>((rect.rows.start + r) % planar.channels);
+        dispatch(NormalizeRuns { x, y: to, coefficients, then: ReluBackward { dy, residual } });
+        to.as_tile()
+    }
+
+    /// In a rectangle whose rows are runs of some adjacent channels, all of one length.
+    pub(crate) fn through_runs<'t>(
+        &self,
+        planar: &Planar,
+        (channels, rect): (&Range<usize>, &Rect),
+        dy: Tile<'t, T>,
+        to: &'t TileMut<'_, T>,
+    ) -> Tile<'t, T> {
+        if !self.has_activation() {
+            return dy;
+        }
+        let (x, residual) = self.tiles(planar.width(), rect);
+        let run = x.cols() / channels.len();
+        let of_channels: Vec<_> = channels.clone().map(|c| self.coefficients.of_channel::<T>(c)).collect();
+        let coefficients = |c: usize| of_channels[c];
+        for r in 0..x.rows() {
+            let residual = residual.map(|residual| residual.split_row(r, run));
+            let then = ReluBackward { dy: dy.split_row(r, run), residual };
+            dispatch(NormalizeRuns { x: x.split_row(r, run), y: &to.split_row(r, run), coefficients, then });
+        }
+        to.as_tile()
+    }
+
+    /// The coefficients that [`ForwardPass::through_rows`] takes of some columns: none without an activation.
+    pub(crate) fn columns(&self, rows: &Interleaved, columns: Range<usize>) -> Option<Columns<T>> {
+        self.has_activation().then(|| self.coefficients.of_columns(rows, columns))
+    }
+
+    /// In a rectangle of rows, each column of one channel.
+    pub(crate) fn through_rows<'t>(
+        &self,
+        rows: &Interleaved,
+        (columns, rect): (Option<&Columns<T>>, &Rect),
+        dy: Tile<'t, T>,
+        to: &'t TileMut<'_, T>,
+    ) -> Tile<'t, T> {
+        let Some(columns) = columns else {
+            return dy;
+        };
+        let (x, residual) = self.tiles(rows.width, rect);
+        let then = ReluBackward { dy, residual };
+        dispatch(NormalizeRows { x, y: to, coefficients: columns.slices(), then });
+        to.as_tile()
+    }
+
+    /// In the whole tensor; written to `to` in any case.
+    pub(crate) fn through(&self, dy: Input<'_, T>, to: &mut ViewMut<'_, T>) -> Result<(), Error> {
+        let layout = self.layout();
+        let elements = tile::<T>(layout);
+        match (Family::of(layout), dy) {
+            (_, Input::View(dy)) if !self.has_activation() => return copy(dy, None, to, false),
+            (_, Input::InPlace) if !self.has_activation() => {}
+            (Family::Planar(planar), _) => {
+                to.map_tiles(&planar.planes(elements), |rect, to| {
+                    self.through_planes(&planar, rect, dy.tile(planar.inner, rect, &to), &to);
+                });
+            }
+            (Family::Interleaved(rows), _) => {
+                to.map_tiles(&rows.tiles(elements), |rect, to| {
+                    let columns = self.columns(&rows, rect.cols.clone());
+                    self.through_rows(&rows, (columns.as_ref(), rect), dy.tile(rows.width, rect, &to), &to);
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn tiles(&self, width: usize, rect: &Rect) -> (Tile<'a, T>, Option<Tile<'a, T>>) {
+        (self.x.tile(width, rect), self.epilogue.residual.map(|residual| residual.tile(width, rect)))
+    }
+}

@@ -1,0 +1,82 @@
+//! Two numbers per channel over some of its values, which merge with those over its other values: mean and M2, or the two
+//! sums of a backward pass.
+
+use crate::tree::{Merge, Tree};
+use std::marker::PhantomData;
+
+/// A pair of numbers, and how it merges.
+pub(crate) trait Pair: Send + Sync {
+    /// What merging takes of the two counts.
+    type Weights: Copy;
+
+    fn weights(left: f64, right: f64) -> Self::Weights;
+    /// Merges `right` into `first` and `second`.
+    fn merge(weights: Self::Weights, first: &mut f64, second: &mut f64, right: (f64, f64));
+}
+
+/// The pair of one channel (or one column of it) over `count` values: a leaf or node of the tree.
+pub(crate) struct OfChannel<P> {
+    count: f64,
+    pub(crate) first: f64,
+    pub(crate) second: f64,
+    pair: PhantomData<P>,
+}
+
+impl<P> OfChannel<P> {
+    pub(crate) fn new(count: f64, (first, second): (f64, f64)) -> Self {
+        Self { count, first, second, pair: PhantomData }
+    }
+
+    pub(crate) fn into_pair(self) -> (f64, f64) {
+        (self.first, self.second)
+    }
+}
+
+impl<P: Pair> Merge for OfChannel<P> {
+    fn merge(&mut self, right: &Self) {
+        let weights = P::weights(self.count, right.count);
+        P::merge(weights, &mut self.first, &mut self.second, (right.first, right.second));
+        self.count += right.count;
+    }
+}
+
+/// The pairs of some columns, each over `count` values: a leaf or node of the tree.
+pub(crate) struct OfColumns<P> {
+    pub(crate) count: f64,
+    pub(crate) first: Vec<f64>,
+    pub(crate) second: Vec<f64>,
+    pair: PhantomData<P>,
+}
+
+impl<P: Pair> OfColumns<P> {
+    /// Zeros, to be written by a kernel.
+    pub(crate) fn zeros(count: usize, columns: usize) -> Self {
+        Self { count: count as f64, first: vec![0.0; columns], second: vec![0.0; columns], pair: PhantomData }
+    }
+
+    /// The pairs of the channels, each of which has `inner` columns.
+    #[allow(clippy::expect_used, reason = "a chunk has a column or more")]
+    pub(crate) fn into_channels(self, inner: usize) -> Vec<(f64, f64)> {
+        let columns: Vec<(f64, f64)> = self.first.into_iter().zip(self.second).collect();
+        if inner == 1 {
+            return columns;
+        }
+        let channel = |columns: &[(f64, f64)]| {
+            Tree::of(columns.iter().map(|&pair| OfChannel::<P>::new(self.count, pair)))
+                .expect("a channel has a column or more")
+                .into_pair()
+        };
+        columns.chunks(inner).map(channel).collect()
+    }
+}
+
+impl<P: Pair> Merge for OfColumns<P> {
+    fn merge(&mut self, right: &Self) {
+        let weights = P::weights(self.count, right.count);
+        let columns = self.first.iter_mut().zip(&mut self.second).zip(right.first.iter().zip(&right.second));
+        for ((first, second), (&right_first, &right_second)) in columns {
+            P::merge(weights, first, second, (right_first, right_second));
+        }
+        self.count += right.count;
+    }
+}
