@@ -58,7 +58,7 @@ class Connection(HttpToolsProtocol):
             while rest:
                 rest = self._after_upgrade(rest)
         except httptools.HttpParserError as reason:
-            self._fail(*(self._error or (HTTPStatus.BAD_REQUEST, f"the request is not HTTP/1.1: {reason}")))
+            self._fail(*(self._error or (HTTPStatus.BAD_REQUEST, f"the request is not valid HTTP: {reason}")))
             return
         if self._since is not None:
             self._head_bytes += self._piece
