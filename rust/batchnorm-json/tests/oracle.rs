@@ -1,5 +1,7 @@
 //! Reading and printing beside the standard library and `serde_json`, on seeded random texts.
 
+#![allow(clippy::panic, clippy::expect_used, reason = "a test may fail")]
+
 use batchnorm_json::{Array, Build, Error, Limits, NonFinite, Numbers, Scalar, cut_data, parse, put_data};
 use serde_json::{Map, Value, json};
 
