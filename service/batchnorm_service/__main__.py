@@ -21,7 +21,7 @@ from batchnorm_service import __version__, logs
 from batchnorm_service.errors import LoadError
 from batchnorm_service.keys import SCOPES, Keyring, new_key
 from batchnorm_service.models.repository import Repository
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 from batchnorm_service.process.server import serve, tls_context
 from batchnorm_service.process.supervisor import supervise
 from batchnorm_service.settings import ENV_PREFIX, Settings
@@ -76,14 +76,14 @@ def _print_new_key(context: click.Context, _: click.Parameter, scopes: str | Non
 def main(**options: Any) -> None:
     """Serve the frozen layers in DIR over HTTP (Open Inference Protocol v2).
 
-    DIR holds NAME/VERSION/bn.safetensors or NAME.safetensors (version 1), or ONNX files in their place. What
-    is not given is read from the environment: BATCHNORM_SERVICE_MODELS for DIR, BATCHNORM_SERVICE_PORT and so
-    on. The address that is bound is logged to standard error.
+    DIR holds NAME/VERSION/bn.safetensors or NAME.safetensors (version 1), or ONNX files in their place.
+    Options that are not given are read from the environment: BATCHNORM_SERVICE_MODELS for DIR,
+    BATCHNORM_SERVICE_PORT and so on. The bound address is logged to standard error.
 
     Example: batchnorm serve . --port 8080
     """
     settings = _settings({name: value for name, value in options.items() if value is not None})
-    # Workers are new processes: they read what was decided here from the environment.
+    # Workers are new processes and read the settings from the environment.
     os.environ |= {ENV_PREFIX + name.upper(): str(value) for name, value in settings if value is not None}
     os.environ.setdefault(
         "BATCHNORM_NUM_THREADS", str(max(1, batchnorm.get_num_threads() // settings.workers))
@@ -94,7 +94,7 @@ def main(**options: Any) -> None:
     except OSError as reason:
         raise click.ClickException(f"no directory for shared state: {reason}") from None
     try:
-        status = _run(settings, State(run_dir))
+        status = _run(settings, SharedState(run_dir))
     except LoadError as reason:
         raise click.ClickException(str(reason)) from None
     finally:
@@ -103,11 +103,11 @@ def main(**options: Any) -> None:
 
 
 def _settings(given: dict[str, Any]) -> Settings:
-    """Return the settings, after what would else be found wrong by every worker was tried here."""
+    """Return the settings, checked here so that a mistake is reported once and not by every worker."""
     try:
         settings = Settings(**given)
-    except ValidationError as refusal:
-        first = refusal.errors()[0]
+    except ValidationError as error:
+        first = error.errors()[0]
         name = f"{first['loc'][0]}: " if first["loc"] else ""
         reason = first["msg"].removeprefix("Value error, ")
         raise click.UsageError(name.replace("models", "DIR") + reason) from None
@@ -123,7 +123,7 @@ def _keys(settings: Settings) -> Keyring | None:
     return Keyring(settings.keys) if settings.keys else None
 
 
-def _run(settings: Settings, state: State) -> int:
+def _run(settings: Settings, state: SharedState) -> int:
     failed = Repository(settings.directory(), state).load_all()
     if failed and settings.strict:
         click.echo(f"{len(failed)} models could not be loaded, and --strict was given", err=True)
@@ -136,7 +136,7 @@ def _run(settings: Settings, state: State) -> int:
 
 
 def _listening(settings: Settings) -> socket.socket:
-    """Return a socket at the address; who connects before the service answers waits."""
+    """Return a listening socket at the address; clients that connect before the service answers wait."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     address = settings.host, settings.port
     try:

@@ -1,4 +1,4 @@
-"""What the endpoints share: one object that a process makes at its start."""
+"""The objects that the endpoints share, made once when a process starts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from batchnorm_service.counts.statistics import Statistics
 from batchnorm_service.keys import Keyring
 from batchnorm_service.lifecycle import Lifecycle
 from batchnorm_service.models.repository import Repository
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 from batchnorm_service.protocol.exchange import Rules
 from batchnorm_service.settings import Settings
 
 
 @dataclass(frozen=True)
-class Service:
-    """A process's settings, its models, and what it counts.
+class Context:
+    """Settings, models and counters of one process.
 
     Attributes:
-        settings: What the process was started with.
-        state: What it shares with the other processes of the service.
-        repository: The models that it answers by.
-        rows: What it counts, and the sums over all processes.
-        statistics: What it counts for each model.
-        keyring: The keys of clients; None lets everybody in.
-        lifecycle: Whether it is about to end.
+        settings: Settings of the process.
+        state: State shared with the other processes of the service.
+        repository: Models that the process serves.
+        rows: Counters of this process, and their sums over all processes.
+        statistics: Counters of each model.
+        keyring: Keys of clients; None where no key is needed.
+        lifecycle: Whether the process is about to end.
     """
 
     settings: Settings
-    state: State
+    state: SharedState
     repository: Repository
     rows: SharedRows
     statistics: Statistics
@@ -43,15 +43,15 @@ class Service:
 
     @cached_property
     def rules(self) -> Rules:
-        """What the settings say of messages."""
+        """Limits of messages and form of answers, from the settings."""
         return Rules(self.settings.max_elements, null=self.settings.nan == "null")
 
 
-def start(settings: Settings, state: State | None = None) -> Service:
+def start(settings: Settings, state: SharedState | None = None) -> Context:
     """Join the processes that share this state, and load the models that are listed in it.
 
     Args:
-        settings: What the process was started with.
+        settings: Settings of the process.
         state: What is shared, with its list of models; None for a process on its own, which makes both.
 
     Raises:
@@ -60,7 +60,7 @@ def start(settings: Settings, state: State | None = None) -> Service:
     alone = state is None
     if state is None:
         path = tempfile.mkdtemp(prefix="batchnorm-service-", dir=settings.run_dir)
-        state = State(Path(path))
+        state = SharedState(Path(path))
         weakref.finalize(state, shutil.rmtree, path, ignore_errors=True)
     state.register()
     repository = Repository(settings.directory(), state)
@@ -69,4 +69,4 @@ def start(settings: Settings, state: State | None = None) -> Service:
     repository.refresh()
     rows = SharedRows(state)
     keyring = Keyring(settings.keys) if settings.keys else None
-    return Service(settings, state, repository, rows, Statistics(rows), keyring)
+    return Context(settings, state, repository, rows, Statistics(rows), keyring)

@@ -10,21 +10,21 @@ from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Base of every refusal; only its subclasses are raised.
+    """Base of all errors that are answered to a client; only its subclasses are raised.
 
     Attributes:
-        headers: What a client is told beside the text, as headers of the answer.
+        headers: Headers that the answer has beside the text.
     """
 
     headers: ClassVar[Mapping[str, str]] = {}
 
 
 class InvalidInputError(ServiceError):
-    """The message, or the tensor in it, is not what the protocol or the model takes."""
+    """The request is malformed, or its tensor does not fit the model."""
 
 
 class ModelNotFoundError(ServiceError):
-    """No model of that name, or no such version of it."""
+    """There is no model of that name, or no such version of it."""
 
 
 class NotReadyError(ServiceError):
@@ -36,38 +36,38 @@ class BodyTooLargeError(ServiceError):
 
 
 class FingerprintMismatchError(ServiceError):
-    """The request demands other parameters than those that would compute its answer."""
+    """The request demands another fingerprint than that of the model."""
 
 
 class UnsupportedError(ServiceError):
-    """A part of the protocol that this service, or this installation of it, does not have."""
+    """The request uses a part of the protocol that the service or its installation does not support."""
 
 
 class UnsupportedEncodingError(UnsupportedError):
-    """The body is compressed in a way that this service does not read."""
+    """The body has a content coding that the service does not support."""
 
     headers: ClassVar[Mapping[str, str]] = {"Accept-Encoding": "gzip, deflate"}
 
 
 class LoadError(ServiceError):
-    """A model was to be loaded and cannot be; what was served before still is."""
+    """A model cannot be loaded; what was served before still is."""
 
 
 class UnauthorizedError(ServiceError):
-    """No key was given, or none that is known."""
+    """The request has no key, or an unknown one."""
 
     headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
 
 
 class ForbiddenError(ServiceError):
-    """The key does not go so far, or nobody may: the control API is off."""
+    """The key is not of the needed scope, or the control API is off."""
 
 
 class OverloadedError(ServiceError):
-    """As many requests or bytes are under way as the settings allow."""
+    """As many requests or bytes are in flight as the settings allow."""
 
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class LaggingError(ServiceError):
-    """A change of the models stands, and not every worker has taken it in time."""
+    """A change of the models is made, but not every worker has taken it over in time."""

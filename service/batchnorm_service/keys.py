@@ -1,6 +1,6 @@
-"""Keys of clients: a file of SHA-256 digests, so that the file itself lets nobody in.
+"""Keys of clients, kept as a file of SHA-256 digests, which is of no use to a thief.
 
-A line is `SCOPE[,SCOPE...]:DIGEST[:COMMENT]`; empty lines and those that begin with # do not count.
+A line is `SCOPE[,SCOPE...]:DIGEST[:COMMENT]`; empty lines and lines that begin with # are ignored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse(text: str) -> tuple[Key, ...]:
     """Return the keys of a file.
 
     Raises:
-        ValueError: names the first line that is none.
+        ValueError: a line is no key; the message names the first such line.
     """
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -62,7 +62,7 @@ def parse(text: str) -> tuple[Key, ...]:
 
 
 class Keyring:
-    """The keys of a file, which is read again when it changes.
+    """The keys in a file, read again when the file changes.
 
     Args:
         path: The file.
@@ -76,11 +76,11 @@ class Keyring:
         self._path = path
         self._mark = self._marked()
         self._keys = parse(path.read_text(encoding="utf-8"))
-        # Keys that were let in, since a digest takes as long as a tenth of a small inference.
+        # Keys that were accepted: a digest takes a tenth of the time of a small inference.
         self._known: dict[bytes, Key] = {}
 
     def refresh(self) -> None:
-        """Read the file again if it has changed; one that cannot be read changes nothing."""
+        """Read the file again if it has changed; if it cannot be read, the keys stay as they were."""
         try:
             mark = self._marked()
             if mark == self._mark:
@@ -96,7 +96,7 @@ class Keyring:
             logger.info("read %d keys", len(self._keys))
 
     def check(self, given: bytes | None, scope: str) -> None:
-        """Refuse a request without a key of this scope.
+        """Check that a request has a key of this scope.
 
         Raises:
             UnauthorizedError: no key is given, or an unknown one.
@@ -111,7 +111,7 @@ class Keyring:
     def _find(self, given: bytes) -> Key:
         digest = hashlib.sha256(given).digest()
         found = None
-        for key in self._keys:  # all of them, so that the time says nothing
+        for key in self._keys:  # all of them, so that the time does not depend on which one it is
             if hmac.compare_digest(digest, key.digest):
                 found = key
         if found is None:

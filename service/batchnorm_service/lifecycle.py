@@ -1,4 +1,4 @@
-"""What a process does beside answering: it follows what is shared, and knows when it is to end."""
+"""What a process does beside answering: it follows changes of models and keys."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ WATCH_SECONDS: Final = 0.1
 
 @dataclass
 class Lifecycle:
-    """Where the process is between start and end.
+    """State of the process between start and end.
 
     Attributes:
-        stopping: Whether it will end soon, and wants no new clients.
+        stopping: Whether it is to end soon, so that new clients should go elsewhere.
     """
 
     stopping: bool = False
@@ -32,7 +32,7 @@ class Lifecycle:
 
 @asynccontextmanager
 async def watch(repository: Repository, keyring: Keyring | None) -> AsyncIterator[None]:
-    """Take changes of the models and of the keys, while the block lasts."""
+    """Take over changes of the models and of the keys while the block runs."""
     task = asyncio.create_task(_watch(repository, keyring))
     try:
         yield
@@ -49,7 +49,7 @@ async def _watch(repository: Repository, keyring: Keyring | None) -> NoReturn:
         if repository.stale:
             try:
                 await to_thread.run_sync(repository.refresh)
-            # What was served still is, and the next round tries again; it says so once.
+            # What was served still is, and the next round tries again; the error is logged once.
             except Exception as reason:
                 if str(reason) != said:
                     logger.error("the new list of models is not taken: %s", reason)

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, on standard error, with the id of the request where there is one."""
+"""Logs on standard error: one JSON object a line, with the id of the request where there is one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 
 
 def safe_id(given: str) -> str:
-    """Return an id from outside as it may stand in logs and headers: cut, and `_` for what is not safe."""
+    """Return an id of a client as it may stand in logs and headers: cut, with `_` for unsafe characters."""
     return _UNSAFE.sub("_", given[:MAX_ID])
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as one line of JSON; `extra={"fields": {...}}` adds members."""
+    """Formats a log record as one line of JSON; `extra={"fields": {...}}` adds members."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""

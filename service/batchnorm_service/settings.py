@@ -1,4 +1,4 @@
-"""Settings of a process: keyword, else environment variable `BATCHNORM_SERVICE_<NAME>`, else default."""
+"""Settings: from a keyword, else the environment variable `BATCHNORM_SERVICE_<NAME>`, else the default."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB: Final = 2**20
 
 
 class Settings(BaseSettings):
-    """What a process is started with; immutable.
+    """Settings of a process; immutable.
 
     Raises:
         pydantic.ValidationError: a value is missing, wrong or at odds with another; it is a ValueError.
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         return self
 
     def directory(self) -> Directory:
-        """Return where models come from."""
+        """Return the directory of models."""
         root = self.models or self.model_dir
         assert root is not None  # `_consistent` has seen to it
         return Directory(root, self.model_name)

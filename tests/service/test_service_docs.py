@@ -83,7 +83,7 @@ def test_statuses_are_those_of_the_code():
 
 
 def test_metrics_are_those_of_the_code(models):
-    service = create_app(Settings(models=models)).state.service
+    service = create_app(Settings(models=models)).state.context
     printed = Metrics(service).text("")[0].decode()
     families = set(re.findall(r"# TYPE (\S+)", printed))
     section = PAGE.split("\n## Watch\n")[1].split("\n## ")[0]

@@ -173,6 +173,25 @@ def test_the_limit_of_heads(server, size, status, fields):
         assert found == [*before, status], (len(pieces), before)
 
 
+def test_trailers_are_no_headers(server, expected):
+    """They change nothing, in the packet of the head too, and have no more room than headers."""
+    trailers = b"Inference-Header-Content-Length: 3\r\nContent-Encoding: br\r\nX-Request-Id: head\r\n"
+    body = chunked(BODY).removesuffix(b"\r\n")
+    head = body.index(b"\r\n\r\n") + 4
+    for places in ((), (head,), (len(body),), (len(body) + 10,)):
+        assert answers_before_last(server, cut(body + trailers + b"\r\n", *places)) == [expected]
+    for data in (b"A: " + b"b" * 300_000, b"A: bcdefgh\r\n" * 30_000):
+        found = answers(server, [body + data[:100_000], data[100_000:200_000], data[200_000:]])
+        assert [status for status, _ in found] in ([431], [200, 431])
+
+
+def test_a_body_in_small_chunks_has_no_limit_of_heads(server):
+    large = json.loads(BODY) | {"unknown": "a" * 100_000}
+    data = json.dumps(large).encode()
+    answer = answers_before_last(server, cut(chunked(data), 200_000, 200_001, 400_002))
+    assert [status for status, _ in answer] == [200]
+
+
 def test_the_limit_of_a_request_line(server):
     found = answers(server, [b"GET /" + b"a" * MAX_HEAD + b" HTTP/1.1\r\nHost: a\r\n\r\n"])
     assert [status for status, _ in found] == [431]

@@ -113,7 +113,7 @@ def test_a_keyring_follows_its_file(tmp_path, caplog):
     ],
 )
 def test_scopes_of_requests(request_, scope):
-    assert classify(*request_.split()).kind.value == scope
+    assert classify(*request_.split()).scope == scope
 
 
 # A process

@@ -16,7 +16,7 @@ from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotR
 from batchnorm_service.models.directory import Directory
 from batchnorm_service.models.model import Model
 from batchnorm_service.models.repository import Repository
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def open_repository(root, name=None):
     """What a process on its own does at its start."""
     shared = root.parent / "shared"
     shared.mkdir(exist_ok=True)
-    repository = Repository(Directory(root, name), State(shared))
+    repository = Repository(Directory(root, name), SharedState(shared))
     repository.load_all()
     repository.refresh()
     return repository

@@ -23,7 +23,7 @@ from test_service_process import INFER, message
 from batchnorm_service.counts import statistics
 from batchnorm_service.counts.counters import BYTES_IN_FLIGHT, IN_FLIGHT, STATUSES, SharedRows
 from batchnorm_service.logs import MAX_ID, JsonFormatter, request_id, safe_id
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 
 DRAIN = 1.0
 
@@ -228,7 +228,7 @@ def test_metrics_and_statistics_agree_over_workers(models, tmp_path):
 
 
 def test_counters_of_processes_are_summed(tmp_path):
-    first, second = State(tmp_path), State(tmp_path)
+    first, second = SharedState(tmp_path), SharedState(tmp_path)
     first.register()
     second.register()
     ours, theirs = SharedRows(first), SharedRows(second)
@@ -253,7 +253,7 @@ def test_counters_of_processes_are_summed(tmp_path):
 
 
 def test_without_room_for_counters_a_process_counts_for_itself(tmp_path, caplog):
-    state = State(tmp_path)
+    state = SharedState(tmp_path)
     state.register()
     rows = SharedRows(state)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -74,10 +74,12 @@ BAD_LENGTHS = ("-1", "+5", "abc", "1e3", "0x10", "5.0", "1" * 30, "", "1_0")
 
 CASES = [
     # framing
-    invalid("no body", "malformed", b""),
+    invalid("no body", "the body is empty", b""),
     invalid("not json", "malformed", b"hello"),
     invalid("cut json", "malformed", b'{"inputs":['),
-    invalid("bytes after json", "malformed", json.dumps(given()).encode() + b"\0\0"),
+    invalid("bytes after json", "needs Inference-Header", json.dumps(given()).encode() + b"\0\0"),
+    invalid("bytes alone", "needs Inference-Header", X.tobytes()),
+    invalid("bytes that are text", "needs Inference-Header", json.dumps(binary()).encode() + b"text" * 10),
     invalid("not utf-8", "malformed", b'{"inputs":"\xff"}'),
     invalid(
         "a byte-order mark", "byte-order mark (EF BB BF)", b"\xef\xbb\xbf" + json.dumps(given()).encode()

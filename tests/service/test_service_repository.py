@@ -29,7 +29,7 @@ from batchnorm.onnx import load_frozen
 from batchnorm_service.errors import LoadError, ModelNotFoundError, NotReadyError
 from batchnorm_service.models.directory import Directory
 from batchnorm_service.models.repository import Repository
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 
 X = np.arange(3 * CHANNELS, dtype=np.float32).reshape(3, CHANNELS)
 OLD, NEW = make_layer(1), make_layer(2)
@@ -231,10 +231,10 @@ def test_a_file_that_changes_while_it_is_served_does_no_harm(root):
     path = put(root, "a.safetensors", OLD)
     shared = root.parent / "state"
     shared.mkdir()
-    first = Repository(Directory(root), State(shared))
+    first = Repository(Directory(root), SharedState(shared))
     first.load_all()
     path.write_bytes(b"")
-    later = Repository(Directory(root), State(shared))
+    later = Repository(Directory(root), SharedState(shared))
     later.refresh()
     assert later.get("a").layer == OLD
 

@@ -1,1 +1,1 @@
-"""What was answered, counted for each model and process, and summed over processes."""
+"""Counters of requests for each model and process, and their sums over processes."""

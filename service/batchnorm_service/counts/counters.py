@@ -1,6 +1,6 @@
-"""Counters of all processes of a service: rows of integers in small files that are mapped into memory.
+"""Counters of all processes of a service: rows of integers in small memory-mapped files.
 
-To count is to add to memory; to read is to sum the files. Those of a process that has ended still count.
+Counting adds to memory; reading sums the files, those of processes that have ended too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from batchnorm_service.counts.statistics import LAST, LENGTH
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,13 @@ _PROCESS: Final = "@process"
 
 
 class SharedRows:
-    """The rows of this process, and the sums over all.
+    """Rows of counters of this process, and their sums over all processes.
 
     Args:
         state: What the processes share; this one is registered.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: SharedState) -> None:
         self._state = state
         self._folder = state.path / "counters"
         self._own = self._folder / state.identity
@@ -46,28 +46,28 @@ class SharedRows:
         self.process = self._mapped(_PROCESS, PROCESS_LENGTH)
 
     def mine(self, name: str, version: str) -> MutableSequence[int]:
-        """Return the row of a model that this process adds to; it starts as zeros."""
+        """Return the row of a model to which this process adds; it starts as zeros."""
         row = self._rows.get((name, version))
         if row is None:
             row = self._rows[name, version] = self._mapped(f"{name}@{version}", LENGTH)
         return row
 
     def total(self, name: str, version: str) -> Sequence[int]:
-        """Return the sums over all processes; of `LAST` the latest."""
+        """Return the sums over all processes, and for `LAST` the maximum."""
         rows = _read(self._folder.glob(f"*/{name}@{version}"), LENGTH)
         sums: list[int] = rows.sum(axis=0).tolist()
         sums[LAST] = int(rows[:, LAST].max(initial=0))
         return sums
 
     def total_of_processes(self) -> Sequence[int]:
-        """Return the sums over all processes; of what is in flight, over those that live."""
+        """Return the sums over all processes; what is in flight is summed over live ones."""
         sums: list[int] = _read(self._folder.glob(f"*/{_PROCESS}"), PROCESS_LENGTH).sum(axis=0).tolist()
         live = _read((self._folder / worker / _PROCESS for worker in self._state.live()), PROCESS_LENGTH)
         sums[:SECONDS_NS] = live[:, :SECONDS_NS].sum(axis=0).tolist()
         return sums
 
     def models(self) -> set[tuple[str, str]]:
-        """Return the names and versions that something was counted for."""
+        """Return the names and versions of the models that have counters."""
         found = (path.name.split("@") for path in self._folder.glob("*/[!@]*"))
         return {(name, version) for name, version in found}
 

@@ -1,4 +1,4 @@
-"""Statistics of inference, as the protocol's extension has them.
+"""Statistics of inference in the form of the protocol's statistics extension.
 
 A model's counters are one row of integers; whoever keeps the rows sums them over processes.
 """
@@ -23,26 +23,26 @@ LENGTH: Final = BATCHES + 4 * BATCH_SIZES
 
 
 class Rows(Protocol):
-    """Where the counters are kept."""
+    """Storage of the counters."""
 
     def mine(self, name: str, version: str) -> MutableSequence[int]:
-        """Return the row of a model that this process adds to; it starts as zeros."""
+        """Return the row of a model to which this process adds; it starts as zeros."""
 
     def total(self, name: str, version: str) -> Sequence[int]:
-        """Return the sums over all processes; of `LAST` the latest."""
+        """Return the sums over all processes, and for `LAST` the maximum."""
 
 
 class Statistics:
-    """What infer tells of every request, and what `/stats` says of them."""
+    """Counts inference requests, and reports the counters as `/stats` gives them."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
 
     def succeeded(self, model: Model, rows: int, queue: int, read: int, compute: int, write: int) -> None:
-        """Count an answer.
+        """Count a successful request.
 
         Args:
-            model: That answered.
+            model: The model that answered.
             rows: Size of the batch.
             queue: Nanoseconds between the arrival of the whole message and the start of work on it.
             read: Nanoseconds that parsing took.
@@ -66,7 +66,7 @@ class Statistics:
             row[at + 3] += write
 
     def failed(self, model: Model, duration: int) -> None:
-        """Count a refusal after the model was found, and the nanoseconds until it."""
+        """Count a request that failed after its model was found, and its duration in nanoseconds."""
         row = self._rows.mine(model.name, model.version)
         row[FAILURES] += 1
         row[FAILURE_NS] += duration

@@ -1,6 +1,6 @@
-"""What every request passes before the routes: its key, the limits of what is in flight, and the counters.
+"""Admission of requests before the routes: keys, limits of what is in flight, and counters.
 
-It is ASGI and no more, since each microsecond here is one of every request.
+It is plain ASGI, because every request spends the time that is spent here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from batchnorm_service.context import Service
+from batchnorm_service.context import Context
 from batchnorm_service.counts.counters import (
     BOUNDS,
     BYTES_IN_FLIGHT,
@@ -33,22 +33,22 @@ _BOUNDS_NS: Final = [round(bound * 1e9) for bound in BOUNDS]
 
 
 class Admission:
-    """ASGI middleware for requests whose `asked` in the scope is the `Asked` of `paths.classify`.
+    """ASGI middleware that checks keys and limits, and counts; the scope has `asked`, from `paths.classify`.
 
     Args:
-        service: Its limits, keys and counters.
-        app: What is behind it.
+        context: Limits, keys and counters.
+        app: The application that answers admitted requests.
     """
 
-    def __init__(self, service: Service, app: ASGIApp) -> None:
-        settings = service.settings
+    def __init__(self, context: Context, app: ASGIApp) -> None:
+        settings = context.settings
         self._app = app
-        self._keyring = service.keyring
+        self._keyring = context.keyring
         self._max_requests = settings.max_requests
         self._max_queued = settings.max_queued
         self._max_body = settings.max_body
         self._access_log = settings.access_log
-        self._row = service.rows.process
+        self._row = context.rows.process
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -56,20 +56,20 @@ class Admission:
             await self._app(scope, receive, send)
             return
         began = perf_counter_ns()
-        kind = scope["asked"].kind
+        asked = scope["asked"]
         headers = dict(scope["headers"])
-        infer = kind is Kind.INFER
+        infer = asked.kind is Kind.INFER
         if not infer or self._access_log or b"x-request-id" in headers:
             send = _watched(scope, headers.get(b"x-request-id"), send)
         row = self._row
         size = 0
         try:
-            if self._keyring is not None and kind.value is not None:
-                self._keyring.check(_key(headers), kind.value)
+            if self._keyring is not None and asked.scope is not None:
+                self._keyring.check(_key(headers), asked.scope)
             if infer:
                 size = self._admitted(headers)
-        except ServiceError as refusal:
-            answer = answer_to(refusal)
+        except ServiceError as error:
+            answer = answer_to(error)
             await answer(scope, receive, send)
             row[STATUSES + answer.status_code] += 1
             if self._access_log:
@@ -93,7 +93,11 @@ class Admission:
                 self._log(scope, status, began)
 
     def _admitted(self, headers: Mapping[bytes, bytes]) -> int:
-        """Return the bytes that a request may come to hold: the most where no length is announced."""
+        """Return how many bytes of memory a request is counted with: the limit where its length is unknown.
+
+        Raises:
+            OverloadedError: as many requests or bytes are in flight as the limits allow.
+        """
         size = min(int(headers.get(b"content-length", self._max_body)), self._max_body)
         row = self._row
         if row[IN_FLIGHT] >= self._max_requests or row[BYTES_IN_FLIGHT] + size > self._max_queued:
@@ -112,9 +116,9 @@ class Admission:
 
 
 def _watched(scope: Scope, given: bytes | None, send: Send) -> Send:
-    """Return a `send` that notes the status, and sends the id of the request back where there is one.
+    """Return a `send` that notes the status, and adds the id of the request to the answer if there is one.
 
-    Infer notes the status itself, so that most of its requests need none of this.
+    The endpoint of infer notes the status itself, so that most of its requests do without this.
     """
     identity = None
     if given is not None:

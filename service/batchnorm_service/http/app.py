@@ -1,4 +1,4 @@
-"""The HTTP edge: the table of routes, and the way of a request to its endpoint.
+"""The web application: the table of routes, and the dispatch of a request to its endpoint.
 
 Every answer but 200 is `{"error": text}`.
 """
@@ -18,30 +18,30 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from batchnorm_service import __version__
-from batchnorm_service.context import Service, start
+from batchnorm_service.context import Context, start
 from batchnorm_service.errors import NotReadyError, ServiceError
 from batchnorm_service.http import answers, error_answers, openapi
 from batchnorm_service.http.admission import Admission
 from batchnorm_service.http.infer import Infer
 from batchnorm_service.http.paths import MODEL_PATHS, Kind, classify
-from batchnorm_service.http.repository_endpoints import Control
+from batchnorm_service.http.repository_endpoints import RepositoryEndpoints
 from batchnorm_service.lifecycle import watch
 from batchnorm_service.models.model import Model
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 from batchnorm_service.protocol import metadata
 from batchnorm_service.settings import Settings
 
-# What wraps every request, infer's included, the first outermost: makers of an ASGI application from the
-# service and the application inside.
-LAYERS: Final[tuple[Callable[[Service, ASGIApp], ASGIApp], ...]] = (Admission,)
+# Middleware around every request, those to infer included, the outermost first: each makes an ASGI
+# application from the context and the application inside.
+LAYERS: Final[tuple[Callable[[Context, ASGIApp], ASGIApp], ...]] = (Admission,)
 
 
-def create_app(settings: Settings | None = None, state: State | None = None) -> Application:
-    """Load the models and return the ASGI application that serves them; its `state.service` is the `Service`.
+def create_app(settings: Settings | None = None, state: SharedState | None = None) -> Application:
+    """Load the models and return the ASGI application that serves them; its `state.context` is the `Context`.
 
     Args:
-        settings: What to serve; None reads the environment, as `uvicorn --factory` needs it.
-        state: What is shared with other processes; None for a process on its own.
+        settings: Settings; None reads the environment, as `uvicorn --factory` needs it.
+        state: State shared with other processes; None for a single process.
 
     Raises:
         pydantic.ValidationError: the environment lacks a setting or has a wrong one.
@@ -50,35 +50,35 @@ def create_app(settings: Settings | None = None, state: State | None = None) -> 
 
 
 class Application(FastAPI):
-    """The routes of a service, and a short cut to one of them.
+    """The web application, with a shortcut to the endpoint of infer.
 
-    A request to infer goes from `LAYERS` straight to its endpoint, which is a route like the others: the
-    middleware of FastAPI and the search for the route take longer than small tensors do.
+    A request to infer goes from `LAYERS` straight to its endpoint: FastAPI's middleware and its search for
+    the route take longer than the inference of a small tensor.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, context: Context) -> None:
         super().__init__(
             title="batchnorm-service",
             version=__version__,
             redoc_url=None,
             swagger_ui_oauth2_redirect_url=None,
             redirect_slashes=False,
-            lifespan=lambda _: watch(service.repository, service.keyring),
+            lifespan=lambda _: watch(context.repository, context.keyring),
             exception_handlers={
-                ServiceError: _on_refusal,
+                ServiceError: _on_service_error,
                 HTTPException: _on_http_exception,
                 RequestValidationError: _on_invalid_parameter,
                 ClientDisconnect: _on_disconnect,
                 Exception: _on_defect,
             },
         )
-        self.state.service = service
-        self._infer = Infer(service)
-        self._add_routes(_Endpoints(service))
-        Control(service).add_routes(self)
+        self.state.context = context
+        self._infer = Infer(context)
+        self._add_routes(_Endpoints(context))
+        RepositoryEndpoints(context).add_routes(self)
         self._way: ASGIApp = self._dispatch
         for layer in reversed(LAYERS):
-            self._way = layer(service, self._way)
+            self._way = layer(context, self._way)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; what it asks for is put into its scope once."""
@@ -135,12 +135,12 @@ class Application(FastAPI):
 
 
 class _Endpoints:
-    """What answers the routes, over one service."""
+    """Endpoints that only read."""
 
-    def __init__(self, service: Service) -> None:
-        self._repository = service.repository
-        self._statistics = service.statistics
-        self._lifecycle = service.lifecycle
+    def __init__(self, context: Context) -> None:
+        self._repository = context.repository
+        self._statistics = context.statistics
+        self._lifecycle = context.lifecycle
 
     async def live(self) -> dict[str, Any]:
         return {"live": True}
@@ -181,30 +181,30 @@ class _Endpoints:
         return self._repository.get(**request.path_params)
 
     def _versions(self, name: str, version: str | None = None) -> list[Model]:
-        """The model of that version; all loaded ones where none is named."""
+        """Return the model of that version; all loaded versions where none is named."""
         if version is not None:
             return [self._repository.get(name, version)]
-        self._repository.get(name)  # refuses what there is not
+        self._repository.get(name)  # raises if there is none
         return [self._repository.get(name, one) for one in self._repository.versions(name)]
 
 
-async def _on_refusal(request: Request, refusal: ServiceError) -> Response:
-    return error_answers.answer_to(refusal)
+async def _on_service_error(request: Request, error: ServiceError) -> Response:
+    return error_answers.answer_to(error)
 
 
-async def _on_http_exception(request: Request, refusal: HTTPException) -> Response:
-    headers = dict(refusal.headers or {})
+async def _on_http_exception(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
     if "GET" in headers.get("Allow", ""):
         headers["Allow"] += ", HEAD"
-    return error_answers.answer(refusal.status_code, refusal.detail, headers)
+    return error_answers.answer(error.status_code, error.detail, headers)
 
 
-async def _on_invalid_parameter(request: Request, refusal: RequestValidationError) -> Response:
-    first = refusal.errors()[0]
+async def _on_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
     return error_answers.answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
-async def _on_disconnect(request: Request, refusal: ClientDisconnect) -> Response:
+async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
     return error_answers.answer(
         400, "the request is incomplete"
     )  # nobody reads it; it keeps a traceback out of the log

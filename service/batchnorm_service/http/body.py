@@ -1,4 +1,4 @@
-"""Bodies on their way in and out: into one piece of memory, and through the codings gzip and deflate."""
+"""Reading bodies into one piece of memory, and the content codings gzip and deflate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CODINGS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 MAX_MEMBERS: Final = 2**16
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _WINDOW: Final = 1024
-# Tensors are noise in their low bits: more effort makes them hardly smaller.
+# The low bits of tensors are noise: higher levels make them hardly smaller.
 _LEVEL: Final = 1
 
 
@@ -27,29 +27,29 @@ _KEPT: Final = 31 * 2**20
 
 
 class DisconnectedError(Exception):
-    """The client left before its message was whole; nobody waits for an answer."""
+    """The client disconnected before its request was complete."""
 
 
 def keep_memory() -> None:
     """Make the C library keep freed memory for the next message.
 
-    It would give blocks of the size of tensors back to the kernel and have it clear them for the next
-    request, which takes as long as to normalize them. Where the library is not glibc this does nothing.
+    It would else return blocks of the size of tensors to the kernel, which clears them for the next request;
+    that takes as long as to normalize them. If the library is not glibc, this does nothing.
     """
     np.empty(_KEPT, np.uint8)
 
 
 async def read(length: int | None, receive: Receive, limit: int) -> Bytes:
-    """Return a body: as it came if it came in one piece, else in writable memory that holds it once.
+    """Return a body: the received bytes if they came in one piece, else writable memory that holds them once.
 
     Args:
-        length: The announced length; None for a body in chunks.
-        receive: ASGI's.
+        length: The announced length; None for a chunked body.
+        receive: ASGI's receive.
         limit: The most bytes that are taken.
 
     Raises:
-        BodyTooLargeError: it exceeds the limit; said unread where its length is announced.
-        DisconnectedError: the client left.
+        BodyTooLargeError: it exceeds the limit; raised before it is read if its length is announced.
+        DisconnectedError: the client disconnected.
     """
     if length is not None and length > limit:
         raise _too_large(limit)
@@ -76,7 +76,7 @@ async def _chunk(receive: Receive) -> tuple[bytes, bool]:
 
 
 def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
-    """Return what a compressed body holds.
+    """Return a compressed body, decompressed.
 
     Raises:
         InvalidInputError: it is damaged, cut short, or longer than its contents.
@@ -111,7 +111,7 @@ def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
 
 
 def compress(coding: bytes, parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
-    """Return the parts, one after the other, in a coding of `CODINGS`."""
+    """Return the concatenated parts, compressed by a coding of `CODINGS`."""
     machine = zlib.compressobj(_LEVEL, wbits=CODINGS[coding])
     return b"".join([*map(machine.compress, parts), machine.flush()])
 

@@ -1,4 +1,4 @@
-"""From a refusal to its answer: the table of statuses, and the body `{"error": text}` of all but 200."""
+"""Answers to errors: the table of HTTP statuses, and the body `{"error": text}`."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ DEFECT: Final = "internal error; the log of the service has the traceback"
 
 
 def answer(status: int, text: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the answer of this status."""
+    """Return an answer with this status and error text."""
     # The standard library escapes what is not ASCII, so that no text from outside can fail to be encoded.
     return Response(json.dumps({"error": text}), status, headers, media_type="application/json")
 
 
-def answer_to(refusal: ServiceError) -> Response:
-    """Return the answer that a refusal has."""
-    return answer(STATUS[type(refusal)], str(refusal), refusal.headers)
+def answer_to(error: ServiceError) -> Response:
+    """Return the answer to an error of the service."""
+    return answer(STATUS[type(error)], str(error), error.headers)

@@ -10,14 +10,14 @@ from anyio import to_thread
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from batchnorm_service.context import Service
+from batchnorm_service.context import Context
 from batchnorm_service.errors import ServiceError, UnsupportedEncodingError
 from batchnorm_service.http import error_answers
 from batchnorm_service.http.body import CODINGS, DisconnectedError, compress, decompress, keep_memory, read
 from batchnorm_service.models.model import Model
 from batchnorm_service.protocol import exchange
 
-# Up to this size a message is answered in the event loop, beyond it in a thread, so that others do not wait.
+# Messages up to this size are answered in the event loop, larger ones in a thread, so that no other waits.
 # Measured on two cores: the way to a thread and back takes 0.1 ms; bytes of this size 0.04 ms, JSON 1.2 ms.
 INLINE_BYTES: Final = 256 * 1024
 # Up to this size the parts of an answer are joined: a copy costs less than a second call of the server.
@@ -30,26 +30,26 @@ logger = logging.getLogger(__name__)
 
 
 class Infer:
-    """Answers a request for the model that the path names (`name`, and `version` where given)."""
+    """ASGI endpoint of inference; the scope's `path_params` name the model and, if given, the version."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, context: Context) -> None:
+        self._context = context
         keep_memory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; `path_params` of the scope names the model, `status` is told to the gate."""
+        """Answer one request, and note its status in the scope, where admission counts it."""
         try:
-            model = self._service.repository.get(**scope["path_params"])
+            model = self._context.repository.get(**scope["path_params"])
             headers, parts = await self._answer(model, dict(scope["headers"]), receive)
         except DisconnectedError:
             return
-        except ServiceError as refusal:
-            await _refuse(error_answers.answer_to(refusal), scope, receive, send)
+        except ServiceError as error:
+            await _send_error(error_answers.answer_to(error), scope, receive, send)
             return
         except Exception:
-            # Here and not in a middleware, because the way to this endpoint has none.
+            # Here and not in a middleware, because no middleware of FastAPI is around this endpoint.
             logger.exception("a defect: inference failed")
-            await _refuse(error_answers.answer(500, error_answers.DEFECT), scope, receive, send)
+            await _send_error(error_answers.answer(500, error_answers.DEFECT), scope, receive, send)
             return
         scope["status"] = 200
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -62,14 +62,14 @@ class Infer:
         self, model: Model, headers: dict[bytes, bytes], receive: Receive
     ) -> tuple[_Headers, list[Any]]:
         """Return the headers of the answer and the parts of its body."""
-        service = self._service
-        limit = service.settings.max_body
+        context = self._context
+        limit = context.settings.max_body
         given = headers.get(b"content-encoding", b"").lower() or b"identity"
         if given != b"identity" and given not in CODINGS:
             raise UnsupportedEncodingError(
                 f"Content-Encoding {given.decode('latin-1')!r} is not gzip or deflate"
             )
-        # Only where one coding is named: who names several does not always mean it.
+        # Only if a single coding is named: clients that name several cannot always read them.
         wanted = headers.get(b"accept-encoding", b"").lower()
         length = headers.get(b"content-length")
         body = await read(None if length is None else int(length), receive, limit)
@@ -78,21 +78,21 @@ class Infer:
         def work() -> tuple[exchange.Reply, tuple[_Headers, list[Any]], int]:
             began = perf_counter_ns()
             plain = body if given == b"identity" else decompress(given, body, limit)
-            reply = exchange.infer(model, plain, headers.get(_JSON_LENGTH), service.rules)
+            reply = exchange.infer(model, plain, headers.get(_JSON_LENGTH), context.rules)
             return reply, _message(model, reply, wanted), began - arrived
 
         small = len(body) <= INLINE_BYTES and given == b"identity" and wanted not in CODINGS
         try:
             reply, message, queue = work() if small else await to_thread.run_sync(work)
         except ServiceError:
-            service.statistics.failed(model, perf_counter_ns() - arrived)
+            context.statistics.failed(model, perf_counter_ns() - arrived)
             raise
         # Here and not in the thread: adding to a number is two steps.
-        service.statistics.succeeded(model, reply.rows, queue, reply.read, reply.compute, reply.write)
+        context.statistics.succeeded(model, reply.rows, queue, reply.read, reply.compute, reply.write)
         return message
 
 
-async def _refuse(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
+async def _send_error(answer: Response, scope: Scope, receive: Receive, send: Send) -> None:
     scope["status"] = answer.status_code
     await answer(scope, receive, send)
 

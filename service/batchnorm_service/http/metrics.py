@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, summed over the processes of the service: own names, and those of Triton."""
+"""Metrics for Prometheus, summed over all processes, by our own names and by Triton's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 
 import batchnorm
 from batchnorm_service import __version__
-from batchnorm_service.context import Service
+from batchnorm_service.context import Context
 from batchnorm_service.counts import statistics
 from batchnorm_service.counts.counters import (
     BOUNDS,
@@ -53,21 +53,21 @@ _TRITON: Final = {
 
 
 class Metrics:
-    """What `/metrics` prints of a service; the counters are those that `/stats` prints too."""
+    """A collector of the metrics of a service, from the counters that `/stats` reports too."""
 
-    def __init__(self, service: Service) -> None:
-        self._rows = service.rows
-        self._repository = service.repository
-        self._state = service.state
+    def __init__(self, context: Context) -> None:
+        self._rows = context.rows
+        self._repository = context.repository
+        self._state = context.state
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def describe(self) -> list[Metric]:
-        """Return nothing, so that registration does not count."""
+        """Return nothing, so that registration does not collect."""
         return []
 
     def text(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics, and their content type, as this Accept header wants them."""
+        """Return the metrics in the format that an Accept header asks for, and its content type."""
         encoder, kind = choose_encoder(accept)
         return encoder(self._registry), kind
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, with examples, and with infer written out, which is no route of FastAPI's.
+"""The OpenAPI document: FastAPI's, with examples, and with infer, which is no route of FastAPI, by hand.
 
 Every operation has an example: the real answer for the model of `docs/service.md`. A test sends them.
 """
@@ -41,7 +41,7 @@ def _ref(name: str) -> dict[str, str]:
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """What an optional member of a request may be: null is as good as nothing."""
+    """Return the schema of an optional member of a request, where null stands for absence."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
@@ -198,7 +198,7 @@ _Y: Final = struct.pack("<3I", 0x3F7FFFAC, 0x3F7FFFEB, 0x3F7FFEB0)
 
 
 def _bytes(head: dict[str, Any], tail: bytes, multiple: int = 1) -> dict[str, Any]:
-    """An example that is no JSON, which the document has no form for: in base64, and its header."""
+    """Return an example that is not JSON, for which OpenAPI has no form: in base64, with its header."""
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % multiple)
     headers = {_LENGTH: str(len(text))}
@@ -268,7 +268,7 @@ def _operation(verb: str, path: str, summary: str, content: dict[str, Any]) -> d
         for name, pattern, example in (("name", NAME, "scale"), ("version", VERSION, "1"))
         if f"{{{name}}}" in path
     ]
-    scope = classify(verb.upper(), path).kind.value
+    scope = classify(verb.upper(), path).scope
     key = f"Where keys are asked for, one of scope `{scope}` is needed." if scope else "No key is needed."
     return {
         "summary": summary,

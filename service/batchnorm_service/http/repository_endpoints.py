@@ -1,4 +1,4 @@
-"""The repository of models over HTTP (the protocol's extension `model_repository`), and the metrics.
+"""Endpoints of the repository of models (the protocol's extension `model_repository`) and of metrics.
 
 POST /v2/repository/index                     what there is, and what is wrong with it
 POST /v2/repository/models/{name}/load        take what the directory holds of a model now
@@ -17,7 +17,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from batchnorm_service.context import Service
+from batchnorm_service.context import Context
 from batchnorm_service.errors import (
     BodyTooLargeError,
     ForbiddenError,
@@ -35,14 +35,14 @@ from batchnorm_service.protocol.tensors import parse_json
 MAX_BODY: Final = 64 * 1024
 
 
-class Control:
-    """The endpoints over one service."""
+class RepositoryEndpoints:
+    """Endpoints of the repository and of metrics."""
 
-    def __init__(self, service: Service) -> None:
-        self._repository = service.repository
-        self._state = service.state
-        self._allowed = service.settings.control
-        self._metrics = Metrics(service)
+    def __init__(self, context: Context) -> None:
+        self._repository = context.repository
+        self._state = context.state
+        self._allowed = context.settings.control
+        self._metrics = Metrics(context)
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the endpoints to an application."""
@@ -58,7 +58,7 @@ class Control:
             app.add_api_route(named, self.named_repository, methods=post, include_in_schema=False)
 
     async def index(self, request: Request) -> Response:
-        """Name every model, whether it is served, and if not, why."""
+        """List every model, whether it is served, and if not, why."""
         ready = (await _object(request)).get("ready", False)
         if type(ready) is not bool:
             raise InvalidInputError("ready must be true or false")
@@ -71,7 +71,7 @@ class Control:
         return Response(json.dumps(found), media_type="application/json")
 
     async def load(self, request: Request) -> Response:
-        """Load all versions of a model that the directory holds now, or change nothing."""
+        """Load all versions of a model that the directory holds now, or none if one cannot be loaded."""
         self._check_allowed()
         for parameter in await _parameters(request):
             if parameter == "config" or parameter.startswith("file:"):
@@ -80,14 +80,14 @@ class Control:
         return Response()
 
     async def unload(self, request: Request) -> Response:
-        """Serve a model no longer, until it is loaded again."""
+        """Stop serving a model until it is loaded again."""
         self._check_allowed()
         await _parameters(request)
         await self._all_take(await to_thread.run_sync(self._repository.unload, request.path_params["name"]))
         return Response()
 
     async def named_repository(self) -> Response:
-        """Refuse: there is one repository, without a name."""
+        """Answer 501: there is one repository, without a name."""
         raise UnsupportedError("named repositories are not supported: there is one, without a name")
 
     def metrics(self, request: Request) -> Response:
@@ -100,7 +100,7 @@ class Control:
             raise ForbiddenError("loading and unloading is off: the service must be started with --control")
 
     async def _all_take(self, generation: int) -> None:
-        """Wait until every live process answers by this generation of the list or a newer one."""
+        """Wait until every live process serves this generation of the list or a newer one."""
         deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
         with suppress(OSError, ValueError):  # the watch tries again, and says why it cannot be
             await to_thread.run_sync(self._repository.refresh)

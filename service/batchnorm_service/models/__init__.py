@@ -1,1 +1,1 @@
-"""The models: what a directory offers, what the processes share, and what this process serves."""
+"""Models: in a directory, in the state that processes share, and in memory."""

@@ -1,4 +1,4 @@
-"""What a directory offers: which files would be which models, and how one file becomes a layer.
+"""A directory of models: which file is which model, and how a file becomes a layer.
 
     DIR/NAME/VERSION/bn.safetensors     or bn.onnx, model.onnx
     DIR/NAME.safetensors                or NAME.onnx: version 1
@@ -34,11 +34,11 @@ SUFFIXES: Final = (".safetensors", ".onnx")
 
 @dataclass(frozen=True)
 class Source:
-    """One file that is to be a version of a model, or what stands in its place.
+    """A file that is to be a version of a model, or a file or folder that is wrongly in the place of one.
 
     Attributes:
         name: Name of the model.
-        version: Its version; empty where a whole folder is refused.
+        version: Its version; empty where the problem is that of a whole folder.
         path: The file.
         problem: Why it cannot be loaded, where that is known without opening it.
     """
@@ -50,7 +50,7 @@ class Source:
 
 
 class Directory:
-    """A directory of models, or of one.
+    """A directory of models, or of a single model.
 
     Args:
         root: The directory. Nothing outside it is opened, whatever symbolic links say.
@@ -65,7 +65,7 @@ class Directory:
         self._name = name
 
     def sources(self, name: str | None = None) -> list[Source]:
-        """Return what the directory holds now, of one model or of all.
+        """Return the sources that the directory holds now, of one model or of all.
 
         Names are compared, never made into paths.
 
@@ -108,7 +108,7 @@ class Directory:
         return layer
 
     def explain(self, source: Source, scratch: Path, reason: Exception) -> str:
-        """Return the text of what `read` raised, with no path but the one below the directory."""
+        """Return the text of an error of `read`, with paths below the directory only."""
         text = f"{reason.strerror}" if isinstance(reason, OSError) and reason.strerror else str(reason)
         shown = str(source.path.relative_to(self._root))
         for path in (str(scratch), str(source.path), str(self._root)):
@@ -116,7 +116,7 @@ class Directory:
         return text
 
     def _named(self, entry: Path, wanted: str | None) -> Iterator[Source]:
-        """What one entry of a directory of models is."""
+        """Yield the sources of one entry of a directory of models."""
         if _is_model_file(entry):
             if wanted in (None, entry.stem):
                 suffix = entry.suffix.lower()
@@ -126,13 +126,13 @@ class Directory:
             yield from self._folder(entry.name, entry)
 
     def _single(self, name: str) -> Iterator[Source]:
-        """What the directory is, as one model."""
+        """Yield the sources of a directory that is a single model."""
         if _model_files(self._root):
             yield self._only_file(name, "1", self._root)
         yield from self._versions(name, self._root)
 
     def _folder(self, name: str, folder: Path) -> Iterator[Source]:
-        """What a folder in a directory of models is."""
+        """Yield the sources of a folder in a directory of models."""
         try:
             self._contained(folder)
             if misplaced := _model_files(folder):
@@ -192,7 +192,7 @@ def _is_model_file(path: Path) -> bool:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """Return what looks like a file of a model in a folder, or cannot be told where it cannot be listed."""
+    """Return the files in a folder that look like models; none if the folder cannot be listed."""
     try:
         return [path for path in _listed(folder) if _is_model_file(path)]
     except OSError:

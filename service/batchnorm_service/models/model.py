@@ -1,4 +1,4 @@
-"""The model layer: one version of one model. It knows neither HTTP nor JSON."""
+"""One version of one model, without HTTP or JSON."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Model:
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
-        """Names of the dtypes of x that the layer takes, its own first."""
+        """Names of the dtypes that x may have, the layer's own first."""
         narrow = ("float32", "float16", "bfloat16")
         return ("float64", *narrow) if self.layer.dtype == np.float64 else narrow
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of x at the lowest rank that the layer takes, -1 where any size goes; higher ranks go too."""
+        """Shape of x at the lowest rank that the layer takes, -1 for any size; higher ranks are taken too."""
         axis = self.layer.channel_axis
         sizes = [-1] * max(2, axis + 1 if axis >= 0 else -axis)
         sizes[axis] = self.layer.channels
@@ -48,9 +48,9 @@ class Model:
         """Return `layer(x)`, written to `out` where given.
 
         Raises:
-            InvalidInputError: the layer refuses the dtype or shape of x; its reason is the text.
+            InvalidInputError: the layer does not take the dtype or shape of x; the text says why.
         """
         try:
             return self.layer(x, out=out)
-        except (TypeError, ValueError) as refusal:
-            raise InvalidInputError(str(refusal)) from refusal
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The models that this process answers by, and the changes of them for all processes of the service."""
+"""The models that this process serves, and changes of them for all processes of the service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 from batchnorm_service.errors import LoadError, ModelNotFoundError, NotReadyError
 from batchnorm_service.models.directory import Directory, Source
 from batchnorm_service.models.model import Model
-from batchnorm_service.models.shared_state import Entry, Listing, State
+from batchnorm_service.models.shared_state import Entry, Listing, SharedState
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ UNLOADED: Final = "unloaded"
 
 @dataclass(frozen=True)
 class _Served:
-    """What is answered by, replaced as a whole: a request that has taken its model keeps it."""
+    """The models being served, replaced as a whole; a request keeps the model that it has begun with."""
 
     listing: Listing = field(default_factory=lambda: Listing(0))
     mark: tuple[int, int] | None = None
@@ -31,7 +31,7 @@ class _Served:
 
 
 class Repository:
-    """The models of a directory.
+    """The models of a directory, as this process serves them.
 
     Lookups are of memory alone. `load`, `unload` and `refresh` read files and may be called from any thread.
 
@@ -40,7 +40,7 @@ class Repository:
         state: What is shared with the other processes of the service.
     """
 
-    def __init__(self, directory: Directory, state: State) -> None:
+    def __init__(self, directory: Directory, state: SharedState) -> None:
         self._directory = directory
         self._state = state
         self._served = _Served()
@@ -55,12 +55,12 @@ class Repository:
 
     @property
     def generation(self) -> int:
-        """The generation of the list of models that is answered by."""
+        """The generation of the list of models that is served."""
         return self._served.listing.generation
 
     @property
     def stale(self) -> bool:
-        """Whether there is a newer list than the one that is answered by."""
+        """Whether there is a newer list than the one that is served."""
         return self._state.mark() != self._served.mark
 
     def names(self) -> list[str]:
@@ -68,11 +68,11 @@ class Repository:
         return sorted(self._served.models)
 
     def versions(self, name: str) -> list[str]:
-        """Return the loaded versions of a model, lowest first; none for a model that is not loaded."""
+        """Return the loaded versions of a model, lowest first; an empty list if it is not loaded."""
         return list(self._served.models.get(name, {}))
 
     def get(self, name: str, version: str | None = None) -> Model:
-        """Return a loaded model; the highest loaded version where none is named.
+        """Return a loaded model, of the highest loaded version if none is named.
 
         The lookup is in memory: a name from outside never becomes a path.
 
@@ -92,7 +92,7 @@ class Repository:
         raise ModelNotFoundError(f"there is no model {_label(name, version)}")
 
     def index(self) -> list[Entry]:
-        """Return what is loaded, what is not and why, and what lies in the directory and was never loaded.
+        """Return all versions of all models: loaded, not loaded and why, and not loaded yet.
 
         Raises:
             NotReadyError: the directory cannot be listed.
@@ -111,7 +111,7 @@ class Repository:
         return sorted([*listed, *new], key=lambda entry: (entry.name, len(entry.version), entry.version))
 
     def refresh(self) -> None:
-        """Answer by the newest list from here on, and tell the other processes so.
+        """Serve the newest list from now on, and acknowledge it to the other processes.
 
         Raises:
             OSError, ValueError: a layer of the list cannot be read; what was served before still is.
@@ -138,7 +138,7 @@ class Repository:
     # Changes
 
     def load_all(self) -> list[Entry]:
-        """List what the directory holds; what cannot be loaded is listed with its reason, and returned.
+        """List all models of the directory; return those that cannot be loaded, listed with the reason.
 
         Raises:
             LoadError: the directory cannot be listed, or the list not be written.
@@ -151,7 +151,7 @@ class Repository:
         return [entry for entry in entries if not entry.fingerprint]
 
     def load(self, name: str) -> int:
-        """List what the directory holds of one model now, all of its versions or no change at all.
+        """List all versions of one model in the directory, or change nothing if one cannot be loaded.
 
         Returns:
             The generation of the list, which each process takes by `refresh`.
@@ -180,7 +180,7 @@ class Repository:
         raise LoadError(f"model {name!r} is not loaded anew, and what was loaded is kept: {reasons}")
 
     def unload(self, name: str) -> int:
-        """List a model as unloaded, until it is loaded again or the service starts anew.
+        """List a model as unloaded until it is loaded again or the service restarts.
 
         Returns:
             The generation of the list, which each process takes by `refresh`.
@@ -213,7 +213,7 @@ class Repository:
             raise LoadError(f"nothing was changed: {reason.strerror}") from reason
 
     def _read(self, sources: Iterable[Source]) -> list[Entry]:
-        """Put the layers of sources into the state; of one seen already only the first counts."""
+        """Put the layers of sources into the shared state; the first of a name and version counts."""
         entries: dict[tuple[str, str], Entry] = {}
         for source in sources:
             entry = self._read_one(source)

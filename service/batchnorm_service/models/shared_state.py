@@ -1,9 +1,9 @@
-"""What the processes of one service share: a directory with one list of models and who has taken it.
+"""State that the processes of a service share: a directory with the list of models and who has taken it over.
 
     models.json            the list, replaced as a whole; its generation is a number that only grows
     layers/FINGERPRINT     the layers in it, each as a file of its own, named by what it holds
     workers/ID             one file a worker, locked while it lives; it holds the generation that it serves
-    lock                   held by whoever changes the list
+    lock                   held by the process that changes the list
 
 The directory of models is the truth that the list is made from, on start and by each load. Workers take
 layers from here and not from there, so that all of them, and those started later, serve the same bytes.
@@ -35,7 +35,7 @@ class Entry:
 
     Attributes:
         name: Name of the model.
-        version: Its version; empty where a whole folder was refused.
+        version: Its version; empty where a whole folder has a problem.
         fingerprint: Of the layer that is served; None where none is.
         reason: Why none is, or why the last load changed nothing; else empty.
     """
@@ -48,20 +48,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """All versions of all models, as of one generation."""
+    """The list of models: all versions of all models in one generation."""
 
     generation: int
     entries: tuple[Entry, ...] = ()
 
 
-class State:
-    """The shared directory, as one process sees it.
+class SharedState:
+    """The state in a shared directory, as one process sees it.
 
     Args:
         path: The directory; it exists, and belongs to this service alone.
 
     Attributes:
-        identity: What this process is called in it, once it is registered.
+        identity: Name of this process in it, once it is registered.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +82,7 @@ class State:
     # The list
 
     def mark(self) -> tuple[int, int] | None:
-        """Return what differs whenever the list was replaced; None before there is one."""
+        """Return a value that differs whenever the list was replaced; None before there is a list."""
         try:
             status = self._list.stat()
         except FileNotFoundError:
@@ -90,7 +90,7 @@ class State:
         return status.st_mtime_ns, status.st_ino
 
     def listing(self) -> Listing:
-        """Return the list; an empty one of generation 0 before there is one."""
+        """Return the list of models; before there is one, an empty list of generation 0."""
         try:
             found = json.loads(self._list.read_bytes())
         except FileNotFoundError:
@@ -99,7 +99,7 @@ class State:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the right to call `publish`.
+        """Hold the lock under which `publish` may be called.
 
         Raises:
             LaggingError: another process held it for too long.
@@ -126,11 +126,11 @@ class State:
     # The layers
 
     def scratch(self) -> Path:
-        """Return a path for a copy of a file; whoever writes there deletes it."""
+        """Return a path for a temporary file, which the caller deletes."""
         return self._path / f"copy-{secrets.token_hex(8)}"
 
     def put(self, layer: FrozenBatchNorm) -> None:
-        """Keep a layer under its fingerprint, until a list without it is published.
+        """Save a layer under its fingerprint, until a list without it is published.
 
         Raises:
             OSError: the file cannot be written.
@@ -140,7 +140,7 @@ class State:
             layer.save(path)
 
     def get(self, fingerprint: str) -> FrozenBatchNorm:
-        """Return a layer that was put here.
+        """Return a saved layer.
 
         Raises:
             OSError: it is not here any more.
@@ -154,24 +154,24 @@ class State:
     # The workers
 
     def register(self) -> None:
-        """Count as a worker from here on; to be called before the list is first read."""
+        """Register this process as a worker; to be called before the list is first read."""
         self.identity = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._own = os.open(self._workers / self.identity, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._own, fcntl.LOCK_EX)
 
     def leave(self) -> None:
-        """Count as a worker no longer; the end of the process does the same."""
+        """Unregister this process; its end does so too."""
         if self._own is not None:
             os.close(self._own)
             self._own = None
 
     def acknowledge(self, generation: int) -> None:
-        """Say that this worker answers by this generation of the list."""
+        """Record that this worker serves this generation of the list."""
         if self._own is not None:
             os.pwrite(self._own, b"%20d" % generation, 0)
 
     def live(self) -> dict[str, int]:
-        """Return the generation that each live worker answers by."""
+        """Return the generation of the list that each live worker serves."""
         found = {}
         for path in self._workers.iterdir():
             with path.open("rb") as file:

@@ -38,6 +38,7 @@ class Connection(HttpToolsProtocol):
         self._fresh = True  # whether it begins with a new request, of which nothing was parsed yet
         self._head_bytes = 0  # size of all earlier pieces since the head began
         self._before = 0  # how much of them may belong to earlier requests
+        self._no_body = 0  # size of what came after the head since the last bytes of the body: trailers
         if len(self.connections) > self.limits.max_connections:
             self._fail(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: try again")
 
@@ -57,11 +58,12 @@ class Connection(HttpToolsProtocol):
             while rest:
                 rest = self._after_upgrade(rest)
         except httptools.HttpParserError as reason:
-            self._fail(*(self._error or (HTTPStatus.BAD_REQUEST, f"the request is not HTTP/1.1: {reason}")))
+            self._fail(*(self._error or (HTTPStatus.BAD_REQUEST, f"the request is not valid HTTP: {reason}")))
             return
-        if self._since is not None and self._in_head:
+        if self._since is not None:
             self._head_bytes += self._piece
-            if self._head_bytes - self._before > MAX_HEAD:
+            self._no_body += self._piece
+            if (self._head_bytes - self._before if self._in_head else self._no_body) > MAX_HEAD:
                 self._fail(*_TOO_LONG)
 
     def _after_upgrade(self, data: bytes | memoryview) -> bytes | memoryview:
@@ -101,6 +103,14 @@ class Connection(HttpToolsProtocol):
             self.scope["http_version"] = self.parser.get_http_version()
         else:
             super().on_headers_complete()
+            # Trailers go here: a proxy that sets or removes headers does not look at them.
+            self.headers = []
+            self._no_body = -self._piece
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._no_body = -self._piece
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that a request is complete."""

@@ -16,21 +16,21 @@ from uvicorn.config import STARTUP_FAILURE
 
 from batchnorm_service.http.app import Application, create_app
 from batchnorm_service.lifecycle import Lifecycle
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 from batchnorm_service.process.connection import Connection
 from batchnorm_service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Longer than a load balancer keeps an idle connection (60 s is common), so that the server does not close one
-# which a request is already on.
+# Longer than load balancers keep an idle connection (60 s is common), so that the server does not close one
+# on which a request is already under way.
 KEEP_ALIVE_SECONDS: Final = 65
 # A client that does not read its answer must not keep a stopping server alive.
 SHUTDOWN_SECONDS: Final = 20
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server: SIGTERM ends it after a while in which it says so, and with status 0."""
+    """uvicorn's server; after SIGTERM it is not ready, answers for a while, and ends with status 0."""
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_seconds: float) -> None:
         super().__init__(config)
@@ -39,11 +39,11 @@ class Server(uvicorn.Server):
         self._stop_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; at once, or at a second signal, begin to end; at a third, end."""
+        """On SIGTERM begin to drain; on SIGINT or a second signal shut down; on a third end at once."""
         if sig == signal.SIGTERM and self._stop_at is None and not self.should_exit:
             self._lifecycle.stopping = True
             self._stop_at = time.monotonic() + self._drain_seconds
-            # Clients are to come back elsewhere.
+            # Clients are to connect elsewhere.
             self.config.encoded_headers.append((b"connection", b"close"))
         elif self.should_exit:
             self.force_exit = True
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
             self._lifecycle.stopping = self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second, see whether it is time to end and who has stalled."""
+        """Check, ten times a second, whether the drain is over and which clients have stalled."""
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         now = time.monotonic()
@@ -62,7 +62,7 @@ class Server(uvicorn.Server):
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """Return how connections are encrypted, and which certificates clients must have; None where not at all.
+    """Return the TLS context of the settings; None without TLS.
 
     Raises:
         OSError: a file is no certificate or no key, or they do not fit; ssl.SSLError is one.
@@ -94,12 +94,12 @@ def _configuration(settings: Settings, app: Application) -> uvicorn.Config:
     )
 
 
-def serve(settings: Settings, state: State, listener: socket.socket) -> None:
+def serve(settings: Settings, state: SharedState, listener: socket.socket) -> None:
     """Serve on a bound socket until SIGTERM or SIGINT."""
     try:
         app = create_app(settings, state)
     except Exception:
         logger.exception("the process could not start")
         sys.exit(STARTUP_FAILURE)
-    lifecycle: Lifecycle = app.state.service.lifecycle
+    lifecycle: Lifecycle = app.state.context.lifecycle
     Server(_configuration(settings, app), lifecycle, settings.drain_seconds).run(sockets=[listener])

@@ -1,4 +1,4 @@
-"""Several processes on one socket: they are started, replaced when they die, and end together.
+"""The supervisor of several processes on one socket, which starts, replaces and ends them.
 
 uvicorn's own supervisor neither waits for a drain nor ends its workers when it is killed itself.
 """
@@ -17,17 +17,17 @@ from typing import Final
 
 from uvicorn.config import STARTUP_FAILURE
 
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 from batchnorm_service.process.server import SHUTDOWN_SECONDS
 from batchnorm_service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# A worker that dies at once is not started again before this time is over.
+# A worker that dies at once is not replaced before this time is over.
 RESTART_SECONDS: Final = 1.0
 
 
-def supervise(settings: Settings, state: State, listener: socket.socket) -> int:
+def supervise(settings: Settings, state: SharedState, listener: socket.socket) -> int:
     """Run `settings.workers` processes until SIGTERM or SIGINT, and return the status to exit with."""
     # Workers hold the reading end, and see it close when this process is gone, however it ended.
     reader, writer = os.pipe()
@@ -39,7 +39,7 @@ def supervise(settings: Settings, state: State, listener: socket.socket) -> int:
 
 
 class _Supervisor:
-    def __init__(self, settings: Settings, state: State, listener: socket.socket, alive: int) -> None:
+    def __init__(self, settings: Settings, state: SharedState, listener: socket.socket, alive: int) -> None:
         descriptors = (listener.fileno(), alive)
         arguments = (str(state.path), *map(str, descriptors))
         self._settings = settings

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from batchnorm_service import logs
-from batchnorm_service.models.shared_state import State
+from batchnorm_service.models.shared_state import SharedState
 from batchnorm_service.process.server import serve
 from batchnorm_service.settings import Settings
 
@@ -24,7 +24,7 @@ def main(state: str, listener: str, alive: str) -> None:
     """Serve on an inherited socket."""
     logs.configure()
     threading.Thread(target=_end_with_supervisor, args=(int(alive),), daemon=True).start()
-    serve(Settings(), State(Path(state)), socket.socket(fileno=int(listener)))
+    serve(Settings(), SharedState(Path(state)), socket.socket(fileno=int(listener)))
 
 
 if __name__ == "__main__":

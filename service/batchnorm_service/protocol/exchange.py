@@ -30,6 +30,8 @@ from batchnorm_service.protocol.tensors import (
 )
 
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
+# No text has them: a body with one is no JSON alone.
+_NOT_TEXT: Final = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -121,16 +123,30 @@ def _read(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
     if length == 0 and json_length is not None:
         return request.raw(model, len(body)), [], 0
     arrays: list[Data] = []
-    if length == len(body):
-        text, arrays = cut_data(body, rules.max_elements, rules.max_depth)
-    else:
-        text = bytes(body[:length])
-    head = request.parse(text, rules.max_depth)
+    try:
+        if length == len(body):
+            text, arrays = cut_data(body, rules.max_elements, rules.max_depth)
+        else:
+            text = bytes(body[:length])
+        head = request.parse(text, rules.max_depth)
+    except InvalidInputError as reason:
+        if json_length is None and (hint := _hint(bytes(body))):
+            raise InvalidInputError(f"{reason} ({hint})") from reason
+        raise
     if (rest := len(body) - length) != (head.size or 0):
         raise InvalidInputError(
             f"input {INPUT!r}: {rest} bytes follow the JSON, which announces {head.size or 0}"
         )
     return head, arrays, length
+
+
+def _hint(body: bytes) -> str:
+    """Return why a body that was read as JSON may be none; empty where nothing shows it."""
+    if not body:
+        return "the body is empty"
+    if b"binary_data_size" in body or _NOT_TEXT.search(body):
+        return "a tensor as bytes needs Inference-Header-Content-Length, the length of the JSON before it"
+    return ""
 
 
 def _json_length(given: bytes, available: int) -> int:
