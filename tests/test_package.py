@@ -20,8 +20,9 @@ def test_all_versions_are_one():
     version = cargo["package"]["version"]
     lock = tomllib.loads((ROOT / "Cargo.lock").read_text())["package"]
     ours = {p["name"]: p["version"] for p in lock if p["name"].startswith("batchnorm")}
-    assert ours == {"batchnorm": version, "batchnorm-python": version}
-    assert cargo["dependencies"]["batchnorm"]["version"] == f"={version}"
+    assert ours == dict.fromkeys(["batchnorm", "batchnorm-json", "batchnorm-python"], version)
+    for crate in ("batchnorm", "batchnorm-json"):
+        assert cargo["dependencies"][crate]["version"] == f"={version}"
     assert service["version"] == version
     assert f"batchnorm=={version}" in service["dependencies"]
     assert (

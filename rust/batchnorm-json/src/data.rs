@@ -174,7 +174,7 @@ struct Found<T> {
 impl<T: Float> Found<T> {
     /// Reads an array; `depth` others are open around it.
     fn array(&mut self, reader: &mut Reader<'_>, depth: usize) -> Result<(), Error> {
-        if depth == MAX_RANK || self.numbers_at.is_some_and(|numbers| numbers < depth) {
+        if depth == MAX_RANK {
             return Err(Error::Ragged);
         }
         if depth == self.shape.len() {

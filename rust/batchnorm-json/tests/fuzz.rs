@@ -1,5 +1,7 @@
 //! Whatever the bytes are, reading them ends with a value or an error, and what is left of a request reads as before.
 
+#![allow(clippy::panic, clippy::expect_used, reason = "a test may fail")]
+
 use batchnorm_json::{Limits, Numbers, cut_data};
 use serde_json::Value;
 

@@ -1,5 +1,7 @@
 //! Reading and printing beside the standard library and `serde_json`, on seeded random texts.
 
+#![allow(clippy::panic, clippy::expect_used, reason = "a test may fail")]
+
 use batchnorm_json::{Array, Build, Error, Limits, NonFinite, Numbers, Scalar, cut_data, parse, put_data};
 use serde_json::{Map, Value, json};
 
@@ -80,6 +82,27 @@ fn damaged_texts_are_refused_where_the_oracle_refuses() {
         }
     }
     assert!(taken > 10_000 && refused > 10_000, "{taken} were taken, {refused} refused");
+}
+
+#[test]
+fn every_escaped_code_unit_and_the_ends_of_surrogate_pairs() {
+    let mut taken = 0;
+    let mut compare = |text: String| {
+        let (got, wanted) = (read(text.as_bytes()), serde_json::from_str::<Value>(&text));
+        assert_eq!(got.as_ref().ok(), wanted.as_ref().ok(), "{text}");
+        taken += u32::from(got.is_ok());
+    };
+    for unit in 0..=0xFFFF_u32 {
+        compare(format!(r#""a\u{unit:04x}b""#));
+    }
+    let ends = [0xD7FF, 0xD800, 0xD801, 0xDBFF, 0xDC00, 0xDC01, 0xDFFF, 0xE000];
+    for high in ends {
+        for low in ends {
+            compare(format!(r#""\u{high:04X}\u{low:04X}""#));
+        }
+    }
+    // All but the surrogates; of the pairs those of two characters, and those of a high one and a low one.
+    assert_eq!(taken, 0x1_0000 - 0x800 + 4 + 9);
 }
 
 /// The one `data` array of an input with this datatype.

@@ -59,8 +59,8 @@ def cut_data(text: Bytes, max_elements: int, max_depth: int) -> tuple[bytes, lis
     NaN, Infinity and -Infinity are numbers too, and null is NaN.
 
     Returns:
-        The text in which each array is `[i]`, and the arrays, of which it is the one of that index: of float32
-        where the datatype of their object is FP32, else of float64.
+        The text in which each array is `[i]`, and the arrays, of which it is the one of that index: of
+        float32 where the datatype of their object is FP32, else of float64.
 
     Raises:
         InvalidInputError: the text is malformed or deeper than `max_depth`; or an array has other items than
