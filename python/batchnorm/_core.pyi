@@ -461,7 +461,7 @@ def infer(
 
     Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
     rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. Of 16-bit tensors
-    |x − mean| and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+    ``|x − mean|`` and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
