@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What a built module depends on.
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
+# What a released file depends on.
+SOURCES := $(RUST_SOURCES) $(shell find python service -name '*.py' -o -name '*.pyi' 2>/dev/null) README.md
 step = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help
@@ -94,6 +96,62 @@ $(VENV)/.peers: $(VENV)/.packages tests/requirements-peers.txt tests/constraints
 	  -c tests/constraints.txt -c tests/constraints-peers.txt
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.packages tests/requirements-docs.txt
+	$(call step,Installing what builds the documentation)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-docs.txt -c tests/constraints.txt
+	@touch $@
+
+.PHONY: docs
+docs: setup $(VENV)/.docs ## Build the HTML documentation, warnings and dead links being errors (writes docs-output/)
+	$(call step,Documentation of the Rust crate)
+	@RUSTDOCFLAGS='-D warnings' cargo doc -p batchnorm --no-deps --locked --quiet
+	$(call step,Documentation as HTML)
+	@rm -rf docs-output
+	@$(BIN)/python -m sphinx -q -W --keep-going -d docs-output/.doctrees docs docs-output/html
+	@cp -r target/doc docs-output/html/rust
+	@$(BIN)/python tests/check_links.py docs-output/html
+	@echo "docs-output/html/index.html"
+
+$(VENV)/.release: $(VENV)/.packages tests/requirements-release.txt
+	$(call step,Installing what makes a release)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-release.txt -c tests/constraints.txt
+	@touch $@
+
+dist/.checked: $(VENV)/.built $(VENV)/.release $(SOURCES)
+	$(call step,Building and checking what is released)
+	@rm -rf dist
+	@$(BIN)/python -m maturin build --release --quiet --compatibility pypi --sdist --out dist
+	@cd service && ../$(BIN)/python -m hatchling build -d ../dist >/dev/null
+	@$(BIN)/python -m twine check --strict dist/*
+	@$(BIN)/python -m abi3audit --strict dist/batchnorm-*.whl
+	@$(BIN)/python tests/check_dist.py dist
+	@touch $@
+
+.PHONY: dist
+dist: dist/.checked ## Build and check sdists and wheels of both distributions (writes dist/)
+
+.PHONY: lowest
+lowest: $(VENV)/.release ## Resolve the declared floors of all dependencies anew (writes tests/constraints-lowest.txt)
+	@$(BIN)/python tests/lowest.py
+
+.venv-lowest/.packages: tests/constraints-lowest.txt
+	$(call step,Installing every dependency at its declared floor)
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/constraints-lowest.txt
+	@touch $@
+
+.PHONY: test-lowest
+test-lowest: dist ## The quick tests with every dependency at its declared floor (needs Python 3.11)
+	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(MAKE) --no-print-directory tested-lowest; \
+	else echo "skipped: $(PYTHON) is not Python 3.11, the lowest that we support; name it with make PYTHON=..."; fi
+
+# Old packages may warn of what newer ones deprecate: that is nobody's fault here.
+.PHONY: tested-lowest
+tested-lowest: .venv-lowest/.packages
+	$(call step,Testing with every dependency at its declared floor)
+	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
+	@.venv-lowest/bin/python -m pytest -q -m 'not long' -o filterwarnings=default --disable-warnings
+
 .PHONY: memcheck
 memcheck: requirements ## The core's tests of every width under Valgrind (skipped where that is absent)
 	$(call step,Checking the memory of the Rust core with Valgrind)
@@ -123,4 +181,4 @@ bench-service: setup ## Time the service and other servers over HTTP (needs wrk;
 
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf $(VENV) .venv-kserve .venv-mlserver .venv-triton target demo-output bench-output
+	rm -rf $(VENV) .venv-kserve .venv-lowest .venv-mlserver .venv-triton target dist demo-output bench-output docs-output

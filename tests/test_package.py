@@ -8,7 +8,11 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 import batchnorm
+import lowest
 import stub
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +44,16 @@ def test_import_loads_numpy_alone():
     installed = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names)
     assert "batchnorm" in installed
     assert installed <= {"batchnorm", "numpy"}
+
+
+def test_the_lowest_versions_that_are_tested_are_the_declared_ones():
+    tested = {lowest.normal(r.name): r for r in map(Requirement, lowest.lines("constraints-lowest.txt"))}
+    for declared in lowest.declared():
+        floor = min(str(s.version) for s in declared.specifier if s.operator in (">=", "=="))
+        version = str(tested[lowest.normal(declared.name)].specifier).removeprefix("==")
+        assert Version(version) == Version(floor), (
+            f"{declared}: run make lowest, or raise the floor to {version}"
+        )
 
 
 def test_the_stub_carries_the_docstrings_of_the_module():

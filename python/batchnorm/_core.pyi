@@ -146,8 +146,9 @@ class GradientSums:
 
 @final
 class Cache:
-    """What a backward pass needs of its forward pass. It holds x and residual by reference: they must not be changed in
-    between.
+    """What a backward pass needs of its forward pass.
+
+    It holds x and residual by reference: they must not be changed in between.
     """
     @property
     def x(self) -> NDArray[Any] | None:
@@ -430,7 +431,7 @@ def infer(
 
     Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
     rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. Of 16-bit tensors
-    |x − mean| and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+    ``|x − mean|`` and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
@@ -530,23 +531,28 @@ def set_num_threads(n: int) -> None:
     """
 
 def get_num_threads() -> int:
-    """The number of threads that work on one call: what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the
-    affinity mask and the cgroup quota leave to this process.
+    """The number of threads that work on one call.
+
+    It is what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the affinity mask and the cgroup quota leave
+    to this process.
 
     Raises:
         ValueError: ``BATCHNORM_NUM_THREADS`` is not a number from 1 to 1024.
     """
 
 def simd_level() -> str:
-    """The instruction-set level in use: what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
+    """The instruction-set level in use.
+
+    It is what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
 
     Raises:
         ValueError: ``BATCHNORM_SIMD`` names a level that this machine cannot run.
     """
 
 def set_simd_level(name: str | None) -> None:
-    """Forces an instruction-set level by name; ``None`` goes back to the choice made at first use. Results do not depend on
-    it.
+    """Forces an instruction-set level by name; ``None`` goes back to the choice made at first use.
+
+    Results do not depend on it.
 
     Raises:
         ValueError: name is none of ``simd_levels()``.

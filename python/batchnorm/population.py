@@ -207,7 +207,7 @@ class Algorithm2(_Averages):
 
     Collecting while the network trains averages stale weights: the activations of early batches come from
     weights that are long gone. So train first, then set a fresh one and run forward passes in train mode
-    without optimizer steps:
+    without optimizer steps::
 
         layer.population = batchnorm.Algorithm2()
         for x in batches:
