@@ -330,3 +330,10 @@ def test_from_moments_of_too_few_values():
 def test_16_bit_parameters_are_taken(rng):
     mean = rng.normal(size=3).astype(ml_dtypes.bfloat16)
     assert bn.FrozenBatchNorm(mean, np.ones(3, np.float16)).mean.tolist() == mean.astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("name", ["rank", "opset"])
+def test_what_is_no_integer_is_named_by_to_onnx(name):
+    for value in ("2", None, 4.0, True):
+        with pytest.raises(TypeError, match=rf"^{name}: was {value!r}, wanted an integer"):
+            bn.FrozenBatchNorm([0.0], [1.0]).to_onnx(**{name: value})

@@ -42,3 +42,39 @@ def test_peak_memory(call, rows):
     # A dozen float64 a channel for parameters, statistics and what is made of them; a little for threads.
     allowed = 12 * 8 * channels // 1024 + 8 * 1024
     assert grown <= allowed, f"{grown} KiB for an x of {x} KiB"
+
+
+NO_MEMORY = """
+import resource, sys
+import numpy as np
+import batchnorm as bn
+
+channels = 4_000_000
+values = {dtype: np.ones(channels, dtype) for dtype in ("f4", "f8")}
+moments = bn.Moments(values["f8"], values["f8"], values["f8"])
+x = np.ones((2, 1, 1), np.float32)
+calls = [
+    lambda: bn.Moments(values["f4"], 0.0, 0.0),
+    lambda: bn.GradientSums(values["f8"], values["f8"], values["f8"]),
+    lambda: bn.infer(x, values["f8"], 1.0),
+    lambda: bn.infer(x, [1] * channels, 1.0),
+    lambda: moments.mean,
+    lambda: moments.count,
+]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), resource.RLIM_INFINITY))
+for number, call in enumerate(calls):
+    try:
+        call()
+    except MemoryError:
+        print("MemoryError", number)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+assert moments == bn.Moments(values["f8"], values["f8"], values["f8"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_vectors_that_do_not_fit_are_a_memory_error():
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == [f"MemoryError {number}" for number in range(6)]

@@ -254,9 +254,11 @@ class FrozenBatchNorm:
         Raises:
             ImportError: onnx is not installed.
             ValueError: an argument is none of these.
+            TypeError: opset or rank is no integer.
         """
         from batchnorm.onnx.export import build_model
 
+        opset, rank = integer("opset", opset), integer("rank", rank)
         return build_model(self, opset=opset, mode=mode, rank=rank)
 
     @property
