@@ -6,6 +6,7 @@ what it was and what was wanted. The core lists its kinds: none can be added wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import inf, nan
 from typing import NamedTuple
