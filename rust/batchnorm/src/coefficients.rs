@@ -3,10 +3,10 @@
 use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::float_mode::FloatMode;
+use crate::kernels::LANES;
 use crate::moments::Moments;
 use crate::parameters::Parameters;
 use crate::partition::Interleaved;
-use crate::simd::LANES;
 use std::ops::Range;
 
 /// The coefficients of y = (x − mean)·s + β per channel, in float64: of frozen statistics or of those of a batch.

@@ -2,7 +2,8 @@
 
 use crate::element::Element;
 use crate::error::Error;
-use crate::simd::{Transfer, dispatch};
+use crate::kernels::Transfer;
+use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{Grid, View, ViewMut};
 

@@ -6,9 +6,10 @@ use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::input::Input;
+use crate::kernels::{NormalizeRows, NormalizeRuns, ReluBackward};
 use crate::layout::Layout;
 use crate::partition::{Family, Interleaved, Planar, tile};
-use crate::simd::{NormalizeRows, NormalizeRuns, ReluBackward, dispatch};
+use crate::simd::dispatch;
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
 use std::ops::Range;
 

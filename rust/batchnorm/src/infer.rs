@@ -5,8 +5,9 @@ use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::input::Input;
+use crate::kernels::{NormalizeRows, NormalizeRuns};
 use crate::partition::{Family, tile};
-use crate::simd::{NormalizeRows, NormalizeRuns, dispatch};
+use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{View, ViewMut};
 

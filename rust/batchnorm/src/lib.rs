@@ -55,6 +55,7 @@ mod forward_pass;
 mod gradient_sums;
 mod infer;
 mod input;
+mod kernels;
 mod layout;
 mod moments;
 mod pairs;

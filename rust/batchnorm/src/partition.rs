@@ -3,9 +3,9 @@
 //! It depends on the layout alone: never on the number of threads, which only decides who computes which blocks
 //! (contract 3). [`crate::tree`] combines them. Sums of one block stay in registers while the block lies in the first-level cache.
 
+use crate::kernels::TOGETHER;
 use crate::layout::Layout;
 use crate::parallel;
-use crate::simd::TOGETHER;
 use crate::tree::{Merge, Tree};
 use crate::view::{Grid, Rect};
 use std::ops::Range;

@@ -6,10 +6,11 @@ use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::infer::infer;
 use crate::input::Input;
+use crate::kernels::NormalizeRuns;
 use crate::moments::{Moments, moments, moments_of_group};
 use crate::parameters::Parameters;
 use crate::partition::{Family, Planar};
-use crate::simd::{NormalizeRuns, dispatch};
+use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{View, ViewMut};
 

@@ -4,11 +4,10 @@
 //! Rows are taken four at a time, and the four added as ((r0 + r1) + (r2 + r3)): sums per column stay in cache, and are
 //! loaded and stored once for four rows.
 
-use super::elements::{Vectors, WIDTH};
-use super::lanes::Lanes;
 use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
-use super::{Kernel, LANES, close};
+use super::{LANES, close};
 use crate::element::Element;
+use crate::simd::{Kernel, Lanes, Vectors, WIDTH};
 use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
 use std::array::from_fn;
 

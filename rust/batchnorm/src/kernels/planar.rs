@@ -1,10 +1,9 @@
 //! Kernels over runs of adjacent values of one channel.
 
-use super::elements::WIDTH;
-use super::lanes::Lanes;
 use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
-use super::{Kernel, LANES, Sum, close, total};
+use super::{LANES, Sum, close, total};
 use crate::element::Element;
+use crate::simd::{Kernel, Lanes, WIDTH};
 use crate::view::{ChunkMut, Row, Tile, TileMut};
 use std::array::from_fn;
 

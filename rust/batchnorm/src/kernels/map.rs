@@ -1,10 +1,9 @@
 //! Kernels that compute each element from elements at the same place: the loop over rows, and what is computed in it.
 
-use super::elements::WIDTH;
-use super::lanes::Lanes;
-use super::{Kernel, LANES};
+use super::LANES;
 use crate::element::Element;
 use crate::epilogue::{Activation, Epilogue};
+use crate::simd::{Kernel, Lanes, WIDTH};
 use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
 
