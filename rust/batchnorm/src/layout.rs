@@ -76,11 +76,12 @@ impl Layout {
         Self::around(shape, &order, axis).map(Some)
     }
 
+    #[allow(clippy::expect_used, reason = "another axis would be taken for the channels")]
     fn around(shape: &[usize], order: &[usize], channel_axis: usize) -> Result<Self, Error> {
         let product = |axes: &[usize]| {
             axes.iter().try_fold(1usize, |size, &a| size.checked_mul(shape[a].max(1))).ok_or(Error::Overflow)
         };
-        let place = order.iter().position(|&a| a == channel_axis).unwrap_or(0);
+        let place = order.iter().position(|&a| a == channel_axis).expect("the order keeps the channel axis");
         let (before, after) = (&order[..place], &order[place + 1..]);
         let (mut outer, inner) = (product(before)?, product(after)?);
         Self::new(outer, shape[channel_axis], inner)?;

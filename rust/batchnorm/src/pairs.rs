@@ -55,16 +55,13 @@ impl<P: Pair> OfColumns<P> {
     }
 
     /// The pairs of the channels, each of which has `inner` columns.
-    #[allow(clippy::expect_used, reason = "a chunk has a column or more")]
     pub(crate) fn into_channels(self, inner: usize) -> Vec<(f64, f64)> {
         let columns: Vec<(f64, f64)> = self.first.into_iter().zip(self.second).collect();
         if inner == 1 {
             return columns;
         }
         let channel = |columns: &[(f64, f64)]| {
-            Tree::of(columns.iter().map(|&pair| OfChannel::<P>::new(self.count, pair)))
-                .expect("a channel has a column or more")
-                .into_pair()
+            Tree::of(columns.iter().map(|&pair| OfChannel::<P>::new(self.count, pair))).into_pair()
         };
         columns.chunks(inner).map(channel).collect()
     }

@@ -142,7 +142,7 @@ impl Planar {
                 }
             }
         }
-        trees.into_iter().filter_map(Tree::finish).collect()
+        trees.into_iter().map(Tree::finish).collect()
     }
 
     /// The channels of a rectangle of [`Planar::groups`].
@@ -173,16 +173,22 @@ impl Planar {
             let blocks = s * span..blocks.min((s + 1) * span);
             self.fold(channels, blocks, &f).into_iter()
         });
-        transposed(parts, spans, group).filter_map(Tree::of).collect()
+        transposed(parts, self.channels, spans, group).map(Tree::of).collect()
     }
 }
 
 /// From task after task (spans of a group, each with a value a channel), the spans of channel after channel.
-fn transposed<P>(mut parts: Vec<std::vec::IntoIter<P>>, spans: usize, group: usize) -> impl Iterator<Item = Vec<P>> {
-    let groups = parts.len() / spans;
-    (0..groups * group).map(move |c| {
+#[allow(clippy::expect_used, reason = "a lost value would shift those of all later channels")]
+fn transposed<P>(
+    mut parts: Vec<std::vec::IntoIter<P>>,
+    channels: usize,
+    spans: usize,
+    group: usize,
+) -> impl Iterator<Item = Vec<P>> {
+    (0..channels).map(move |c| {
         let first = c / group * spans;
-        parts[first..first + spans].iter_mut().filter_map(Iterator::next).collect()
+        let of_channel = parts[first..first + spans].iter_mut();
+        of_channel.map(|part| part.next().expect("each span of a group has a value for each of its channels")).collect()
     })
 }
 
@@ -203,7 +209,7 @@ impl Interleaved {
     pub(crate) fn map_strips<P: Merge + Send + Sync, C: Send + Sync>(
         &self,
         bytes: usize,
-        f: impl Fn(Range<usize>, Range<usize>) -> Option<P> + Sync,
+        f: impl Fn(Range<usize>, Range<usize>) -> P + Sync,
         close: impl Fn(P) -> Vec<C> + Sync,
     ) -> Vec<C> {
         let blocks = self.blocks();
@@ -216,15 +222,15 @@ impl Interleaved {
         let strips = self.width.div_ceil(strip);
         if spans == 1 {
             // Strips are closed where they are computed: with few rows, columns take as much memory as x.
-            let closed = parallel::map(strips, bytes, |t| f(columns(t), 0..blocks).map(&close));
-            return closed.into_iter().flatten().flatten().collect();
+            let closed = parallel::map(strips, bytes, |t| close(f(columns(t), 0..blocks)));
+            return closed.into_iter().flatten().collect();
         }
         let parts = parallel::map(strips * spans, bytes, |task| {
             let (t, s) = (task / spans, task % spans);
             f(columns(t), s * span..blocks.min((s + 1) * span))
         });
         let mut parts = parts.into_iter();
-        (0..strips).filter_map(|_| Tree::of(parts.by_ref().take(spans).flatten()).map(&close)).flatten().collect()
+        (0..strips).flat_map(|_| close(Tree::of(parts.by_ref().take(spans)))).collect()
     }
 
     /// Rectangles of about `elements` for a pass that maps every element by itself.
