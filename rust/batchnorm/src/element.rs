@@ -54,7 +54,7 @@ impl Wide for f64 {
     }
 }
 
-/// An element of a tensor: [`f32`], [`f64`], [`f16`] or [`bf16`]. Sealed: the numerical contract is stated for these.
+/// An element of a tensor: [`f32`], [`f64`], [`struct@f16`] or [`bf16`]. Sealed: the numerical contract is stated for these.
 pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + 'static {
     /// Whether the mean enters the affine form as a high and a low part, since one `Wide` could not hold it.
     const SPLIT_MEAN: bool;
