@@ -63,6 +63,9 @@ lint: setup ## Formatting, lints, types, and the stub against the compiled modul
 	@$(BIN)/ruff format --check --quiet .
 	$(call step,Lint: mypy and stubtest)
 	@$(BIN)/mypy
+	@$(BIN)/mypy --strict tests/stub.py tests/lowest.py tests/check_dist.py tests/check_links.py
+	@$(BIN)/mypy --config-file tests/mypy.ini tests --exclude tests/service/
+	@$(BIN)/mypy --config-file tests/mypy.ini tests/service
 	@$(BIN)/python -m mypy.stubtest batchnorm._core --concise
 
 .PHONY: test-rust
