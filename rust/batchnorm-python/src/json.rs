@@ -9,6 +9,9 @@ use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString};
 /// Texts shorter than this are done before another thread could use the interpreter.
 const WORTH_DETACHING: usize = 32 * 1024;
 
+/// The numbers of a `data` array, flat, and the lengths of its nested arrays.
+type Data<'py> = (Bound<'py, PyAny>, Vec<usize>);
+
 /// A text in Python's memory.
 #[derive(FromPyObject)]
 pub(crate) enum Text<'py> {
@@ -40,7 +43,7 @@ pub(crate) fn json_cut_data<'py>(
     text: Text<'py>,
     max_elements: usize,
     max_depth: u8,
-) -> PyResult<(Bound<'py, PyBytes>, Vec<(Bound<'py, PyAny>, Vec<usize>)>)> {
+) -> PyResult<(Bound<'py, PyBytes>, Vec<Data<'py>>)> {
     let bytes = match &text {
         Text::Bytes(bytes) => bytes.as_bytes(),
         Text::Array(array) => array.as_slice()?,
