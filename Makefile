@@ -73,13 +73,23 @@ test-rust: requirements ## The core's own tests, without Python
 	$(call step,Testing the Rust core)
 	@cargo test -p batchnorm -p batchnorm-json --locked --quiet
 
+# Both take minutes to compile, mostly on one core each.
+.PHONY: built
+built: requirements
+	@$(MAKE) --no-print-directory -j2 setup compiled-tests
+
+.PHONY: compiled-tests
+compiled-tests: requirements
+	$(call step,Compiling the tests of the Rust crates)
+	@cargo test -p batchnorm -p batchnorm-json --locked --quiet --no-run
+
 .PHONY: bench-rust
 bench-rust: requirements
 	$(call step,Running each verb of the micro-benchmark once)
 	@cargo test -p batchnorm --locked --quiet --bench verbs
 
 .PHONY: test
-test: setup test-rust ## Everything but the long forms (no root; at most 6 minutes on two cores)
+test: built test-rust ## Everything but the long forms (no root; at most 6 minutes on two cores)
 	$(call step,Testing Python ONNX Runtime and the service)
 	@$(BIN)/python -m pytest -q -m 'not long' --durations=5
 
@@ -107,7 +117,7 @@ $(VENV)/.docs: $(VENV)/.packages tests/requirements-docs.txt
 .PHONY: docs
 docs: setup $(VENV)/.docs ## Build the HTML documentation, warnings and dead links being errors (writes docs-output/)
 	$(call step,Documentation of the Rust crate)
-	@RUSTDOCFLAGS='-D warnings' cargo doc -p batchnorm --no-deps --locked --quiet
+	@RUSTDOCFLAGS='-D warnings' cargo doc -p batchnorm -p batchnorm-json --no-deps --locked --quiet
 	$(call step,Documentation as HTML)
 	@rm -rf docs-output
 	@$(BIN)/python -m sphinx -q -W --keep-going -d docs-output/.doctrees docs docs-output/html
