@@ -1,7 +1,7 @@
 //! The `data` arrays of a request.
 
 use crate::reader::Reader;
-use crate::{Error, Float};
+use crate::{Error, Float, Numbers};
 
 /// The most nested arrays, which is NumPy's limit.
 const MAX_RANK: usize = 64;
@@ -34,32 +34,6 @@ pub struct Array {
     pub numbers: Numbers,
     /// The length of the nested arrays, outermost first: of `[[1, 2, 3]]` it is 1, 3, and of `[[], []]` 2, 0.
     pub shape: Vec<usize>,
-}
-
-/// Numbers of a `data` array, in the type that the tensor says.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Numbers {
-    /// Those of a tensor whose datatype is FP32, rounded to float64 and from there to float32.
-    F32(Vec<f32>),
-    /// Those of every other tensor, rounded to float64.
-    F64(Vec<f64>),
-}
-
-impl Numbers {
-    /// How many there are.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        match self {
-            Self::F32(values) => values.len(),
-            Self::F64(values) => values.len(),
-        }
-    }
-
-    /// Whether there is none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
 }
 
 /// Takes the `data` arrays out of a request, and checks the grammar of all of it.

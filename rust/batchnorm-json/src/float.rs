@@ -1,12 +1,36 @@
 //! The two types of numbers that travel as JSON.
 
-use crate::Numbers;
-
 /// A type of numbers that travels as JSON: float32 or float64.
 pub trait Float: private::Sealed {}
 
 impl Float for f32 {}
 impl Float for f64 {}
+
+/// Numbers of a `data` array, in the type that the tensor says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Numbers {
+    /// Those of a tensor whose datatype is FP32, rounded to float64 and from there to float32.
+    F32(Vec<f32>),
+    /// Those of every other tensor, rounded to float64.
+    F64(Vec<f64>),
+}
+
+impl Numbers {
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::F64(values) => values.len(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
 
 pub(crate) mod private {
     use super::{MISREAD, Numbers};

@@ -16,8 +16,8 @@ mod float;
 mod print;
 mod reader;
 
-pub use data::{Array, Limits, Numbers, Request, cut_data};
+pub use data::{Array, Limits, Request, cut_data};
 pub use error::Error;
-pub use float::Float;
+pub use float::{Float, Numbers};
 pub use print::{NonFinite, put_data};
 pub use reader::{Build, Scalar, parse};

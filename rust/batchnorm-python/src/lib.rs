@@ -1,6 +1,5 @@
 //! The binding `batchnorm._core`: parse, detach, call, wrap; no arithmetic.
 
-mod arrays;
 mod backward;
 mod buffer;
 mod copy;
@@ -20,7 +19,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::arrays::{real_array, tensor};
+    use crate::buffer::{real_array, tensor};
     #[pymodule_export]
     use crate::copy::copy;
     #[pymodule_export]

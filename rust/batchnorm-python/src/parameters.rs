@@ -1,7 +1,6 @@
 //! Per-channel parameters: real arrays that broadcast to (channels,), held in float64.
 
-use crate::arrays::real_array;
-use crate::buffer::{collected, floats};
+use crate::buffer::{collected, floats, real_array};
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;

@@ -2,10 +2,14 @@
 
 #![allow(unsafe_code, reason = "memory that NumPy owns")]
 
-use crate::arrays::{has_mask, numpy, tensor};
+mod arrays;
+mod dlpack;
+
 use crate::memory::Memory;
 use crate::value_error;
-use batchnorm::{Element, Layout, View, ViewMut};
+use arrays::{has_mask, numpy};
+pub(crate) use arrays::{real_array, tensor};
+use batchnorm::{Element, Layout, View, ViewMut, bf16, f16};
 use numpy::npyffi::{
     self, NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER,
     PY_ARRAY_API,
@@ -14,8 +18,9 @@ use numpy::{PyArray1, PyArrayDescr, PyArrayDescrMethods, PyArrayMethods, PyUntyp
 use pyo3::exceptions::{PyMemoryError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyCapsule, PyDict};
-use std::ffi::{c_int, c_void};
+use pyo3::types::IntoPyDict;
+use std::any::TypeId;
+use std::ffi::c_int;
 
 /// The element types of the core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +43,17 @@ impl DType {
             256.. if descr.typeobj().name().is_ok_and(|name| name == "bfloat16") => Some(Self::Bf16),
             _ => None,
         }
+    }
+
+    /// Stops where memory of this type would be read or written as another: a defect of ours.
+    fn check<T: Element>(self) {
+        let own = match self {
+            Self::F32 => TypeId::of::<f32>(),
+            Self::F64 => TypeId::of::<f64>(),
+            Self::F16 => TypeId::of::<f16>(),
+            Self::Bf16 => TypeId::of::<bf16>(),
+        };
+        assert!(own == TypeId::of::<T>(), "a tensor of {self:?} is viewed as {}", std::any::type_name::<T>());
     }
 
     fn bytes(self) -> usize {
@@ -273,7 +289,7 @@ impl<'py> Tensor<'py> {
     ///
     /// Like NumPy's own functions this relies on the caller not to write the array from another thread meanwhile.
     pub(crate) fn view<T: Element>(&self) -> View<'_, T> {
-        debug_assert_eq!(size_of::<T>(), self.dtype.bytes());
+        self.dtype.check::<T>();
         // SAFETY: the array is alive and dense with `layout.len()` elements of this type, as `read` has checked.
         unsafe { View::from_raw(data(&self.array).cast(), self.layout) }
     }
@@ -289,7 +305,7 @@ pub(crate) struct Output<'py> {
 impl Output<'_> {
     /// The memory, as elements of the type that the tensor has.
     pub(crate) fn view_mut<T: Element>(&mut self) -> ViewMut<'_, T> {
-        debug_assert_eq!(size_of::<T>(), self.dtype.bytes());
+        self.dtype.check::<T>();
         // SAFETY: the array is alive, writable, dense with `layout.len()` elements of this type, and shares no memory
         // with the call's inputs (or is the input, of which no view is made then), as `output` has checked.
         unsafe { ViewMut::from_raw(data(&self.array).cast(), self.layout) }
@@ -328,69 +344,6 @@ fn copied<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUnty
     let options = [("dtype", native), ("order", "K".into_pyobject(py)?.into_any())].into_py_dict(py)?;
     let copy = numpy(py)?.call_method(intern!(py, "array"), (array,), Some(&options))?;
     Ok(copy.cast_into::<PyUntypedArray>()?)
-}
-
-/// The head of DLPack's `DLManagedTensor`, as version 0 of the protocol has it.
-#[repr(C)]
-struct DlTensor {
-    data: *mut c_void,
-    device: [i32; 2],
-    rank: i32,
-    type_code: u8,
-    bits: u8,
-    lanes: u16,
-}
-
-impl DlTensor {
-    const CAPSULE: &std::ffi::CStr = c"dltensor";
-    const UINT: u8 = 1;
-    const BFLOAT: u8 = 4;
-}
-
-/// A DLPack capsule as an object that exports it, as NumPy wants it.
-#[pyclass(frozen, module = "batchnorm._core")]
-struct Export(Py<PyCapsule>);
-
-#[pymethods]
-impl Export {
-    #[pyo3(signature = (**_options))]
-    fn __dlpack__(&self, py: Python<'_>, _options: Option<&Bound<'_, PyDict>>) -> Py<PyCapsule> {
-        self.0.clone_ref(py)
-    }
-}
-
-/// A tensor of bfloat16 that an object exports by DLPack, which NumPy does not import; `None` where it exports another.
-/// NumPy imports it as 16-bit integers, of which this is a view.
-pub(crate) fn bfloat16_by_dlpack<'py>(
-    argument: &str,
-    value: &Bound<'py, PyAny>,
-) -> PyResult<Option<Bound<'py, PyUntypedArray>>> {
-    let py = value.py();
-    let Some(capsule) =
-        (value.call_method0(intern!(py, "__dlpack__")).ok()).and_then(|c| c.cast_into::<PyCapsule>().ok())
-    else {
-        return Ok(None);
-    };
-    let Ok(managed) = capsule.pointer_checked(Some(DlTensor::CAPSULE)) else { return Ok(None) };
-    let managed = managed.cast::<DlTensor>().as_ptr();
-    // SAFETY: a capsule of this name holds a DLManagedTensor, which begins with these fields. It belongs to whoever takes
-    // it out of the capsule, as we do, and lives until its deleter is called.
-    let dtype = unsafe { ((*managed).type_code, (*managed).bits, (*managed).lanes) };
-    if dtype != (DlTensor::BFLOAT, 16, 1) {
-        return Ok(None);
-    }
-    let bfloat16 = py.import("ml_dtypes").and_then(|module| module.getattr("bfloat16")).map_err(|_| {
-        let wanted = "wanted the package ml_dtypes, which gives NumPy that type: pip install 'batchnorm[bfloat16]'";
-        PyTypeError::new_err(format!("{argument} has dtype bfloat16; {wanted}"))
-    })?;
-    // SAFETY: as above; nobody else reads it meanwhile.
-    unsafe { (*managed).type_code = DlTensor::UINT };
-    let Ok(integers) = numpy(py)?.call_method1(intern!(py, "from_dlpack"), (Export(capsule.unbind()),)) else {
-        return Ok(None);
-    };
-    // SAFETY: as above: `integers` keeps it alive. An exporter that hands out the same one again finds it as it was.
-    unsafe { (*managed).type_code = DlTensor::BFLOAT };
-    Ok(Some(integers.call_method1(intern!(py, "view"), (bfloat16,))?.cast_into()?))
 }
 
 /// The values of a plain array of one axis that lie one after the other as float64 or float32; `None` of anything else.

@@ -1,6 +1,7 @@
 //! Values of Python as NumPy arrays: one rule for tensors and for parameters, whatever library made them.
 
-use crate::buffer::{bfloat16_by_dlpack, type_name};
+use super::dlpack::bfloat16_by_dlpack;
+use super::type_name;
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
@@ -103,7 +104,7 @@ fn resolved<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
 
 /// Whether a value has a mask, which plain arrays have not: the question costs as much as a small call. A method `mask`, as
 /// the series of pandas have, is none; the masked tensors of PyTorch have a method `get_mask`.
-pub(crate) fn has_mask(value: &Bound<'_, PyAny>) -> PyResult<bool> {
+pub(super) fn has_mask(value: &Bound<'_, PyAny>) -> PyResult<bool> {
     let py = value.py();
     if value.is_exact_instance_of::<PyUntypedArray>() {
         return Ok(false);
@@ -116,6 +117,6 @@ fn not_taken(argument: &str, value: &Bound<'_, PyAny>, why: &str, wanted: &str) 
     PyTypeError::new_err(format!("{argument} is {}{why}; wanted {wanted}", type_name(value)))
 }
 
-pub(crate) fn numpy(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
+pub(super) fn numpy(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
     py.import(intern!(py, "numpy"))
 }

@@ -1,0 +1,72 @@
+//! Tensors of bfloat16 by DLPack, which NumPy does not import.
+
+use super::arrays::numpy;
+use numpy::PyUntypedArray;
+use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict};
+use std::ffi::c_void;
+
+/// The head of DLPack's `DLManagedTensor`, as version 0 of the protocol has it.
+#[repr(C)]
+struct DlTensor {
+    data: *mut c_void,
+    device: [i32; 2],
+    rank: i32,
+    type_code: u8,
+    bits: u8,
+    lanes: u16,
+}
+
+impl DlTensor {
+    const CAPSULE: &std::ffi::CStr = c"dltensor";
+    const UINT: u8 = 1;
+    const BFLOAT: u8 = 4;
+}
+
+/// A DLPack capsule as an object that exports it, as NumPy wants it.
+#[pyclass(frozen, module = "batchnorm._core")]
+struct Export(Py<PyCapsule>);
+
+#[pymethods]
+impl Export {
+    #[pyo3(signature = (**_options))]
+    fn __dlpack__(&self, py: Python<'_>, _options: Option<&Bound<'_, PyDict>>) -> Py<PyCapsule> {
+        self.0.clone_ref(py)
+    }
+}
+
+/// A tensor of bfloat16 that an object exports by DLPack, which NumPy does not import; `None` where it exports another.
+/// NumPy imports it as 16-bit integers, of which this is a view.
+pub(super) fn bfloat16_by_dlpack<'py>(
+    argument: &str,
+    value: &Bound<'py, PyAny>,
+) -> PyResult<Option<Bound<'py, PyUntypedArray>>> {
+    let py = value.py();
+    let Some(capsule) =
+        (value.call_method0(intern!(py, "__dlpack__")).ok()).and_then(|c| c.cast_into::<PyCapsule>().ok())
+    else {
+        return Ok(None);
+    };
+    let Ok(managed) = capsule.pointer_checked(Some(DlTensor::CAPSULE)) else { return Ok(None) };
+    let managed = managed.cast::<DlTensor>().as_ptr();
+    // SAFETY: a capsule of this name holds a DLManagedTensor, which begins with these fields. It belongs to whoever takes
+    // it out of the capsule, as we do, and lives until its deleter is called.
+    let dtype = unsafe { ((*managed).type_code, (*managed).bits, (*managed).lanes) };
+    if dtype != (DlTensor::BFLOAT, 16, 1) {
+        return Ok(None);
+    }
+    let bfloat16 = py.import("ml_dtypes").and_then(|module| module.getattr("bfloat16")).map_err(|_| {
+        let wanted = "wanted the package ml_dtypes, which gives NumPy that type: pip install 'batchnorm[bfloat16]'";
+        PyTypeError::new_err(format!("{argument} has dtype bfloat16; {wanted}"))
+    })?;
+    // SAFETY: as above; nobody else reads it meanwhile.
+    unsafe { (*managed).type_code = DlTensor::UINT };
+    let Ok(integers) = numpy(py)?.call_method1(intern!(py, "from_dlpack"), (Export(capsule.unbind()),)) else {
+        return Ok(None);
+    };
+    // SAFETY: as above: `integers` keeps it alive. An exporter that hands out the same one again finds it as it was.
+    unsafe { (*managed).type_code = DlTensor::BFLOAT };
+    Ok(Some(integers.call_method1(intern!(py, "view"), (bfloat16,))?.cast_into()?))
+}
