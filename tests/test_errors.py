@@ -19,10 +19,11 @@ import batchnorm as bn
 from batchnorm._core import ERROR_KINDS, Coefficients
 from dlpack import Exporter
 
-NOT_FROM_PYTHON = {  # tested in the crate
+NOT_FROM_PYTHON = {  # tested in the crate, or where it is said
     "Elements": "an array carries its own size, so a buffer never has another",
     "NoDresidual": "the binding says that dy lies in dresidual only where it is given",
     "LayoutMismatch": "the binding compares dtype, shape and memory order itself, and says which differs",
+    "NoMemory": "a MemoryError, tested in test_memory.py under a limit of the address space",
     "Overflow": "NumPy makes no array of more than 2**63 - 1 bytes",
 }
 

@@ -1,5 +1,10 @@
-"""No temporary grows with x; few rows of many channels, a few values each, are what tempts to it."""
+"""No temporary grows with x, and what grows with its channels fails as MemoryError where it does not fit.
 
+Few rows of many channels, a few values each, are what tempts to temporaries.
+"""
+
+import os
+import platform
 import subprocess
 import sys
 
@@ -78,3 +83,89 @@ def test_vectors_that_do_not_fit_are_a_memory_error():
     done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:-1] == [f"MemoryError {number}" for number in range(6)]
+
+
+SWEEP = """
+import resource, sys
+import numpy as np
+import batchnorm as bn
+
+shape, names = eval(sys.argv[1]), sys.argv[2:]
+channels = shape[1]
+x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) % 97
+gradient, out, small = x[::-1] % 13, np.zeros_like(x), np.ones((4, 3), np.float32)
+dy, residual, one = gradient.copy(), x - 40, np.ones(channels)
+moments, epilogue = bn.moments(x), dict(activation="relu", residual=residual)
+plain, full = bn.train_forward(x)[1], bn.train_forward(x, **epilogue)[1]
+sums, full_sums, data = bn.gradient_sums(dy, plain), bn.gradient_sums(dy, full), moments.to_bytes()
+frozen, layer, ready = bn.FrozenBatchNorm(one, one), bn.BatchNorm(channels), bn.BatchNorm(channels)
+layer(x), ready(x), ready.backward(dy)
+calls = {
+    "moments": lambda: bn.moments(x),
+    "merge": lambda: moments.merge(moments),
+    "var": lambda: moments.var_unbiased,
+    "to_bytes": lambda: moments.to_bytes(),
+    "from_bytes": lambda: bn.Moments.from_bytes(data),
+    "normalize": lambda: bn.normalize(x, moments, out=out),
+    "train_forward": lambda: bn.train_forward(x, out=out),
+    "in_place": lambda: bn.train_forward(dy, out=dy),
+    "gradient_sums": lambda: bn.gradient_sums(dy, full),
+    "merge_sums": lambda: sums.merge(sums),
+    "sums_to_bytes": lambda: sums.to_bytes(),
+    "gradient_apply": lambda: bn.gradient_apply(dy, plain, sums, out=dy),
+    "apply_all": lambda: bn.gradient_apply(dy, full, full_sums, out=out, dresidual=dy),
+    "backward": lambda: bn.backward(dy, plain, out=dy),
+    "backward_all": lambda: bn.backward(dy, full, out=out, dresidual=dy),
+    "infer": lambda: bn.infer(x, one, one, out=out),
+    "infer_backward": lambda: bn.infer_backward(dy, x, one, one, **epilogue, out=dy),
+    "infer_backward_all": lambda: bn.infer_backward(dy, x, one, one, **epilogue, out=out, dresidual=dy),
+    "frozen": lambda: bn.FrozenBatchNorm(one, one),
+    "frozen_call": lambda: frozen(x, out=out),
+    "layer": lambda: layer(x),
+    "layer_backward": lambda: ready.backward(dy),
+}
+
+def state():
+    values = layer.population.mean, layer.population.var, ready.grad_gamma, ready.grad_beta, dy, out
+    return [value.tobytes() for value in values]
+
+def limit(extra):
+    if extra is not None:
+        extra += int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY if extra is None else extra, resource.RLIM_INFINITY))
+
+for name in names or calls:
+    bn.release_memory()
+    failed, extra, before = 0, 1 << 16, state()
+    while True:
+        limit(extra)
+        try:
+            calls[name]()
+        except MemoryError:
+            limit(None)
+            failed += 1
+        else:
+            limit(None)
+            break
+        assert state() == before, f"{name} with {extra} bytes"
+        bn.backward(small, bn.train_forward(small)[1])
+        bn.release_memory()
+        extra += 4 * channels
+    print(name, failed)
+    dy[...], out[...] = gradient, 0
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="limits the address space as Linux does")
+@pytest.mark.parametrize("shape", [(2, 400_000), (2, 40_000, 40), (300, 20_000), (2, 20_000, 8)])
+def test_whatever_array_does_not_fit_nothing_is_changed(shape):
+    # Arrays that grow with the channels come straight from the system, small ones from a heap that has room left.
+    heap = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "MALLOC_TOP_PAD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    done = subprocess.run(
+        [sys.executable, "-c", SWEEP, repr(shape)], capture_output=True, text=True, env=os.environ | heap, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    failed = dict(line.split() for line in done.stdout.splitlines())
+    assert len(failed) == 22
+    # A frozen layer has its parameters, and makes nothing of the size of a channel.
+    assert {name for name, times in failed.items() if times == "0"} <= {"frozen_call"}

@@ -226,8 +226,8 @@ class BatchNorm:
         dx, dgamma, dbeta = self._cache.backward(dy, dresidual=dresidual)
         if self.affine:
             with np.errstate(all="ignore"):
-                self.grad_gamma = dgamma.astype(self.dtype)
-                self.grad_beta = dbeta.astype(self.dtype)
+                gradients = dgamma.astype(self.dtype), dbeta.astype(self.dtype)
+            self.grad_gamma, self.grad_beta = gradients
         return dx
 
     def freeze(self, dtype: DTypeLike | None = None) -> FrozenBatchNorm:

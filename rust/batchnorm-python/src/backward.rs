@@ -1,9 +1,9 @@
 //! The tensors that every backward pass takes and returns.
 
-use crate::buffer::{Output, Tensor, new_vector};
+use crate::buffer::{Output, Tensor, empty_vector, filled};
 use crate::epilogue::Epilogue;
 use batchnorm::{Dy, Element, ViewMut};
-use numpy::PyUntypedArray;
+use numpy::{PyArray1, PyUntypedArray};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -66,16 +66,23 @@ impl<'py> Back<'py> {
         (dy, self.dresidual.as_mut().map(Output::view_mut), self.dx.view_mut())
     }
 
-    /// The named tuple that a backward pass returns.
+    /// Memory for dγ and dβ. It is made before the pass writes anything, so that none of its results is lost.
+    pub(crate) fn vectors(&self) -> PyResult<[Bound<'py, PyArray1<f64>>; 2]> {
+        let vector = || empty_vector(self.dy.array.py(), self.dy.layout.channels());
+        Ok([vector()?, vector()?])
+    }
+
+    /// The named tuple that a backward pass returns, with the sums in these vectors.
     pub(crate) fn gradients(
         &self,
         epilogue: &Epilogue<'py>,
         sums: &batchnorm::GradientSums,
+        [dgamma, dbeta]: [Bound<'py, PyArray1<f64>>; 2],
     ) -> PyResult<Bound<'py, PyAny>> {
         static GRADIENTS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         let dx = &self.dx.array;
         let py = dx.py();
-        let (dgamma, dbeta) = (new_vector(py, sums.dgamma())?, new_vector(py, sums.dbeta())?);
+        let (dgamma, dbeta) = (filled(dgamma, sums.dgamma())?, filled(dbeta, sums.dbeta())?);
         let gradients = (dx, dgamma, dbeta, self.dresidual(epilogue));
         GRADIENTS.import(py, "batchnorm._types", "Gradients")?.call1(gradients)
     }

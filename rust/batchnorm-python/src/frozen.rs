@@ -162,11 +162,12 @@ impl Coefficients {
         dresidual: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let mut back = Back::read(dy, x, epilogue, out, dresidual)?;
+        let vectors = back.vectors()?;
         let sums = with_element!(x.dtype, T => {
             let ((dy, mut dresidual, mut dx), pass) = (back.views::<T>(), epilogue.pass::<T>(x, &self.0));
             run(x.array.py(), x.bytes(), || batchnorm::infer_backward(dy, pass, dresidual.as_mut(), &mut dx))
         })?;
-        back.gradients(epilogue, &sums)
+        back.gradients(epilogue, &sums, vectors)
     }
 }
 

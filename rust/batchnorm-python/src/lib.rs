@@ -13,6 +13,7 @@ mod settings;
 mod training;
 mod values;
 
+use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 
 /// The compiled core; `import batchnorm` is the public face.
@@ -42,9 +43,13 @@ mod _core {
     const ERROR_KINDS: &[&str] = batchnorm::Error::KINDS;
 }
 
-/// Makes a Python exception of an error of the core: a `ValueError` whose attribute `kind` names the variant.
+/// Makes a Python exception of an error of the core: a `ValueError`, or a `MemoryError`, whose attribute `kind` names the
+/// variant.
 fn value_error(error: batchnorm::Error) -> PyErr {
-    let exception = pyo3::exceptions::PyValueError::new_err(error.to_string());
+    let exception = match error {
+        batchnorm::Error::NoMemory { .. } => PyMemoryError::new_err(error.to_string()),
+        _ => PyValueError::new_err(error.to_string()),
+    };
     match Python::attach(|py| exception.value(py).setattr("kind", error.kind())) {
         Ok(()) => exception,
         Err(failed) => failed,

@@ -10,6 +10,7 @@ use batchnorm::Input;
 use numpy::PyUntypedArray;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use std::sync::Arc;
 
 /// Moments of x: count, mean and M2 of each channel over all other axes.
 ///
@@ -32,7 +33,7 @@ pub(crate) fn moments(py: Python<'_>, x: &Bound<'_, PyAny>, channel_axis: isize)
         let view = x.view::<T>();
         run(py, x.bytes(), || batchnorm::moments(view))
     })
-    .map(Moments)
+    .map(Moments::from)
 }
 
 /// Normalizes x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
@@ -79,7 +80,7 @@ pub(crate) fn normalize<'py>(
     let parameters = Parameters::read(gamma, beta, eps, x.layout.channels())?;
     let epilogue = Epilogue::read(&x, activation, residual)?;
     let mut y = x.output("out", out, &epilogue.inputs(&[("x", &x)]))?;
-    let moments = moments.0.clone();
+    let moments = Arc::clone(&moments.0);
     let coefficients = with_element!(x.dtype, T => {
         let (view, follows, mut y) = (x.view::<T>(), epilogue.of::<T>(), y.view_mut::<T>());
         run(py, x.bytes(), || batchnorm::normalize(Input::View(view), &moments, parameters.of(), follows, &mut y))
@@ -133,7 +134,7 @@ pub(crate) fn train_forward<'py>(
         let (input, follows, mut y) = (input::<T>(&x, in_place), epilogue.of::<T>(), y.view_mut::<T>());
         run(py, x.bytes(), || batchnorm::train_forward(input, parameters.of(), follows, &mut y))
     })?;
-    Ok((y.array, Cache::new((!in_place).then_some(x), moments, coefficients, channel_axis, epilogue)))
+    Ok((y.array, Cache::new((!in_place).then_some(x), moments.into(), coefficients, channel_axis, epilogue)))
 }
 
 /// The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
@@ -242,11 +243,12 @@ pub(crate) fn backward<'py>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let (x, epilogue) = cached(py, cache, x)?;
     let mut back = Back::read(dy, &x, &epilogue, out, dresidual)?;
+    let vectors = back.vectors()?;
     let sums = with_element!(x.dtype, T => {
         let ((dy, mut dresidual, mut dx), pass) = (back.views::<T>(), epilogue.pass::<T>(&x, &cache.coefficients));
         run(py, x.bytes(), || batchnorm::backward(dy, pass, dresidual.as_mut(), &mut dx))
     })?;
-    back.gradients(&epilogue, &sums)
+    back.gradients(&epilogue, &sums, vectors)
 }
 
 /// The x of a forward pass, which the cache holds or the caller has kept a copy of, and its epilogue.

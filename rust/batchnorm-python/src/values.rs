@@ -8,6 +8,7 @@ use batchnorm::Activation;
 use numpy::{PyArray1, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use std::sync::Arc;
 
 /// Count, mean and M2 of each channel, in float64; a value that merges.
 ///
@@ -24,14 +25,20 @@ use pyo3::types::PyBytes;
 ///     TypeError: A part is not real.
 #[pyclass(frozen, eq, module = "batchnorm", name = "Moments")]
 #[derive(PartialEq)]
-pub(crate) struct Moments(pub(crate) batchnorm::Moments);
+pub(crate) struct Moments(pub(crate) Arc<batchnorm::Moments>);
+
+impl From<batchnorm::Moments> for Moments {
+    fn from(moments: batchnorm::Moments) -> Self {
+        Self(moments.into())
+    }
+}
 
 #[pymethods]
 impl Moments {
     #[new]
     fn new(count: &Bound<'_, PyAny>, mean: &Bound<'_, PyAny>, m2: &Bound<'_, PyAny>) -> PyResult<Self> {
         let (count, mean, m2) = (vector("count", count)?, vector("mean", mean)?, vector("m2", m2)?);
-        batchnorm::Moments::new(count, mean, m2).map(Self).map_err(value_error)
+        batchnorm::Moments::new(count, mean, m2).map(Self::from).map_err(value_error)
     }
 
     /// Number of channels.
@@ -81,12 +88,12 @@ impl Moments {
     /// Raises:
     ///     ValueError: The numbers of channels differ.
     fn merge(&self, other: &Self) -> PyResult<Self> {
-        self.0.merge(&other.0).map(Self).map_err(value_error)
+        self.0.merge(&other.0).map(Self::from).map_err(value_error)
     }
 
     /// A portable form: header with version, number of channels, then count, mean and m2, little-endian.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        new_bytes(py, &self.0.to_bytes())
+        new_bytes(py, &self.0.to_bytes().map_err(value_error)?)
     }
 
     /// Reads what ``to_bytes`` wrote.
@@ -95,7 +102,7 @@ impl Moments {
     ///     ValueError: The bytes are not those of Moments.
     #[staticmethod]
     fn from_bytes(data: &[u8]) -> PyResult<Self> {
-        batchnorm::Moments::from_bytes(data).map(Self).map_err(value_error)
+        batchnorm::Moments::from_bytes(data).map(Self::from).map_err(value_error)
     }
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyBytes>,))> {
@@ -163,7 +170,7 @@ impl GradientSums {
 
     /// A portable form: header with version, number of channels, then count, dγ and dβ, little-endian.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        new_bytes(py, &self.0.to_bytes())
+        new_bytes(py, &self.0.to_bytes().map_err(value_error)?)
     }
 
     /// Reads what ``to_bytes`` wrote.
@@ -204,7 +211,7 @@ fn range(count: &[f64]) -> String {
 #[pyclass(frozen, module = "batchnorm", name = "Cache")]
 pub(crate) struct Cache {
     pub(crate) x: Option<Py<PyUntypedArray>>,
-    pub(crate) moments: batchnorm::Moments,
+    pub(crate) moments: Arc<batchnorm::Moments>,
     pub(crate) coefficients: batchnorm::Coefficients,
     /// The channel axis of the forward pass, as it was given.
     #[pyo3(get)]
@@ -216,7 +223,7 @@ pub(crate) struct Cache {
 impl Cache {
     pub(crate) fn new(
         x: Option<Tensor<'_>>,
-        moments: batchnorm::Moments,
+        moments: Arc<batchnorm::Moments>,
         coefficients: batchnorm::Coefficients,
         channel_axis: isize,
         Epilogue { activation, residual }: Epilogue<'_>,
@@ -249,7 +256,7 @@ impl Cache {
     /// The moments by which x was normalized.
     #[getter]
     fn moments(&self) -> Moments {
-        Moments(self.moments.clone())
+        Moments(Arc::clone(&self.moments))
     }
 
     /// Mean per channel, shape (channels,), float64.

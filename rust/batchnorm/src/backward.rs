@@ -27,17 +27,21 @@ use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::forward_pass::ForwardPass;
-use crate::gradient_sums::{GradientSums, SumAndProducts, gradient_sums, sums_of_block};
+use crate::gradient_sums::{GradientSums, SumAndProducts, dgamma_and_dbeta, gradient_sums, sums_of_block};
 use crate::infer::infer;
 use crate::input::{Input, check_layout};
 use crate::kernels::{DxCoefficients, DxRows, DxRuns, LANES};
-use crate::pairs::OfChannel;
+use crate::memory::{Room, collected};
+use crate::pairs::{Groups, OfChannel};
 use crate::partition::{Family, Planar, tile};
 use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{View, ViewMut};
 use std::iter::repeat_n;
 use std::ops::Range;
+
+/// Bytes per channel that sums and the coefficients made of them take at most while a gradient is computed from them.
+const ROOM: usize = 128;
 
 /// Where a backward pass reads dy: from memory of its own, or from an output that is written over it.
 #[derive(Clone, Copy)]
@@ -81,7 +85,9 @@ fn back<'a, T: Element, R>(
         Dy::InDx => Input::View(dx.as_view()),
         Dy::InDresidual => Input::InPlace,
     };
+    let room = Room::new(ROOM * pass.layout().channels())?;
     pass.through(dy, dresidual)?;
+    room.free();
     rest(Input::View(dresidual.as_view()), pass.without_epilogue(), dx)
 }
 
@@ -100,44 +106,43 @@ pub fn gradient_apply<T: Element>(
     dx: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     let _mode = begin()?;
-    back(dy, pass, sums.count().iter().copied(), dresidual, dx, |dy, pass, dx| {
-        apply(dy, &pass, sums, dx);
-        Ok(())
-    })
+    back(dy, pass, sums.count().iter().copied(), dresidual, dx, |dy, pass, dx| apply(dy, &pass, sums, dx))
 }
 
-fn apply<T: Element>(dy: Input<'_, T>, pass: &ForwardPass<'_, T>, sums: &GradientSums, dx: &mut ViewMut<'_, T>) {
+fn apply<T: Element>(
+    dy: Input<'_, T>,
+    pass: &ForwardPass<'_, T>,
+    sums: &GradientSums,
+    dx: &mut ViewMut<'_, T>,
+) -> Result<(), Error> {
     let layout = pass.layout();
     let of = |c| dx_coefficients(pass.coefficients, c, sums.dgamma()[c], sums.dbeta()[c], sums.count()[c]);
-    let channels: Vec<DxCoefficients<f64>> = (0..layout.channels()).map(of).collect();
+    let channels: Vec<DxCoefficients<f64>> = collected((0..layout.channels()).map(of))?;
     // With an activation a tile of each tensor is to stay in cache until dx is computed from the gradient that passes.
     let elements = tile::<T>(layout) / if pass.has_activation() { 4 } else { 1 };
     match Family::of(layout) {
-        Family::Planar(planar) => {
-            dx.map_tiles(&planar.planes(elements), |rect, dx| {
-                let (dy, cached) = (dy.tile(planar.inner, rect, &dx), dx.cached());
-                let dy = pass.through_planes(&planar, rect, dy, &cached);
-                let x = pass.x.tile(planar.inner, rect);
-                let coefficients = |r: usize| channels[(rect.rows.start + r) % planar.channels];
-                dispatch(DxRuns { dy, x, dx: &dx, coefficients });
-            });
-        }
-        Family::Interleaved(rows) => {
-            dx.map_tiles(&rows.tiles(elements), |rect, dx| {
-                let (dy, cached) = (dy.tile(rows.width, rect, &dx), dx.cached());
-                let columns = pass.columns(&rows, rect.cols.clone());
-                let dy = pass.through_rows(&rows, (columns.as_ref(), rect), dy, &cached);
-                let x = pass.x.tile(rows.width, rect);
-                let column = |field: fn(DxCoefficients<f64>) -> f64| {
-                    rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]))
-                };
-                let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
-                let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
-                let coefficients =
-                    DxCoefficients { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
-                dispatch(DxRows { dy, x, dx: &dx, coefficients });
-            });
-        }
+        Family::Planar(planar) => dx.map_tiles(&planar.planes(elements), |rect, dx| {
+            let (dy, cached) = (dy.tile(planar.inner, rect, &dx), dx.cached());
+            let dy = pass.through_planes(&planar, rect, dy, &cached);
+            let x = pass.x.tile(planar.inner, rect);
+            let coefficients = |r: usize| channels[(rect.rows.start + r) % planar.channels];
+            dispatch(DxRuns { dy, x, dx: &dx, coefficients });
+            Ok(())
+        }),
+        Family::Interleaved(rows) => dx.map_tiles(&rows.tiles(elements), |rect, dx| {
+            let (dy, cached) = (dy.tile(rows.width, rect, &dx), dx.cached());
+            let columns = pass.columns(&rows, rect.cols.clone());
+            let dy = pass.through_rows(&rows, (columns.as_ref(), rect), dy, &cached);
+            let x = pass.x.tile(rows.width, rect);
+            let column =
+                |field: fn(DxCoefficients<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]));
+            let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
+            let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
+            let coefficients =
+                DxCoefficients { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
+            dispatch(DxRows { dy, x, dx: &dx, coefficients });
+            Ok(())
+        }),
     }
 }
 
@@ -167,10 +172,10 @@ pub fn backward<T: Element>(
     let layout = pass.layout();
     let count = repeat_n(layout.count() as f64, layout.channels());
     back(dy, pass, count, dresidual, dx, |dy, pass, dx| match Family::of(layout) {
-        Family::Planar(planar) if planar.fuses() && !layout.is_empty() => Ok(fused(dy, &pass, planar, dx)),
+        Family::Planar(planar) if planar.fuses() && !layout.is_empty() => fused(dy, &pass, planar, dx),
         _ => {
             let sums = gradient_sums(dy.view(dx), pass)?;
-            apply(dy, &pass, &sums, dx);
+            apply(dy, &pass, &sums, dx)?;
             Ok(sums)
         }
     })
@@ -181,10 +186,14 @@ fn fused<T: Element>(
     pass: &ForwardPass<'_, T>,
     planar: Planar,
     dx: &mut ViewMut<'_, T>,
-) -> GradientSums {
+) -> Result<GradientSums, Error> {
+    let mut gradients = GradientSums::zeros(pass.layout())?;
+    let group = planar.group(2 * size_of::<T>());
+    let (dgamma, dbeta) = gradients.dgamma_and_dbeta();
+    let groups = Groups::new(dgamma, dbeta, group)?;
     let (width, coefficients) = (planar.width(), pass.coefficients);
     let count = (planar.outer * planar.inner) as f64;
-    let groups = dx.map_tiles(&planar.groups(2 * size_of::<T>()), |rect, dx| {
+    dx.map_tiles(&planar.groups(group), |rect, dx| {
         let (dy, cached) = (dy.tile(width, rect, &dx), dx.cached());
         let (x, channels) = (pass.x.tile(width, rect), planar.channels_of(rect));
         let dy = pass.through_runs(&planar, (&channels, rect), dy, &cached);
@@ -193,20 +202,22 @@ fn fused<T: Element>(
             let rect = planar.rect(&channels, block);
             sums_of_block(dy.part(&rect), x.part(&rect), &means[channels])
         };
-        let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block);
+        let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block)?;
         let of = |(c, sums): (usize, &OfChannel<SumAndProducts>)| {
             dx_coefficients(coefficients, c, sums.second * coefficients.invstd()[c], sums.first, count)
         };
-        let of_channels: Vec<DxCoefficients<f64>> = channels.zip(&sums).map(of).collect();
+        let of_channels: Vec<DxCoefficients<f64>> = channels.clone().zip(&sums).map(of).collect();
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (dy, x, dx) =
                 (dy.split_row(r, planar.inner), x.split_row(r, planar.inner), dx.split_row(r, planar.inner));
             dispatch(DxRuns { dy, x, dx: &dx, coefficients: |c: usize| of_channels[c] });
         }
-        sums
-    });
-    GradientSums::of(pass, groups.into_iter().flatten().map(OfChannel::into_pair).collect())
+        let sums = channels.clone().zip(sums).map(|(c, sums)| dgamma_and_dbeta(pass, c, sums.into_pair()));
+        groups.write(&channels, sums);
+        Ok(())
+    })?;
+    Ok(gradients)
 }
 
 /// dx, dγ and dβ with frozen statistics: dx = γ/√(var+ε)·dy.
@@ -224,13 +235,16 @@ pub fn infer_backward<T: Element>(
     let _mode = begin()?;
     pass.coefficients.check_range::<T>()?;
     let count = repeat_n(pass.layout().count() as f64, pass.layout().channels());
+    let scale_only = pass.coefficients.scale_only()?;
     back(dy, pass, count, dresidual, dx, |mut dy, mut pass, dx| {
         if pass.has_activation() {
+            let room = Room::new(ROOM * pass.layout().channels())?;
             pass.through(dy, dx)?;
+            room.free();
             (dy, pass) = (Input::InPlace, pass.without_epilogue());
         }
         let sums = gradient_sums(dy.view(dx), pass)?;
-        infer(dy, &pass.coefficients.scale_only(), Epilogue::default(), dx)?;
+        infer(dy, &scale_only, Epilogue::default(), dx)?;
         Ok(sums)
     })
 }

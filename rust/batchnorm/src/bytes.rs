@@ -1,6 +1,7 @@
 //! The portable form of per-channel float64 values: a header, the number of channels, then the values, little-endian.
 
 use crate::error::Error;
+use crate::memory;
 
 /// What stands before the values.
 pub(crate) struct Format {
@@ -10,11 +11,12 @@ pub(crate) struct Format {
 }
 
 impl Format {
-    pub(crate) fn write<const N: usize>(&self, parts: [&[f64]; N]) -> Vec<u8> {
-        let mut data = self.header.to_vec();
+    pub(crate) fn write<const N: usize>(&self, parts: [&[f64]; N]) -> Result<Vec<u8>, Error> {
+        let mut data = memory::with_capacity(self.header.len() + 8 + 8 * N * parts[0].len())?;
+        data.extend(self.header);
         data.extend((parts[0].len() as u64).to_le_bytes());
         data.extend(parts.iter().flat_map(|part| part.iter()).flat_map(|value| value.to_le_bytes()));
-        data
+        Ok(data)
     }
 
     pub(crate) fn read<const N: usize>(&self, data: &[u8]) -> Result<[Vec<f64>; N], Error> {
@@ -26,9 +28,11 @@ impl Format {
         if wanted != Some(values.len()) || !left.is_empty() {
             return Err(wrong("their length is not that of the number of channels in the header"));
         }
-        let part = values.len() / N;
-        Ok(std::array::from_fn(|i| {
-            values[i * part..(i + 1) * part].iter().map(|&value| f64::from_le_bytes(value)).collect()
-        }))
+        let (channels, mut parts) = (values.len() / N, [const { Vec::new() }; N]);
+        for (i, part) in parts.iter_mut().enumerate() {
+            let values = &values[i * channels..(i + 1) * channels];
+            *part = memory::collected(values.iter().map(|&value| f64::from_le_bytes(value)))?;
+        }
+        Ok(parts)
     }
 }

@@ -4,6 +4,7 @@ use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::float_mode::FloatMode;
 use crate::kernels::LANES;
+use crate::memory::{copied, zeros};
 use crate::moments::Moments;
 use crate::parameters::Parameters;
 use crate::partition::Interleaved;
@@ -27,7 +28,7 @@ impl Coefficients {
     ///
     /// # Errors
     /// [`Error::NoChannels`], [`Error::Channels`], [`Error::NotFinite`], [`Error::Negative`], [`Error::Eps`], and
-    /// [`Error::EpsZeroForZeroVariance`].
+    /// [`Error::EpsZeroForZeroVariance`]; [`Error::NoMemory`].
     pub fn new(mean: &[f64], var: &[f64], parameters: Parameters<'_>) -> Result<Self, Error> {
         if mean.is_empty() {
             return Err(Error::NoChannels);
@@ -40,7 +41,9 @@ impl Coefficients {
         if let (true, Some(channel)) = (parameters.eps == 0.0, var.iter().position(|&v| v == 0.0)) {
             return Err(Error::EpsZeroForZeroVariance { channel });
         }
-        Ok(Self::of(mean, var, parameters))
+        let mut coefficients = Self::zeros(mean.len())?;
+        coefficients.fill(mean.iter().copied().zip(var.iter().copied()), parameters);
+        Ok(coefficients)
     }
 
     /// The coefficients of a batch (Algorithm 1), from its biased variance, since it is this batch that is to get
@@ -48,24 +51,35 @@ impl Coefficients {
     ///
     /// # Errors
     /// [`Error::TooFewValues`] where a channel has fewer than 2 values, [`Error::EpsZeroInTraining`],
-    /// [`Error::Channels`], [`Error::NotFinite`], [`Error::Eps`].
+    /// [`Error::Channels`], [`Error::NotFinite`], [`Error::Eps`]; [`Error::NoMemory`].
     pub fn of_moments(moments: &Moments, parameters: Parameters<'_>) -> Result<Self, Error> {
         parameters.check_training(moments.channels())?;
         moments.check_count(2)?;
-        let coefficients = Self::of(moments.mean(), &moments.var()?, parameters);
-        Ok(Self { count: Some(moments.count().to_vec()), ..coefficients })
+        let mut coefficients = Self::zeros_of_training(moments.count())?;
+        coefficients.fill(moments.mean_and_var(), parameters);
+        Ok(coefficients)
     }
 
-    fn of(mean: &[f64], var: &[f64], parameters: Parameters<'_>) -> Self {
+    /// Zeros in place of coefficients of frozen statistics, to be [filled](Self::fill).
+    fn zeros(channels: usize) -> Result<Self, Error> {
+        let zeros = || zeros(channels);
+        Ok(Self { mean: zeros()?, invstd: zeros()?, scale: zeros()?, beta: zeros()?, count: None })
+    }
+
+    /// Zeros in place of coefficients of a batch with so many values per channel, to be [filled](Self::fill).
+    pub(crate) fn zeros_of_training(count: &[f64]) -> Result<Self, Error> {
+        Ok(Self { count: Some(copied(count)?), ..Self::zeros(count.len())? })
+    }
+
+    /// Computes the coefficients of mean and variance of every channel, which takes no memory.
+    pub(crate) fn fill(&mut self, mean_and_var: impl Iterator<Item = (f64, f64)>, parameters: Parameters<'_>) {
         let _mode = FloatMode::standard();
-        let root: Vec<f64> = var.iter().map(|&var| parameters.root(var)).collect();
-        let invstd: Vec<f64> = root.iter().map(|root| 1.0 / root).collect();
-        let scale = match parameters.gamma {
-            Some(gamma) => gamma.iter().zip(&root).map(|(gamma, root)| gamma / root).collect(),
-            None => invstd.clone(),
-        };
-        let beta = parameters.beta.map_or_else(|| vec![0.0; mean.len()], <[f64]>::to_vec);
-        Self { mean: mean.to_vec(), invstd, scale, beta, count: None }
+        for (c, (mean, var)) in mean_and_var.enumerate() {
+            self.mean[c] = mean;
+            self.invstd[c] = 1.0 / parameters.root(var);
+            self.scale[c] = parameters.scale(c, var);
+            self.beta[c] = parameters.shift(c);
+        }
     }
 
     /// Number of channels.
@@ -89,9 +103,11 @@ impl Coefficients {
     }
 
     /// The coefficients of x·s alone, without mean and β: what frozen statistics do to a gradient.
-    pub(crate) fn scale_only(&self) -> Self {
-        let zeros = vec![0.0; self.channels()];
-        Self { mean: zeros.clone(), beta: zeros, ..self.clone() }
+    pub(crate) fn scale_only(&self) -> Result<Self, Error> {
+        let mut scale_only = Self::zeros(self.channels())?;
+        scale_only.invstd.copy_from_slice(&self.invstd);
+        scale_only.scale.copy_from_slice(&self.scale);
+        Ok(scale_only)
     }
 
     /// Checks that gradient sums are over as many values per channel as the moments. Frozen statistics take any number.

@@ -30,6 +30,6 @@ pub fn copy<T: Element>(
     y.map_tiles(&grid, |rect, y| {
         let (x, z) = (x.tile(layout.len(), rect), z.map(|z| z.tile(layout.len(), rect)));
         dispatch(Transfer { x, z, y: &y, streaming });
-    });
-    Ok(())
+        Ok(())
+    })
 }

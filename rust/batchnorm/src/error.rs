@@ -22,6 +22,11 @@ pub enum Error {
     NoChannels,
     /// The tensor's size in bytes does not fit in 64 bits.
     Overflow,
+    /// There is no memory for an array, whose length grows with the number of channels or of tasks.
+    NoMemory {
+        /// Bytes that the array takes.
+        bytes: usize,
+    },
     /// A buffer does not hold as many elements as its layout says.
     Elements {
         /// Name of the argument.
@@ -136,6 +141,7 @@ impl fmt::Display for Error {
             ),
             Self::NoChannels => write!(f, "x has 0 channels; wanted 1 or more"),
             Self::Overflow => write!(f, "x has more bytes than a 64-bit size can hold"),
+            Self::NoMemory { bytes } => write!(f, "not enough memory for an array of {bytes} bytes"),
             Self::Elements { argument, got, wanted } => {
                 write!(f, "{argument} holds {got} elements; wanted {wanted}, as its layout says")
             }
@@ -201,6 +207,7 @@ macro_rules! kinds {
 kinds! {
     Rank ChannelAxis NoChannels Overflow Elements LayoutMismatch Channels NotFinite Negative Eps EpsZeroInTraining
     EpsZeroForZeroVariance TooFewValues Counts Bytes Threads Level Range NoDresidual
+    NoMemory
 }
 
 impl Error {

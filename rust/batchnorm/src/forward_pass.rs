@@ -113,21 +113,18 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         let layout = self.layout();
         let elements = tile::<T>(layout);
         match (Family::of(layout), dy) {
-            (_, Input::View(dy)) if !self.has_activation() => return copy(dy, None, to, false),
-            (_, Input::InPlace) if !self.has_activation() => {}
-            (Family::Planar(planar), _) => {
-                to.map_tiles(&planar.planes(elements), |rect, to| {
-                    self.through_planes(&planar, rect, dy.tile(planar.inner, rect, &to), &to);
-                });
-            }
-            (Family::Interleaved(rows), _) => {
-                to.map_tiles(&rows.tiles(elements), |rect, to| {
-                    let columns = self.columns(&rows, rect.cols.clone());
-                    self.through_rows(&rows, (columns.as_ref(), rect), dy.tile(rows.width, rect, &to), &to);
-                });
-            }
+            (_, Input::View(dy)) if !self.has_activation() => copy(dy, None, to, false),
+            (_, Input::InPlace) if !self.has_activation() => Ok(()),
+            (Family::Planar(planar), _) => to.map_tiles(&planar.planes(elements), |rect, to| {
+                self.through_planes(&planar, rect, dy.tile(planar.inner, rect, &to), &to);
+                Ok(())
+            }),
+            (Family::Interleaved(rows), _) => to.map_tiles(&rows.tiles(elements), |rect, to| {
+                let columns = self.columns(&rows, rect.cols.clone());
+                self.through_rows(&rows, (columns.as_ref(), rect), dy.tile(rows.width, rect, &to), &to);
+                Ok(())
+            }),
         }
-        Ok(())
     }
 
     fn tiles(&self, width: usize, rect: &Rect) -> (Tile<'a, T>, Option<Tile<'a, T>>) {

@@ -7,12 +7,15 @@ use crate::float_mode::FloatMode;
 use crate::forward_pass::ForwardPass;
 use crate::input::check_layout;
 use crate::kernels::{GradientSumRows, GradientSumRuns, ROWS};
+use crate::layout::Layout;
+use crate::memory::{collected, zeros};
 use crate::pairs::{OfChannel, OfColumns, Pair};
 use crate::partition::{Family, Interleaved, Planar};
 use crate::simd::dispatch;
 use crate::tree::Tree;
 use crate::verb::begin;
 use crate::view::{Rect, Tile, TileMut, View};
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// dγ = Σdy·x̂ and dβ = Σdy per channel with the number of values summed, in float64; a value that merges.
@@ -64,38 +67,45 @@ impl GradientSums {
     /// The sums over the values of both.
     ///
     /// # Errors
-    /// [`Error::Channels`].
+    /// [`Error::Channels`], [`Error::NoMemory`].
     pub fn merge(&self, other: &Self) -> Result<Self, Error> {
         Error::check_channels("other", other.channels(), self.channels())?;
         let _mode = FloatMode::standard();
-        let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a + b).collect();
+        let sum = |a: &[f64], b: &[f64]| collected(a.iter().zip(b).map(|(a, b)| a + b));
         Ok(Self {
-            count: sum(&self.count, &other.count),
-            dgamma: sum(&self.dgamma, &other.dgamma),
-            dbeta: sum(&self.dbeta, &other.dbeta),
+            count: sum(&self.count, &other.count)?,
+            dgamma: sum(&self.dgamma, &other.dgamma)?,
+            dbeta: sum(&self.dbeta, &other.dbeta)?,
         })
     }
 
     /// A portable form: a header with the version, the number of channels, then count, dγ and dβ, little-endian.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
         FORMAT.write([&self.count, &self.dgamma, &self.dbeta])
     }
 
     /// Reads what [`GradientSums::to_bytes`] wrote.
     ///
     /// # Errors
-    /// [`Error::Bytes`], and those of [`GradientSums::new`].
+    /// [`Error::Bytes`], [`Error::NoMemory`], and those of [`GradientSums::new`].
     pub fn from_bytes(data: &[u8]) -> Result<Self, Error> {
         let [count, dgamma, dbeta] = FORMAT.read(data)?;
         Self::new(count, dgamma, dbeta)
     }
 
-    /// From Σdy and Σdy·(x − mean) of each channel.
-    pub(crate) fn of(pass: &ForwardPass<'_, impl Element>, sums: Vec<(f64, f64)>) -> Self {
-        let invstd = pass.coefficients.invstd();
-        let (dbeta, dgamma) =
-            sums.into_iter().zip(invstd).map(|((dbeta, products), invstd)| (dbeta, products * invstd)).unzip();
-        Self { count: vec![pass.layout().count() as f64; pass.layout().channels()], dgamma, dbeta }
+    /// Zeros in place of the sums of a pass.
+    pub(crate) fn zeros(layout: Layout) -> Result<Self, Error> {
+        let channels = layout.channels();
+        let count = collected(repeat_n(layout.count() as f64, channels))?;
+        Ok(Self { count, dgamma: zeros(channels)?, dbeta: zeros(channels)? })
+    }
+
+    /// dγ and dβ, to be written.
+    pub(crate) fn dgamma_and_dbeta(&mut self) -> (&mut [f64], &mut [f64]) {
+        (&mut self.dgamma, &mut self.dbeta)
     }
 }
 
@@ -121,25 +131,41 @@ const PART: usize = 4096;
 /// dγ and dβ of a training pass.
 ///
 /// # Errors
-/// [`Error::Channels`], [`Error::LayoutMismatch`]; [`Error::Threads`], [`Error::Level`] for a wrong value of an
-/// environment variable.
+/// [`Error::Channels`], [`Error::LayoutMismatch`], [`Error::NoMemory`]; [`Error::Threads`], [`Error::Level`] for a wrong
+/// value of an environment variable.
 pub fn gradient_sums<T: Element>(dy: View<'_, T>, pass: ForwardPass<'_, T>) -> Result<GradientSums, Error> {
     let _mode = begin()?;
     check_layout("dy", dy.layout(), pass.layout())?;
     pass.check()?;
     let layout = pass.layout();
-    let sums = if layout.is_empty() {
-        vec![(0.0, 0.0); layout.channels()]
-    } else {
-        match Family::of(layout) {
-            Family::Planar(planar) => planar_sums(dy, &pass, planar),
-            Family::Interleaved(rows) => interleaved_sums(dy, &pass, rows),
-        }
-    };
-    Ok(GradientSums::of(&pass, sums))
+    let mut sums = GradientSums::zeros(layout)?;
+    if layout.is_empty() {
+        return Ok(sums);
+    }
+    let pairs = match Family::of(layout) {
+        Family::Planar(planar) => planar_sums(dy, &pass, planar),
+        Family::Interleaved(rows) => interleaved_sums(dy, &pass, rows),
+    }?;
+    for (c, pair) in pairs.into_iter().enumerate() {
+        (sums.dgamma[c], sums.dbeta[c]) = dgamma_and_dbeta(&pass, c, pair);
+    }
+    Ok(sums)
 }
 
-fn planar_sums<T: Element>(dy: View<'_, T>, pass: &ForwardPass<'_, T>, planar: Planar) -> Vec<(f64, f64)> {
+/// dγ and dβ of channel `c` from Σdy and Σdy·(x − mean).
+pub(crate) fn dgamma_and_dbeta<T: Element>(
+    pass: &ForwardPass<'_, T>,
+    c: usize,
+    (sum, products): (f64, f64),
+) -> (f64, f64) {
+    (products * pass.coefficients.invstd()[c], sum)
+}
+
+fn planar_sums<T: Element>(
+    dy: View<'_, T>,
+    pass: &ForwardPass<'_, T>,
+    planar: Planar,
+) -> Result<Vec<(f64, f64)>, Error> {
     let width = planar.width();
     let sums = planar.map_channels(2 * dy.bytes(), |channels, block| {
         let rect = planar.rect(&channels, block);
@@ -151,8 +177,8 @@ fn planar_sums<T: Element>(dy: View<'_, T>, pass: &ForwardPass<'_, T>, planar: P
         let mut memory = vec![T::from_f64(0.0); dy.rows() * dy.cols()];
         let passing = TileMut::of(&mut memory, dy.rows(), dy.cols());
         sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing), x, mean)
-    });
-    sums.into_iter().map(OfChannel::into_pair).collect()
+    })?;
+    collected(sums.into_iter().map(OfChannel::into_pair))
 }
 
 /// The sums of a block of some adjacent channels, one after the other, of the given means.
@@ -165,7 +191,11 @@ pub(crate) fn sums_of_block<T: Element>(
     dispatch(GradientSumRuns { dy, x, mean }).into_iter().map(|sums| OfChannel::new(count, sums)).collect()
 }
 
-fn interleaved_sums<T: Element>(dy: View<'_, T>, pass: &ForwardPass<'_, T>, rows: Interleaved) -> Vec<(f64, f64)> {
+fn interleaved_sums<T: Element>(
+    dy: View<'_, T>,
+    pass: &ForwardPass<'_, T>,
+    rows: Interleaved,
+) -> Result<Vec<(f64, f64)>, Error> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mean = rows.spread(columns.clone(), 0, |c| pass.coefficients.mean()[c]);
         let coefficients = pass.columns(&rows, columns.clone());
@@ -174,7 +204,7 @@ fn interleaved_sums<T: Element>(dy: View<'_, T>, pass: &ForwardPass<'_, T>, rows
         let mut memory = vec![T::from_f64(0.0); if pass.has_activation() { step * columns.len() } else { 0 }];
         Tree::of(blocks.map(|b| {
             let block = rows.block(b);
-            let mut sums = OfColumns::<SumAndProducts>::zeros(block.len(), columns.len());
+            let mut sums = OfColumns::<SumAndProducts>::zeros(block.len(), columns.len())?;
             for start in block.clone().step_by(step) {
                 let rect = Rect { rows: start..block.end.min(start + step), cols: columns.clone() };
                 let (mut dy, x) = (dy.tile(rows.width, &rect), pass.x.tile(rows.width, &rect));
@@ -186,7 +216,7 @@ fn interleaved_sums<T: Element>(dy: View<'_, T>, pass: &ForwardPass<'_, T>, rows
                 let (dbeta, products) = (&mut sums.first[..], &mut sums.second[..]);
                 dispatch(GradientSumRows { dy, x, mean: &mean, dbeta, products });
             }
-            sums
+            Ok(sums)
         }))
     };
     rows.map_strips(2 * dy.bytes(), of_blocks, |strip| strip.into_channels(rows.inner))

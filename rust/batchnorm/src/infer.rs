@@ -14,8 +14,8 @@ use crate::view::{View, ViewMut};
 /// Writes y = (x − mean)·s + β, followed by the epilogue.
 ///
 /// # Errors
-/// [`Error::Channels`], [`Error::Range`], [`Error::LayoutMismatch`]; [`Error::Threads`], [`Error::Level`] for a wrong value of an
-/// environment variable.
+/// [`Error::Channels`], [`Error::Range`], [`Error::LayoutMismatch`], [`Error::NoMemory`]; [`Error::Threads`],
+/// [`Error::Level`] for a wrong value of an environment variable.
 pub fn infer<T: Element>(
     x: Input<'_, T>,
     coefficients: &Coefficients,
@@ -30,22 +30,19 @@ pub fn infer<T: Element>(
     epilogue.check(layout)?;
     let elements = tile::<T>(layout);
     match Family::of(layout) {
-        Family::Planar(planar) => {
-            y.map_tiles(&planar.planes(elements), |rect, y| {
-                let x = x.tile(planar.inner, rect, &y);
-                let coefficients = |r: usize| coefficients.of_channel::<T>((rect.rows.start + r) % planar.channels);
-                let then = epilogue.map(|residual| residual.tile(planar.inner, rect));
-                dispatch(NormalizeRuns { x, y: &y, coefficients, then });
-            });
-        }
-        Family::Interleaved(rows) => {
-            y.map_tiles(&rows.tiles(elements), |rect, y| {
-                let x = x.tile(rows.width, rect, &y);
-                let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone());
-                let then = epilogue.map(|residual| residual.tile(rows.width, rect));
-                dispatch(NormalizeRows { x, y: &y, coefficients: columns.slices(), then });
-            });
-        }
+        Family::Planar(planar) => y.map_tiles(&planar.planes(elements), |rect, y| {
+            let x = x.tile(planar.inner, rect, &y);
+            let coefficients = |r: usize| coefficients.of_channel::<T>((rect.rows.start + r) % planar.channels);
+            let then = epilogue.map(|residual| residual.tile(planar.inner, rect));
+            dispatch(NormalizeRuns { x, y: &y, coefficients, then });
+            Ok(())
+        }),
+        Family::Interleaved(rows) => y.map_tiles(&rows.tiles(elements), |rect, y| {
+            let x = x.tile(rows.width, rect, &y);
+            let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone());
+            let then = epilogue.map(|residual| residual.tile(rows.width, rect));
+            dispatch(NormalizeRows { x, y: &y, coefficients: columns.slices(), then });
+            Ok(())
+        }),
     }
-    Ok(())
 }

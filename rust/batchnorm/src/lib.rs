@@ -57,6 +57,7 @@ mod infer;
 mod input;
 mod kernels;
 mod layout;
+mod memory;
 mod moments;
 mod pairs;
 mod parallel;

@@ -14,12 +14,14 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::float_mode::FloatMode;
 use crate::kernels::{MomentRows, MomentRuns};
+use crate::memory::{collected, copied, zeros};
 use crate::pairs::{OfChannel, OfColumns, Pair};
 use crate::partition::{Family, Interleaved, Planar};
 use crate::simd::dispatch;
 use crate::tree::Tree;
 use crate::verb::begin;
 use crate::view::{Rect, Tile, View};
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// Count, mean and M2 of each channel, in float64; a value that merges.
@@ -51,8 +53,19 @@ impl Moments {
         Ok(Self { count, mean, m2 })
     }
 
-    pub(crate) fn of_equal_count(count: usize, mean: Vec<f64>, m2: Vec<f64>) -> Self {
-        Self { count: vec![count as f64; mean.len()], mean, m2 }
+    /// Zeros in place of the moments of `count` values a channel.
+    pub(crate) fn zeros(count: usize, channels: usize) -> Result<Self, Error> {
+        Ok(Self { count: collected(repeat_n(count as f64, channels))?, mean: zeros(channels)?, m2: zeros(channels)? })
+    }
+
+    /// Mean and M2, to be written.
+    pub(crate) fn mean_and_m2(&mut self) -> (&mut [f64], &mut [f64]) {
+        (&mut self.mean, &mut self.m2)
+    }
+
+    /// Mean and biased variance of every channel.
+    pub(crate) fn mean_and_var(&self) -> impl Iterator<Item = (f64, f64)> {
+        self.mean.iter().copied().zip(self.divided(0.0))
     }
 
     /// Number of channels.
@@ -78,24 +91,25 @@ impl Moments {
     /// Biased variance M2/count per channel: the paper's σ²_B (Algorithm 1).
     ///
     /// # Errors
-    /// [`Error::TooFewValues`] where a channel has no value.
+    /// [`Error::TooFewValues`] where a channel has no value; [`Error::NoMemory`].
     pub fn var(&self) -> Result<Vec<f64>, Error> {
         self.check_count(1)?;
-        Ok(self.divided(0.0))
+        let _mode = FloatMode::standard();
+        collected(self.divided(0.0))
     }
 
     /// Unbiased variance M2/(count − 1) per channel (section 3.1: Var\[x\] = m/(m−1)·E\[σ²_B\]).
     ///
     /// # Errors
-    /// [`Error::TooFewValues`] where a channel has count 1 or less.
+    /// [`Error::TooFewValues`] where a channel has count 1 or less; [`Error::NoMemory`].
     pub fn var_unbiased(&self) -> Result<Vec<f64>, Error> {
         self.check_count(2)?;
-        Ok(self.divided(1.0))
+        let _mode = FloatMode::standard();
+        collected(self.divided(1.0))
     }
 
-    fn divided(&self, less: f64) -> Vec<f64> {
-        let _mode = FloatMode::standard();
-        self.m2.iter().zip(&self.count).map(|(m2, n)| m2 / (n - less)).collect()
+    fn divided(&self, less: f64) -> impl ExactSizeIterator<Item = f64> {
+        self.m2.iter().zip(&self.count).map(move |(m2, n)| m2 / (n - less))
     }
 
     /// Checks that each channel has more than `wanted` − 1 values. (Weights may make a count fractional.)
@@ -109,11 +123,11 @@ impl Moments {
     /// The moments of the values of both. Moments of no values are the neutral element, exactly.
     ///
     /// # Errors
-    /// [`Error::Channels`].
+    /// [`Error::Channels`], [`Error::NoMemory`].
     pub fn merge(&self, other: &Self) -> Result<Self, Error> {
         Error::check_channels("other", other.channels(), self.channels())?;
         let _mode = FloatMode::standard();
-        let mut merged = self.clone();
+        let mut merged = Self { count: copied(&self.count)?, mean: copied(&self.mean)?, m2: copied(&self.m2)? };
         for c in 0..merged.channels() {
             let (mine, theirs) = (self.count[c], other.count[c]);
             if mine == 0.0 {
@@ -128,14 +142,17 @@ impl Moments {
     }
 
     /// A portable form: a header with the version, the number of channels, then count, mean and M2, little-endian.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
         FORMAT.write([&self.count, &self.mean, &self.m2])
     }
 
     /// Reads what [`Moments::to_bytes`] wrote.
     ///
     /// # Errors
-    /// [`Error::Bytes`], and those of [`Moments::new`].
+    /// [`Error::Bytes`], [`Error::NoMemory`], and those of [`Moments::new`].
     pub fn from_bytes(data: &[u8]) -> Result<Self, Error> {
         let [count, mean, m2] = FORMAT.read(data)?;
         Self::new(count, mean, m2)
@@ -174,27 +191,29 @@ impl Pair for MeanAndM2 {
 /// Moments of a tensor, per channel over m = outer·inner values. Those of no values are the neutral element.
 ///
 /// # Errors
-/// [`Error::Threads`], [`Error::Level`] for a wrong value of an environment variable.
+/// [`Error::NoMemory`]; [`Error::Threads`], [`Error::Level`] for a wrong value of an environment variable.
 pub fn moments<T: Element>(x: View<'_, T>) -> Result<Moments, Error> {
     let _mode = begin()?;
     let layout = x.layout();
-    let pairs = if layout.is_empty() {
-        vec![(0.0, 0.0); layout.channels()]
-    } else {
-        match Family::of(layout) {
-            Family::Planar(planar) => planar_moments(x, planar),
-            Family::Interleaved(rows) => interleaved_moments(x, rows),
-        }
-    };
-    let (mean, m2) = pairs.into_iter().unzip();
-    Ok(Moments::of_equal_count(layout.count(), mean, m2))
+    let mut moments = Moments::zeros(layout.count(), layout.channels())?;
+    if layout.is_empty() {
+        return Ok(moments);
+    }
+    let pairs = match Family::of(layout) {
+        Family::Planar(planar) => planar_moments(x, planar),
+        Family::Interleaved(rows) => interleaved_moments(x, rows),
+    }?;
+    for ((mean, m2), pair) in moments.mean.iter_mut().zip(&mut moments.m2).zip(pairs) {
+        (*mean, *m2) = pair;
+    }
+    Ok(moments)
 }
 
-fn planar_moments<T: Element>(x: View<'_, T>, planar: Planar) -> Vec<(f64, f64)> {
+fn planar_moments<T: Element>(x: View<'_, T>, planar: Planar) -> Result<Vec<(f64, f64)>, Error> {
     let channels = planar.map_channels(x.bytes(), |channels, block| {
         moments_of_block(x.tile(planar.width(), &planar.rect(&channels, block)), channels.len())
-    });
-    channels.into_iter().map(OfChannel::into_pair).collect()
+    })?;
+    collected(channels.into_iter().map(OfChannel::into_pair))
 }
 
 fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<OfChannel<MeanAndM2>> {
@@ -203,22 +222,22 @@ fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<OfChanne
 }
 
 /// Mean and M2 of each channel of a group that has at least one value, given as a tile of all its runs.
-pub(crate) fn moments_of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Vec<(f64, f64)> {
+pub(crate) fn moments_of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) -> Result<Vec<(f64, f64)>, Error> {
     let channels = planar.fold(0..group.cols() / planar.inner, 0..planar.blocks(), |channels, block| {
         moments_of_block(group.part(&planar.rect(&channels, block)), channels.len())
-    });
-    channels.into_iter().map(OfChannel::into_pair).collect()
+    })?;
+    collected(channels.into_iter().map(OfChannel::into_pair))
 }
 
-fn interleaved_moments<T: Element>(x: View<'_, T>, rows: Interleaved) -> Vec<(f64, f64)> {
+fn interleaved_moments<T: Element>(x: View<'_, T>, rows: Interleaved) -> Result<Vec<(f64, f64)>, Error> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mut sum = vec![0.0; columns.len()];
         Tree::of(blocks.map(|b| {
             let block = rows.block(b);
-            let mut moments = OfColumns::<MeanAndM2>::zeros(block.len(), columns.len());
+            let mut moments = OfColumns::<MeanAndM2>::zeros(block.len(), columns.len())?;
             let x = x.tile(rows.width, &Rect { rows: block, cols: columns.clone() });
             dispatch(MomentRows { x, mean: &mut moments.first, m2: &mut moments.second, sum: &mut sum });
-            moments
+            Ok(moments)
         }))
     };
     rows.map_strips(x.bytes(), of_blocks, |strip| strip.into_channels(rows.inner))

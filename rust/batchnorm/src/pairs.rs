@@ -1,8 +1,12 @@
 //! Two numbers per channel over some of its values, which merge with those over its other values: mean and M2, or the two
 //! sums of a backward pass.
 
+use crate::error::Error;
+use crate::memory;
 use crate::tree::{Merge, Tree};
 use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// A pair of numbers, and how it merges.
 pub(crate) trait Pair: Send + Sync {
@@ -50,20 +54,22 @@ pub(crate) struct OfColumns<P> {
 
 impl<P: Pair> OfColumns<P> {
     /// Zeros, to be written by a kernel.
-    pub(crate) fn zeros(count: usize, columns: usize) -> Self {
-        Self { count: count as f64, first: vec![0.0; columns], second: vec![0.0; columns], pair: PhantomData }
+    pub(crate) fn zeros(count: usize, columns: usize) -> Result<Self, Error> {
+        let (first, second) = (memory::zeros(columns)?, memory::zeros(columns)?);
+        Ok(Self { count: count as f64, first, second, pair: PhantomData })
     }
 
     /// The pairs of the channels, each of which has `inner` columns.
-    pub(crate) fn into_channels(self, inner: usize) -> Vec<(f64, f64)> {
-        let columns: Vec<(f64, f64)> = self.first.into_iter().zip(self.second).collect();
+    pub(crate) fn into_channels(self, inner: usize) -> Result<Vec<(f64, f64)>, Error> {
+        let columns = memory::collected(self.first.into_iter().zip(self.second))?;
         if inner == 1 {
-            return columns;
+            return Ok(columns);
         }
         let channel = |columns: &[(f64, f64)]| {
-            Tree::of(columns.iter().map(|&pair| OfChannel::<P>::new(self.count, pair))).into_pair()
+            let leaves = columns.iter().map(|&pair| Ok(OfChannel::<P>::new(self.count, pair)));
+            Tree::of(leaves).map(OfChannel::into_pair)
         };
-        columns.chunks(inner).map(channel).collect()
+        memory::try_collected(columns.chunks(inner).map(channel))
     }
 }
 
@@ -75,5 +81,29 @@ impl<P: Pair> Merge for OfColumns<P> {
             P::merge(weights, first, second, (right_first, right_second));
         }
         self.count += right.count;
+    }
+}
+
+/// Two arrays of a number per channel, cut into groups of channels: each is written by the task that has the group.
+pub(crate) struct Groups<'a> {
+    channels: usize,
+    groups: Vec<Mutex<(&'a mut [f64], &'a mut [f64])>>,
+}
+
+impl<'a> Groups<'a> {
+    /// The arrays in groups of so many channels.
+    pub(crate) fn new(first: &'a mut [f64], second: &'a mut [f64], channels: usize) -> Result<Self, Error> {
+        let groups = first.chunks_mut(channels).zip(second.chunks_mut(channels)).map(Mutex::new);
+        Ok(Self { channels, groups: memory::collected(groups)? })
+    }
+
+    /// Writes the pairs of the channels of one group.
+    pub(crate) fn write(&self, channels: &Range<usize>, pairs: impl Iterator<Item = (f64, f64)>) {
+        // A panic leaves numbers, if wrong ones.
+        let mut group = self.groups[channels.start / self.channels].lock().unwrap_or_else(PoisonError::into_inner);
+        let (first, second) = &mut *group;
+        for ((first, second), pair) in first.iter_mut().zip(second.iter_mut()).zip(pairs) {
+            (*first, *second) = pair;
+        }
     }
 }

@@ -3,8 +3,10 @@
 //! It depends on the layout alone: never on the number of threads, which only decides who computes which blocks
 //! (contract 3). [`crate::tree`] combines them. Sums of one block stay in registers while the block lies in the first-level cache.
 
+use crate::error::Error;
 use crate::kernels::TOGETHER;
 use crate::layout::Layout;
+use crate::memory::{collected, try_collected, with_capacity};
 use crate::parallel;
 use crate::tree::{Merge, Tree};
 use crate::view::{Grid, Rect};
@@ -34,6 +36,8 @@ const SLAB: usize = 4 << 20;
 /// Groups that channels are cut into where that bound allows: a group's runs are adjacent, and long runs are read faster
 /// than short ones.
 const GROUPS: usize = 32;
+/// Most channels in a group, which bounds the memory that a task takes for them.
+const GROUP: usize = 1024;
 
 /// Elements that one task of a pass over every element writes: of a small tensor less, so that a thread that wakes late
 /// still finds work.
@@ -114,23 +118,31 @@ impl Planar {
         self.channels >= FUSED_CHANNELS
     }
 
-    /// The matrix cut into groups of whole channels, for work that passes over a group twice: `element` bytes each.
-    pub(crate) fn groups(&self, element: usize) -> Grid {
+    /// Channels in a group, for work that passes over it twice: `element` bytes each.
+    pub(crate) fn group(&self, element: usize) -> usize {
         let most = SLAB / (self.outer * self.inner * element).max(1);
-        Grid::new(self.outer, self.width(), self.outer, self.channels.div_ceil(GROUPS).min(most).max(1) * self.inner)
+        self.channels.div_ceil(GROUPS).min(most).clamp(1, GROUP)
+    }
+
+    /// The matrix cut into groups of so many channels.
+    pub(crate) fn groups(&self, group: usize) -> Grid {
+        Grid::new(self.outer, self.width(), self.outer, group * self.inner)
     }
 
     /// The trees of some adjacent channels over what `f(channels, block)` gives of each, in the order in which memory lies
     /// as far as blocks allow: the same runs of all channels, then the next runs; or part by part, where a run is longer
     /// than a block. There is at least one block.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
     pub(crate) fn fold<P: Merge>(
         &self,
         channels: Range<usize>,
         blocks: Range<usize>,
         f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Vec<P>,
-    ) -> Vec<P> {
+    ) -> Result<Vec<P>, Error> {
         let parts = self.parts();
-        let mut trees: Vec<Tree<P>> = channels.clone().map(|_| Tree::new()).collect();
+        let mut trees: Vec<Tree<P>> = collected(channels.clone().map(|_| Tree::new()))?;
         for band in blocks.start / parts..blocks.end.div_ceil(parts) {
             let blocks = blocks.start.max(band * parts)..blocks.end.min((band + 1) * parts);
             let together = if self.inner < SHORT_RUN { TOGETHER } else { 1 };
@@ -138,11 +150,11 @@ impl Planar {
                 let trees = &mut trees[i..channels.len().min(i + together)];
                 for b in blocks.clone() {
                     let leaves = f(c..c + trees.len(), self.block(b));
-                    trees.iter_mut().zip(leaves).for_each(|(tree, leaf)| tree.push(leaf));
+                    trees.iter_mut().zip(leaves).try_for_each(|(tree, leaf)| tree.push(leaf))?;
                 }
             }
         }
-        trees.into_iter().map(Tree::finish).collect()
+        collected(trees.into_iter().map(Tree::finish))
     }
 
     /// The channels of a rectangle of [`Planar::groups`].
@@ -158,11 +170,14 @@ impl Planar {
 
     /// A partial result of every channel: the tree over what `f(channels, block)` gives of each. With few channels they
     /// are cut into spans of blocks.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
     pub(crate) fn map_channels<P: Merge + Send + Sync>(
         &self,
         bytes: usize,
         f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Vec<P> + Sync,
-    ) -> Vec<P> {
+    ) -> Result<Vec<P>, Error> {
         let (blocks, group) = (self.blocks(), self.channels.div_ceil(TASKS));
         let span = span_of(blocks, TASKS / self.channels);
         let spans = blocks.div_ceil(span);
@@ -171,25 +186,26 @@ impl Planar {
             let (g, s) = (task / spans, task % spans);
             let channels = g * group..self.channels.min((g + 1) * group);
             let blocks = s * span..blocks.min((s + 1) * span);
-            self.fold(channels, blocks, &f).into_iter()
-        });
-        transposed(parts, self.channels, spans, group).map(Tree::of).collect()
+            self.fold(channels, blocks, &f).map(Vec::into_iter)
+        })?;
+        combined(parts, self.channels, spans, group)
     }
 }
 
-/// From task after task (spans of a group, each with a value a channel), the spans of channel after channel.
+/// The tree of channel after channel over its spans, which lie task after task: those of a group, each with a value a
+/// channel.
 #[allow(clippy::expect_used, reason = "a lost value would shift those of all later channels")]
-fn transposed<P>(
+fn combined<P: Merge>(
     mut parts: Vec<std::vec::IntoIter<P>>,
     channels: usize,
     spans: usize,
     group: usize,
-) -> impl Iterator<Item = Vec<P>> {
-    (0..channels).map(move |c| {
+) -> Result<Vec<P>, Error> {
+    try_collected((0..channels).map(|c| {
         let first = c / group * spans;
         let of_channel = parts[first..first + spans].iter_mut();
-        of_channel.map(|part| part.next().expect("each span of a group has a value for each of its channels")).collect()
-    })
+        Tree::of(of_channel.map(|part| Ok(part.next().expect("each span has a value for each channel of its group"))))
+    }))
 }
 
 impl Interleaved {
@@ -206,12 +222,15 @@ impl Interleaved {
 
     /// What is found of every channel: the tree over `f(columns, some blocks)` of a strip of columns, then `close`d to its
     /// channels.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
     pub(crate) fn map_strips<P: Merge + Send + Sync, C: Send + Sync>(
         &self,
         bytes: usize,
-        f: impl Fn(Range<usize>, Range<usize>) -> P + Sync,
-        close: impl Fn(P) -> Vec<C> + Sync,
-    ) -> Vec<C> {
+        f: impl Fn(Range<usize>, Range<usize>) -> Result<P, Error> + Sync,
+        close: impl Fn(P) -> Result<Vec<C>, Error> + Sync,
+    ) -> Result<Vec<C>, Error> {
         let blocks = self.blocks();
         let span = span_of(blocks, TASKS);
         let spans = blocks.div_ceil(span);
@@ -222,15 +241,20 @@ impl Interleaved {
         let strips = self.width.div_ceil(strip);
         if spans == 1 {
             // Strips are closed where they are computed: with few rows, columns take as much memory as x.
-            let closed = parallel::map(strips, bytes, |t| close(f(columns(t), 0..blocks)));
-            return closed.into_iter().flatten().collect();
+            let closed = parallel::map(strips, bytes, |t| close(f(columns(t), 0..blocks)?))?;
+            let mut channels = with_capacity(self.width / self.inner)?;
+            channels.extend(closed.into_iter().flatten());
+            return Ok(channels);
         }
         let parts = parallel::map(strips * spans, bytes, |task| {
             let (t, s) = (task / spans, task % spans);
             f(columns(t), s * span..blocks.min((s + 1) * span))
-        });
-        let mut parts = parts.into_iter();
-        (0..strips).flat_map(|_| close(Tree::of(parts.by_ref().take(spans)))).collect()
+        })?;
+        let (mut parts, mut channels) = (parts.into_iter(), with_capacity(self.width / self.inner)?);
+        for _ in 0..strips {
+            channels.extend(close(Tree::of(parts.by_ref().take(spans).map(Ok))?)?);
+        }
+        Ok(channels)
     }
 
     /// Rectangles of about `elements` for a pass that maps every element by itself.
@@ -246,7 +270,8 @@ impl Interleaved {
             .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
     }
 
-    /// What is given once a channel, once a column; then that of the first `again` columns again.
+    /// What is given once a channel, once a column; then that of the first `again` columns again. Columns are those of a
+    /// strip or tile: a few thousand, however wide the matrix is.
     pub(crate) fn spread<V: Copy>(&self, columns: Range<usize>, again: usize, value: impl Fn(usize) -> V) -> Vec<V> {
         let n = columns.len();
         let mut values = Vec::with_capacity(n + again);

@@ -8,6 +8,7 @@ use crate::infer::infer;
 use crate::input::Input;
 use crate::kernels::NormalizeRuns;
 use crate::moments::{Moments, moments, moments_of_group};
+use crate::pairs::Groups;
 use crate::parameters::Parameters;
 use crate::partition::{Family, Planar};
 use crate::simd::dispatch;
@@ -39,7 +40,8 @@ pub fn normalize<T: Element>(
 /// pass needs the coefficients that it returns, and x: a copy of it where y is written in place.
 ///
 /// # Errors
-/// Those of [`moments`] and [`normalize`]; nothing is written then.
+/// Those of [`moments`] and [`normalize`]; nothing is written then, unless what a task takes for its channels (1024 at
+/// most) does not fit in memory.
 pub fn train_forward<T: Element>(
     x: Input<'_, T>,
     parameters: Parameters<'_>,
@@ -57,8 +59,10 @@ pub fn train_forward<T: Element>(
     match Family::of(layout) {
         // This way writes before all statistics are known; the other one can still refuse them.
         Family::Planar(planar) if planar.fuses() && always_fit::<T>(parameters, layout.channels()) => {
-            let moments = fused(x, planar, parameters, epilogue, y);
-            let coefficients = Coefficients::of_moments(&moments, parameters)?;
+            let mut moments = Moments::zeros(layout.count(), layout.channels())?;
+            let mut coefficients = Coefficients::zeros_of_training(moments.count())?;
+            fused(x, planar, parameters, epilogue, y, &mut moments)?;
+            coefficients.fill(moments.mean_and_var(), parameters);
             Ok((moments, coefficients))
         }
         _ => {
@@ -75,13 +79,16 @@ fn fused<T: Element>(
     parameters: Parameters<'_>,
     epilogue: Epilogue<View<'_, T>>,
     y: &mut ViewMut<'_, T>,
-) -> Moments {
-    let count = planar.outer * planar.inner;
-    let groups = y.map_tiles(&planar.groups(size_of::<T>()), |rect, y| {
+    moments: &mut Moments,
+) -> Result<(), Error> {
+    let (count, group) = (planar.outer * planar.inner, planar.group(size_of::<T>()));
+    let (mean, m2) = moments.mean_and_m2();
+    let moments = Groups::new(mean, m2, group)?;
+    y.map_tiles(&planar.groups(group), |rect, y| {
         let x = x.tile(planar.width(), rect, &y);
         let epilogue = epilogue.map(|residual| residual.tile(planar.width(), rect));
-        let statistics = moments_of_group(&planar, x);
-        let coefficients: Vec<[T::Wide; 4]> = (planar.channels_of(rect).zip(&statistics))
+        let (statistics, channels) = (moments_of_group(&planar, x)?, planar.channels_of(rect));
+        let coefficients: Vec<[T::Wide; 4]> = (channels.clone().zip(&statistics))
             .map(|(c, &(mean, m2))| for_kernel::<T>(mean, parameters.scale(c, m2 / count as f64), parameters.shift(c)))
             .collect();
         // Last runs first: they are still in the nearest cache.
@@ -90,8 +97,7 @@ fn fused<T: Element>(
             let then = epilogue.map(|residual| residual.split_row(r, planar.inner));
             dispatch(NormalizeRuns { x, y: &y, coefficients: |c: usize| coefficients[c], then });
         }
-        statistics
-    });
-    let (mean, m2) = groups.into_iter().flatten().unzip();
-    Moments::of_equal_count(count, mean, m2)
+        moments.write(&channels, statistics.into_iter());
+        Ok(())
+    })
 }

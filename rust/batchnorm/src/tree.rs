@@ -3,6 +3,9 @@
 //! Its shape follows from the number of blocks alone, so that results do not depend on who computed which of them
 //! (contract 3).
 
+use crate::error::Error;
+use crate::memory;
+
 /// A partial result of some blocks that takes in that of the blocks after it.
 pub(crate) trait Merge {
     fn merge(&mut self, right: &Self);
@@ -21,13 +24,17 @@ impl<P: Merge> Tree<P> {
         Self { nodes: Vec::new() }
     }
 
-    pub(crate) fn push(&mut self, mut leaf: P) {
+    /// Takes in the result of the next leaf.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub(crate) fn push(&mut self, mut leaf: P) -> Result<(), Error> {
         let mut level = 0;
         while let Some((_, mut left)) = self.nodes.pop_if(|(l, _)| *l == level) {
             left.merge(&leaf);
             (leaf, level) = (left, level + 1);
         }
-        self.nodes.push((level, leaf));
+        memory::push(&mut self.nodes, (level, leaf))
     }
 
     /// The result over all leaves.
@@ -42,10 +49,13 @@ impl<P: Merge> Tree<P> {
     }
 
     /// The result over `leaves`, in their order; there is at least one.
-    pub(crate) fn of(leaves: impl IntoIterator<Item = P>) -> P {
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`], and the first of a leaf.
+    pub(crate) fn of(leaves: impl IntoIterator<Item = Result<P, Error>>) -> Result<P, Error> {
         let mut tree = Self::new();
-        leaves.into_iter().for_each(|leaf| tree.push(leaf));
-        tree.finish()
+        leaves.into_iter().try_for_each(|leaf| tree.push(leaf?))?;
+        Ok(tree.finish())
     }
 }
 
@@ -61,13 +71,13 @@ mod tests {
         }
     }
 
-    fn leaves(range: Range<usize>) -> impl Iterator<Item = String> {
-        range.map(|i| format!("{i},"))
+    fn leaves(range: Range<usize>) -> impl Iterator<Item = Result<String, Error>> {
+        range.map(|i| Ok(format!("{i},")))
     }
 
     #[test]
     fn the_tree_is_the_same_however_it_is_split() {
-        assert_eq!(Tree::of(leaves(0..5)), "(((0,1,)(2,3,))4,)");
+        assert_eq!(Tree::of(leaves(0..5)).as_deref(), Ok("(((0,1,)(2,3,))4,)"));
         for n in 1..70 {
             let whole = Tree::of(leaves(0..n));
             for span in [1, 2, 4, 8, 16, 32, 64] {

@@ -121,18 +121,20 @@ impl<'a, T: Element> ViewMut<'a, T> {
         View { data: self.data, layout: self.layout, memory: PhantomData }
     }
 
-    /// Calls `f` once with every rectangle of `grid`, on several threads where that pays, and gives what it returned
-    /// in the order of the grid. The last rectangle comes first: whatever has gone over memory before has left its end in
-    /// cache.
-    pub(crate) fn map_tiles<R: Send + Sync>(
+    /// Calls `f` once with every rectangle of `grid`, on several threads where that pays. The last rectangle comes first:
+    /// whatever has gone over memory before has left its end in cache.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] before `f` is called, or what `f` returned.
+    pub(crate) fn map_tiles(
         &mut self,
         grid: &Grid,
-        f: impl Fn(&Rect, TileMut<'_, T>) -> R + Sync,
-    ) -> Vec<R> {
+        f: impl Fn(&Rect, TileMut<'_, T>) -> Result<(), Error> + Sync,
+    ) -> Result<(), Error> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
         let streaming = len * size_of::<T>() >= STREAM_FROM;
         let tiles = grid.len();
-        let mut results = parallel::map(tiles, len * size_of::<T>(), |i| {
+        parallel::map(tiles, len * size_of::<T>(), |i| {
             let rect = grid.rect(tiles - 1 - i);
             rect.check(len, grid.width);
             // SAFETY: the rectangle lies within `len` elements, as just checked.
@@ -150,9 +152,8 @@ impl<'a, T: Element> ViewMut<'a, T> {
             let result = f(&rect, tile);
             fence();
             result
-        });
-        results.reverse();
-        results
+        })
+        .map(drop)
     }
 }
 

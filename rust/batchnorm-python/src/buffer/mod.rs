@@ -384,7 +384,18 @@ pub(crate) fn collected(values: impl ExactSizeIterator<Item = f64>) -> PyResult<
 
 /// A new array of these values.
 pub(crate) fn new_vector<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyArray1<f64>>> {
-    let (mut dimensions, null) = ([values.len() as npyffi::npy_intp], std::ptr::null_mut());
+    filled(empty_vector(py, values.len())?, values)
+}
+
+/// The array, which is as long as the values, with these values in it.
+pub(crate) fn filled<'py>(array: Bound<'py, PyArray1<f64>>, values: &[f64]) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    array.readwrite().as_slice_mut()?.copy_from_slice(values);
+    Ok(array)
+}
+
+/// A new array of so many values, or MemoryError.
+pub(crate) fn empty_vector(py: Python<'_>, len: usize) -> PyResult<Bound<'_, PyArray1<f64>>> {
+    let (mut dimensions, null) = ([len as npyffi::npy_intp], std::ptr::null_mut());
     // SAFETY: the dimensions are as many as are said; null pointers stand for strides and memory of NumPy's own. The result
     // is a new reference or null with an error set, as `from_owned_ptr_or_err` expects.
     let new = unsafe {
@@ -394,9 +405,7 @@ pub(crate) fn new_vector<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound
         let new = PY_ARRAY_API.PyArray_New(py, class, 1, dimensions, float64, null, null.cast(), 0, 0, null.cast());
         Bound::from_owned_ptr_or_err(py, new)?
     };
-    let new = new.cast_into::<PyArray1<f64>>()?;
-    new.readwrite().as_slice_mut()?.copy_from_slice(values);
-    Ok(new)
+    Ok(new.cast_into::<PyArray1<f64>>()?)
 }
 
 pub(crate) fn type_name(value: &Bound<'_, PyAny>) -> String {

@@ -9,6 +9,7 @@ mod process;
 
 use crate::error::Error;
 use crate::float_mode::FloatMode;
+use crate::memory::{collected, with_capacity};
 pub use pool::{get_num_threads, set_num_threads};
 pub use process::{Owned, PerProcess};
 use std::sync::OnceLock;
@@ -27,25 +28,35 @@ pub(crate) fn check() -> Result<(), Error> {
 
 /// Calls `f(0)`, …, `f(tasks − 1)`, on several threads where `bytes` of memory traffic make it worth while, and gives
 /// the results in order. Floating point is in the standard mode throughout.
+///
+/// # Errors
+/// [`Error::NoMemory`] before `f` is called, or the first that `f` returned.
 #[allow(clippy::expect_used, reason = "a lost result is a defect, and must not become a shorter list")]
-pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) -> R + Sync) -> Vec<R> {
-    let alone = || {
+pub(crate) fn map<R: Send + Sync, F>(tasks: usize, bytes: usize, f: F) -> Result<Vec<R>, Error>
+where
+    F: Fn(usize) -> Result<R, Error> + Sync,
+{
+    let mut list = with_capacity(tasks)?;
+    let alone = |mut list: Vec<R>| {
         let _mode = FloatMode::standard();
-        (0..tasks).map(&f).collect()
+        for i in 0..tasks {
+            list.push(f(i)?);
+        }
+        Ok(list)
     };
     if tasks < 2 || bytes < WORTH_A_THREAD {
-        return alone();
+        return alone(list);
     }
     // A pool that the system refuses costs time, not correctness.
     let Ok(pool::Pool { threads, workers: Some(workers) }) = pool::pool() else {
-        return alone();
+        return alone(list);
     };
     let helpers = workers.reserve((threads - 1).min(tasks - 1));
     if helpers.count == 0 {
-        return alone();
+        return alone(list);
     }
     let next = AtomicUsize::new(0);
-    let results: Vec<OnceLock<R>> = (0..tasks).map(|_| OnceLock::new()).collect();
+    let results: Vec<OnceLock<Result<R, Error>>> = collected((0..tasks).map(|_| OnceLock::new()))?;
     let at_work = AtomicUsize::new(helpers.count);
     let work = || {
         let _mode = FloatMode::standard();
@@ -69,7 +80,10 @@ pub(crate) fn map<R: Send + Sync>(tasks: usize, bytes: usize, f: impl Fn(usize) 
             std::hint::spin_loop();
         }
     });
-    results.into_iter().map(|slot| slot.into_inner().expect("every task was handed out and is done")).collect()
+    for slot in results {
+        list.push(slot.into_inner().expect("every task was handed out and is done")?);
+    }
+    Ok(list)
 }
 
 #[cfg(test)]
@@ -89,13 +103,14 @@ mod tests {
                 map(2, WORTH_A_THREAD, |_| {
                     started.wait();
                     finish.wait();
+                    Ok(())
                 })
             });
             started.wait();
-            scope.spawn(move || done.send(map(4, WORTH_A_THREAD, |i| i)));
+            scope.spawn(move || done.send(map(4, WORTH_A_THREAD, Ok)));
             let other = result.recv_timeout(Duration::from_secs(20));
             finish.wait();
-            assert_eq!(other.unwrap(), [0, 1, 2, 3]);
+            assert_eq!(other.unwrap().unwrap(), [0, 1, 2, 3]);
         });
         let workers = pool::pool().unwrap().workers.unwrap();
         assert_eq!(workers.reserve(2).count, 1, "the worker is idle again");
