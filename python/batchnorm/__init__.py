@@ -1,9 +1,9 @@
 """Batch normalization for CPUs after Ioffe and Szegedy 2015 (arXiv 1502.03167).
 
-Functions: `train_forward` and `backward`, `infer` and `infer_backward`; their halves `moments`, `normalize`,
-`gradient_sums` and `gradient_apply`. Layers: `BatchNorm` trains; `FrozenBatchNorm` is saved, exported
-and served. `set_num_threads`, `set_simd_level` and `release_memory` change what a call costs, not a bit of
-its result.
+Functions: `train_forward` and `backward`, `infer` and `infer_backward`. `train_forward` is `moments`, then
+`normalize`; `backward` is `gradient_sums`, then `gradient_apply`. Layers: `BatchNorm` trains;
+`FrozenBatchNorm` is saved, exported and served. `set_num_threads`, `set_simd_level` and `release_memory`
+change how long calls take, but not a bit of their results.
 """
 
 from __future__ import annotations

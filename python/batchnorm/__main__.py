@@ -1,4 +1,4 @@
-"""``python -m batchnorm``: the command line."""
+"""`python -m batchnorm`: the command line."""
 
 from batchnorm.cli import main
 

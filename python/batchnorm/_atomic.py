@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files: a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import IO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of ``path`` once it is whole, and leaves no trace if it never is.
+    """Open a temporary file that replaces `path` when the block ends, and is deleted if the block raises.
 
-    Whoever reads, after a crash too, finds the old file or the new one. Of a symbolic link the target is
-    replaced.
+    A reader finds either the old file or the new one, even after a crash. If `path` is a symbolic link, its
+    target is replaced.
 
     Raises:
-        ValueError: ``path`` is something else than a file: a device, a pipe, a folder.
+        ValueError: `path` exists and is not a file, but a device, a pipe or a folder.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no regular file, which alone can be replaced")
+        raise ValueError(f"{path}: is not a regular file, so it cannot be replaced")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        # Not by tempfile, whose files nobody else may read: the umask is to decide that.
+        # Not by tempfile, whose files only their owner may read: the umask is to decide that.
         with temporary.open("xb") as file:
             yield file
             file.flush()

@@ -1,4 +1,4 @@
-"""The compiled core; `import batchnorm` is the public face."""
+"""The compiled core; import `batchnorm` to use it."""
 
 from typing import Any, Final, Literal, final
 
@@ -41,9 +41,9 @@ ERROR_KINDS: Final[list[str]]
 
 @final
 class Moments:
-    """Count, mean and M2 of each channel, in float64; a value that merges.
+    """Count, mean and M2 of each channel, in float64: immutable, and mergeable over parts of the data.
 
-    ``m2`` is Σ(x − mean)². Moments of parts merge into those of the whole by the update of Chan, Golub and LeVeque
+    `m2` is Σ(x − mean)². The moments of parts merge into those of the whole by the update of Chan, Golub and LeVeque
     (1979). The moments of no values (count 0) are the neutral element.
 
     Args:
@@ -53,7 +53,7 @@ class Moments:
 
     Raises:
         ValueError: Shapes differ, or a count or m2 is negative.
-        TypeError: A part is not real.
+        TypeError: An argument is not an array of real numbers.
     """
     def __new__(cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike) -> Moments: ...
     @property
@@ -83,16 +83,16 @@ class Moments:
             ValueError: A channel has fewer than 2 values.
         """
     def merge(self, other: Moments) -> Moments:
-        """The moments of the values of both, as a new value.
+        """Return the moments over the values of both, as a new object.
 
         Raises:
             ValueError: The numbers of channels differ.
         """
     def to_bytes(self) -> bytes:
-        """A portable form: header with version, number of channels, then count, mean and m2, little-endian."""
+        """Encode as bytes: a header with the version, the number of channels, then count, mean and m2, little-endian."""
     @staticmethod
     def from_bytes(data: bytes) -> Moments:
-        """Reads what ``to_bytes`` wrote.
+        """Decode the bytes that `to_bytes` returned.
 
         Raises:
             ValueError: The bytes are not those of Moments.
@@ -102,7 +102,7 @@ class Moments:
 
 @final
 class GradientSums:
-    """Σdy·x̂ and Σdy of each channel with the number of values summed, in float64; a value that merges.
+    """Σdy·x̂ and Σdy of each channel, and the number of values summed, in float64: immutable, and mergeable over parts.
 
     Args:
         count: Values per channel, shape (channels,); finite, 0 or more.
@@ -111,7 +111,7 @@ class GradientSums:
 
     Raises:
         ValueError: Shapes differ, or a count is negative.
-        TypeError: A part is not real.
+        TypeError: An argument is not an array of real numbers.
     """
     def __new__(cls, count: ArrayLike, dgamma: ArrayLike, dbeta: ArrayLike) -> GradientSums: ...
     @property
@@ -127,16 +127,16 @@ class GradientSums:
     def dbeta(self) -> NDArray[np.float64]:
         """∂ℓ/∂β = Σdy, shape (channels,), float64 (section 3)."""
     def merge(self, other: GradientSums) -> GradientSums:
-        """The sums over the values of both, as a new value.
+        """Return the sums over the values of both, as a new object.
 
         Raises:
             ValueError: The numbers of channels differ.
         """
     def to_bytes(self) -> bytes:
-        """A portable form: header with version, number of channels, then count, dγ and dβ, little-endian."""
+        """Encode as bytes: a header with the version, the number of channels, then count, dγ and dβ, little-endian."""
     @staticmethod
     def from_bytes(data: bytes) -> GradientSums:
-        """Reads what ``to_bytes`` wrote.
+        """Decode the bytes that `to_bytes` returned.
 
         Raises:
             ValueError: The bytes are not those of GradientSums.
@@ -146,46 +146,46 @@ class GradientSums:
 
 @final
 class Cache:
-    """What a backward pass needs of its forward pass.
+    """Everything that a backward pass needs of its forward pass.
 
-    It holds x and residual by reference: they must not be changed in between.
+    It holds x and residual by reference: they must not be changed between the two passes.
     """
     @property
     def x(self) -> NDArray[Any] | None:
-        """The input of the forward pass; None where y was written over it."""
+        """The input of the forward pass; None if y was written over it."""
     @property
     def residual(self) -> NDArray[Any] | None:
-        """What was added to the normalized x; None where nothing was."""
+        """The residual of the forward pass; None if it had none."""
     @property
     def activation(self) -> str | None:
-        """The activation that followed, by name; None where none did."""
+        """The name of the forward pass's activation, "relu"; None if it had none."""
     @property
     def moments(self) -> Moments:
         """The moments by which x was normalized."""
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean per channel, shape (channels,), float64."""
+        """Mean by which x was normalized, shape (channels,), float64."""
     @property
     def invstd(self) -> NDArray[np.float64]:
-        """1/√(σ² + ε) per channel, shape (channels,), float64."""
+        """1/√(σ² + ε) of each channel, shape (channels,), float64."""
     @property
     def channel_axis(self) -> int:
-        """The channel axis of the forward pass, as it was given."""
+        """The channel axis of the forward pass, as it was passed in."""
 
 @final
 class Coefficients:
     """The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
 
     Args:
-        mean: E[x], shape (channels,).
+        mean: E[x], shape (channels,) or a number.
         var: Var[x], shape (channels,) or a number; 0 or more.
-        gamma: γ, shape (channels,) or a number; ones where absent.
-        beta: β, shape (channels,) or a number; zeros where absent.
-        eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+        gamma: γ, shape (channels,) or a number; 1 if None.
+        beta: β, shape (channels,) or a number; 0 if None.
+        eps: ε, finite, 0 or more; 0 only if every var is more than 0.
 
     Raises:
-        ValueError: A shape or value is not as said.
-        TypeError: A parameter is not real.
+        ValueError: A shape or value is not as described.
+        TypeError: A parameter is not an array of real numbers.
     """
     def __new__(
         cls,
@@ -208,7 +208,7 @@ class Coefficients:
         activation: Literal["relu"] | None = None,
         residual: Any | None = None,
     ) -> NDArray[Any]:
-        """As ``batchnorm.infer``."""
+        """Normalize x by these coefficients; `batchnorm.infer` documents the arguments."""
     def backward(
         self,
         dy: Any,
@@ -220,45 +220,80 @@ class Coefficients:
         residual: Any | None = None,
         dresidual: NDArray[Any] | None = None,
     ) -> Gradients:
-        """As ``batchnorm.infer_backward``."""
+        """Compute the gradients with these coefficients; `batchnorm.infer_backward` documents the arguments."""
 
 def json_cut_data(
     text: bytes | NDArray[np.uint8], max_elements: int, max_depth: int
-) -> tuple[bytes, list[tuple[NDArray[np.float32 | np.float64], list[int]]]]: ...
-def json_parse(text: bytes, max_depth: int) -> Any: ...
+) -> tuple[bytes, list[tuple[NDArray[np.float32 | np.float64], list[int]]]]:
+    """Take the `data` arrays out of the JSON of an inference request.
+
+    NaN, Infinity and -Infinity are read as numbers. In `data`, null is read as NaN.
+
+    Args:
+        text: The request, as bytes or as an array of bytes.
+        max_elements: Largest number of elements of all `data` arrays together.
+        max_depth: Largest depth of nested arrays and objects, up to 255.
+
+    Returns:
+        The text, with [i] in place of the i-th `data` array of the objects in `inputs`; and a list of these arrays. Each
+        is a pair: a flat array of its numbers (float32 if the object's `datatype` is FP32, else float64), and the lengths
+        of its nested arrays, outermost first: (1, 3) for [[1, 2, 3]], and (2, 0) for [[], []].
+
+    Raises:
+        ValueError: The text is malformed or nested too deep; or an array holds anything but numbers, is ragged, or holds
+            a finite number beyond the range of its dtype.
+        OverflowError: There are more than max_elements numbers.
+    """
+
+def json_parse(text: bytes, max_depth: int) -> Any:
+    """Parse UTF-8 JSON.
+
+    NaN, Infinity and -Infinity are read as numbers. If an object has two members of one name, the last counts.
+
+    Args:
+        text: The text.
+        max_depth: Largest depth of nested arrays and objects, up to 255.
+
+    Returns:
+        The value: dict, list, str, int, float, bool or None.
+
+    Raises:
+        ValueError: The text is malformed or nested too deep, or holds a finite number beyond the range of float64.
+    """
+
 def json_put_data(
     before: bytes, values: NDArray[np.float32 | np.float64], after: bytes, null: bool
 ) -> NDArray[np.uint8]:
-    """A JSON text with an array of floats in it, each printed shortest.
+    """Print a JSON text that contains an array of floats, each with the fewest digits that give its bits back.
 
     Args:
-        before: What precedes the array.
-        values: Flat array of float32 or float64, dense.
-        after: What follows it.
-        null: Whether NaN and infinities are null; else they are the tokens NaN, Infinity and -Infinity.
+        before: The text before the array.
+        values: Dense one-dimensional array of float32 or float64.
+        after: The text after the array.
+        null: Whether NaN and infinities are printed as null; else as the tokens NaN, Infinity and -Infinity.
 
     Returns:
-        The text in a new array of bytes. A reader that rounds numbers to float64, and for float32 then to float32, gets
+        The text, in a new array of bytes. A reader that rounds numbers to float64, and for float32 then to float32, gets
         their bits back.
 
     Raises:
-        TypeError: values is no such array.
+        TypeError: values is not such an array.
     """
 
 def moments(x: Any, *, channel_axis: int = 1) -> Moments:
-    """Moments of x: count, mean and M2 of each channel over all other axes.
+    """Compute the moments of x: count, mean and M2 of each channel over all other axes.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
         channel_axis: The axis of the channels; negative counts from the end.
 
     Returns:
-        Moments in float64. Of zero rows: the neutral element, count 0. Of values that are not finite, or that differ by
-        more than about 1e154 so that their squares overflow, the statistics are not finite.
+        Moments in float64. If x has zero rows, they are the neutral element, with count 0. They are not finite if values
+        of x are not finite, or differ by more than about 1e154, so that their squares overflow.
 
     Raises:
-        ValueError: Rank, channel_axis or size are not as said.
-        TypeError: x is no tensor of these dtypes.
+        ValueError: Rank, channel_axis or size are not as described.
+        TypeError: x is not a tensor of one of these dtypes.
     """
 
 def normalize(
@@ -273,29 +308,29 @@ def normalize(
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]:
-    """Normalizes x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
+    """Normalize x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
 
-    With ``residual`` and ``activation``, y = activation(γ·(x − mean)/√(var + ε) + β + residual), rounded once.
+    With `residual` and `activation`, y = activation(γ·(x − mean)/√(var + ε) + β + residual), rounded once.
 
-    The moments may be those of more than x: merged over micro-batches or processes.
+    The moments may cover more values than x: they may be merged over micro-batches or processes.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
-        moments: Moments with 2 values a channel or more.
-        gamma: γ, shape (channels,) or a number; ones where absent.
-        beta: β, shape (channels,) or a number; zeros where absent.
+        moments: Moments with 2 or more values in each channel.
+        gamma: γ, shape (channels,) or a number; 1 if None.
+        beta: β, shape (channels,) or a number; 0 if None.
         eps: ε, finite and more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
-        out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x or residual.
-        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
-        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+        out: Array of x's shape, dtype and memory order to write y to; it must not share memory with x or residual.
+        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
         y, of x's shape, dtype and memory order, and the cache for the backward pass.
 
     Raises:
-        ValueError: A shape or value is not as said.
-        TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+        ValueError: A shape or value is not as described.
+        TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
     """
 
 def train_forward(
@@ -309,41 +344,44 @@ def train_forward(
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]:
-    """Batch normalization in training (Algorithm 1): ``normalize`` by the moments of x itself, to the bit.
+    """Normalize x by its own batch statistics, as training does (Algorithm 1): y = γ·x̂ + β.
 
-    With ``residual`` and ``activation``, y = activation(γ·x̂ + β + residual), rounded once.
+    With `residual` and `activation`, y = activation(γ·x̂ + β + residual), rounded once.
+
+    The result has exactly the bits of `normalize(x, moments(x), ...)`.
 
     Args:
-        x: Tensor of rank 2 or more, with 2 values a channel or more; float32, float64, float16 or bfloat16.
-        gamma: γ, shape (channels,) or a number; ones where absent.
-        beta: β, shape (channels,) or a number; zeros where absent.
+        x: Tensor of rank 2 or more, with 2 or more values in each channel; float32, float64, float16 or bfloat16.
+        gamma: γ, shape (channels,) or a number; 1 if None.
+        beta: β, shape (channels,) or a number; 0 if None.
         eps: ε, finite and more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
-        out: Array of x's shape, dtype and memory order to write y to; memory of its own, or x itself.
-        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
-        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+        out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
+        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
-        y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x and residual by reference.
-        Where y was written over x there is none to hold, and ``backward`` needs a copy of x.
+        y, of x's shape, dtype and memory order, and the cache for `backward`, which holds x and residual by reference.
+        If y was written over x, the cache does not hold x, and `backward` needs a copy of it.
 
     Raises:
-        ValueError: A shape or value is not as said.
-        TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+        ValueError: A shape or value is not as described.
+        TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
     """
 
 def gradient_sums(dy: Any, cache: Cache, *, x: Any | None = None) -> GradientSums:
-    """The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
+    """Compute the sums of a backward pass, dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
 
-    Where the forward pass ended in an activation, dy stands for dy where y > 0, else 0.
+    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
+    else 0.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
-        cache: What the forward pass returned.
-        x: A copy of x, where the forward pass wrote y over x.
+        cache: The cache that the forward pass returned.
+        x: A copy of x, needed only if the forward pass wrote y over x.
 
     Returns:
-        GradientSums in float64, which merge over micro-batches and processes.
+        GradientSums in float64, which can be merged over micro-batches and processes.
 
     Raises:
         ValueError: dy has another shape than x.
@@ -359,25 +397,26 @@ def gradient_apply(
     out: NDArray[Any] | None = None,
     dresidual: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
+    """Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 
-    Where the forward pass ended in an activation, dy stands for dy where y > 0, else 0.
+    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
+    else 0.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
-        cache: What the forward pass returned.
-        sums: Sums over all values whose moments were merged; m is their count.
-        x: A copy of x, where the forward pass wrote y over x.
-        out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
-            that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
+        cache: The cache that the forward pass returned.
+        sums: Gradient sums over all values that the moments of the forward pass cover; m is their count.
+        x: A copy of x, needed only if the forward pass wrote y over x.
+        out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
+        dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
+            the activation; dy itself, or memory that no input shares. Only if the forward pass had a residual.
 
     Returns:
         dx, of x's shape, dtype and memory order.
 
     Raises:
-        ValueError: A shape is not as said, or the sums are over another number of values than the moments by which x was
-            normalized.
+        ValueError: A shape is not as described, or the sums are over another number of values than the moments by which
+            x was normalized.
         TypeError: dy or out has another dtype than x.
     """
 
@@ -389,26 +428,29 @@ def backward(
     out: NDArray[Any] | None = None,
     dresidual: NDArray[Any] | None = None,
 ) -> Gradients:
-    """The backward pass of training (section 3): ``gradient_apply`` with ``gradient_sums``, to the bit.
+    """Compute the gradients of a training pass, through the batch statistics (section 3): dx, dγ and dβ.
 
-    Where the forward pass ended in an activation, the gradient passes where the rounded y > 0. y is not needed for it, but
-    x and residual must be as they were.
+    The result has exactly the bits of `gradient_sums` followed by `gradient_apply`.
+
+    If the forward pass ended in an activation, dy passes where the rounded y > 0. That is computed again from x and
+    residual, which must not have changed since; y is not needed.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
-        cache: What the forward pass returned.
-        x: A copy of x, where the forward pass wrote y over x.
-        out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
-            that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
+        cache: The cache that the forward pass returned.
+        x: A copy of x, needed only if the forward pass wrote y over x.
+        out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
+        dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
+            the activation; dy itself, or memory that no input shares. Only if the forward pass had a residual.
 
     Returns:
-        Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
-        Its attribute dresidual is that array; without one it is dy where the forward pass had a residual and no activation
-        (and dx was not written over dy), else None.
+        Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, even if γ and β were None.
+        The attribute dresidual is the array that was given. If none was, it is dy itself where the forward pass had a
+        residual and no activation (and dx was not written over dy), else None.
 
     Raises:
-        ValueError: A shape is not as said, or x was normalized by the moments of more than x: merge gradient sums then.
+        ValueError: A shape is not as described; or the moments of the forward pass cover more values than x, so that
+            gradient sums must be merged instead.
         TypeError: dy or out has another dtype than x.
     """
 
@@ -425,32 +467,32 @@ def infer(
     activation: Literal["relu"] | None = None,
     residual: Any | None = None,
 ) -> NDArray[Any]:
-    """Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
+    """Normalize x by frozen statistics (Algorithm 2): y = (x − mean)·s + β with s = γ/√(var + ε).
 
-    With ``residual`` and ``activation``, y = activation((x − mean)·s + β + residual), rounded once.
+    With `residual` and `activation`, y = activation((x − mean)·s + β + residual), rounded once.
 
-    Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
-    rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. Of 16-bit tensors
-    ``|x − mean|`` and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+    y is computed in float64 for 32- and 64-bit tensors, and in float32 with a two-part mean for 16-bit ones. Each
+    operation is rounded; none are fused. The bits do not depend on the rest of the batch, on threads or on the
+    instruction set. For 16-bit tensors, |x − mean| must be in the range of float32 (up to 3.4e38), or y is not finite.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
         mean: E[x], shape (channels,) or a number.
         var: Var[x], shape (channels,) or a number; 0 or more.
-        gamma: γ, shape (channels,) or a number; ones where absent.
-        beta: β, shape (channels,) or a number; zeros where absent.
-        eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+        gamma: γ, shape (channels,) or a number; 1 if None.
+        beta: β, shape (channels,) or a number; 0 if None.
+        eps: ε, finite, 0 or more; 0 only if every var is more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
-        out: Array of x's shape, dtype and memory order to write y to; x itself, or memory of its own.
-        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
-        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+        out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
+        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
         y, of x's shape, dtype and memory order.
 
     Raises:
-        ValueError: A shape or value is not as said.
-        TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+        ValueError: A shape or value is not as described.
+        TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
     """
 
 def infer_backward(
@@ -468,98 +510,117 @@ def infer_backward(
     residual: Any | None = None,
     dresidual: NDArray[Any] | None = None,
 ) -> Gradients:
-    """The backward pass with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
+    """Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 
-    With the ``activation`` of the forward pass, dy stands for dy where y > 0, else 0; that takes its ``beta`` and
-    ``residual``, which change nothing else.
+    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
+    else 0. `beta` and `residual` are needed for nothing else.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
         mean: E[x], shape (channels,) or a number.
         var: Var[x], shape (channels,) or a number; 0 or more.
-        gamma: γ, shape (channels,) or a number; ones where absent.
-        beta: β, shape (channels,) or a number; zeros where absent.
-        eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+        gamma: γ, shape (channels,) or a number; 1 if None.
+        beta: β, shape (channels,) or a number; 0 if None.
+        eps: ε, finite, 0 or more; 0 only if every var is more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
-        out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-        activation: None or "relu", as in the forward pass.
-        residual: As in the forward pass.
-        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
-            that passes the activation; memory of its own, or dy itself. Only with residual.
+        out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
+        activation: The activation of the forward pass: None or "relu".
+        residual: The residual of the forward pass, or None.
+        dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
+            the activation; dy itself, or memory that no input shares. Only with residual.
 
     Returns:
         Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
-        Its attribute dresidual is that array; without one it is dy where the forward pass had a residual and no activation
-        (and dx was not written over dy), else None.
+        The attribute dresidual is the array that was given. If none was, it is dy itself where the forward pass had a
+        residual and no activation (and dx was not written over dy), else None.
 
     Raises:
-        ValueError: A shape or value is not as said.
+        ValueError: A shape or value is not as described.
         TypeError: dy, x, out or a parameter is of a wrong type.
     """
 
 def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None:
-    """The floor that benchmarks compare with: out = x, or out = x + z, on the threads that every function here works on.
+    """Copy x to out, or write x + z to out: the least time that any function here can take, for benchmarks.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
-        out: Array like x, in memory of its own.
-        z: Tensor like x.
-        streaming: Whether out is written past the caches.
+        out: Array of x's shape, dtype and memory order to write to; it must not share memory with x or z.
+        z: Tensor of x's shape and dtype, or None.
+        streaming: Whether out is written with non-temporal stores.
 
     Raises:
-        ValueError: A shape is not as said.
+        ValueError: A shape is not as described.
         TypeError: out or z has another dtype than x.
     """
 
 def release_memory() -> int:
-    """Frees the memory that is kept for outputs to come.
+    """Free the memory that is kept for reuse by later outputs.
 
-    Fresh memory costs more than the arithmetic that fills it. So the memory of large outputs that no array uses any more
-    is kept: 256 MiB in all or one output, whichever is larger; none where the environment variable
-    ``BATCHNORM_KEEP_MEMORY`` is 0. Arrays that are alive are not touched.
+    Fresh memory takes longer to get than the arithmetic takes that fills it. So the memory of large outputs that no array
+    uses any more is kept: 256 MiB in all or one output, whichever is larger. None is kept if the environment variable
+    `BATCHNORM_KEEP_MEMORY` is 0. Arrays that are still alive are not affected.
 
     Returns:
-        Bytes freed.
+        Number of bytes freed.
     """
 
 def set_num_threads(n: int) -> None:
-    """Sets the number of threads that work on one call, the caller's own included. Results do not depend on it.
+    """Set the number of threads that work on one call, including the caller's. Results do not depend on it.
 
     Raises:
         ValueError: n is not from 1 to 1024.
     """
 
 def get_num_threads() -> int:
-    """The number of threads that work on one call.
+    """Return the number of threads that work on one call, including the caller's.
 
-    It is what was set, else ``BATCHNORM_NUM_THREADS``, else the CPUs that the affinity mask and the cgroup quota leave
-    to this process.
+    It is the number that was set, else `BATCHNORM_NUM_THREADS`, else the number of CPUs that the affinity mask and the
+    cgroup quota leave to this process.
 
     Raises:
-        ValueError: ``BATCHNORM_NUM_THREADS`` is not a number from 1 to 1024.
+        ValueError: `BATCHNORM_NUM_THREADS` is not a number from 1 to 1024.
     """
 
 def simd_level() -> str:
-    """The instruction-set level in use.
+    """Return the name of the instruction-set level in use.
 
-    It is what was set, else ``BATCHNORM_SIMD``, else the highest that this machine can run.
+    It is the level that was set, else that of `BATCHNORM_SIMD`, else the highest that this machine can run.
 
     Raises:
-        ValueError: ``BATCHNORM_SIMD`` names a level that this machine cannot run.
+        ValueError: `BATCHNORM_SIMD` names a level that this machine cannot run.
     """
 
 def set_simd_level(name: str | None) -> None:
-    """Forces an instruction-set level by name; ``None`` goes back to the choice made at first use.
+    """Force an instruction-set level by name; None makes the default choice again.
 
     Results do not depend on it.
 
     Raises:
-        ValueError: name is none of ``simd_levels()``.
+        ValueError: name is not in `simd_levels()`.
     """
 
 def simd_levels() -> list[str]:
-    """Names of the instruction-set levels that this machine can run, lowest first."""
+    """Return the names of the instruction-set levels that this machine can run, lowest first."""
 
-def tensor(argument: str, value: Any) -> NDArray[Any]: ...
-def real_array(argument: str, value: ArrayLike) -> NDArray[Any]: ...
+def tensor(argument: str, value: Any) -> NDArray[Any]:
+    """Return a tensor as a NumPy array that shares its memory.
+
+    Args:
+        argument: Name of the argument in errors.
+        value: A NumPy array, or an object with `__dlpack__` (on the CPU) or `__array__`.
+
+    Raises:
+        TypeError: value is none of these, has a mask, or requires grad.
+    """
+
+def real_array(argument: str, value: ArrayLike) -> NDArray[Any]:
+    """Return a parameter as a NumPy array of real numbers, of any shape.
+
+    Args:
+        argument: Name of the argument in errors.
+        value: A number, a sequence of numbers, or any tensor that `tensor` takes.
+
+    Raises:
+        TypeError: value is not real, has a mask, or requires grad.
+    """

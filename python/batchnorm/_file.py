@@ -16,7 +16,7 @@ from batchnorm._types import FrozenLayer
 
 
 class Kind(NamedTuple):
-    """What a file of one kind of layer holds."""
+    """The contents of a file of one kind of layer."""
 
     format: str
     version: str
@@ -31,14 +31,14 @@ _CODES = {"float32": "F32", "float64": "F64"}
 
 
 def metadata(layer: FrozenLayer, kind: Kind = BATCH_NORM) -> dict[str, str]:
-    """Return what stands beside the tensors of a file or an ONNX model: one canonical text for each value."""
+    """Return the metadata of a file or an ONNX model: each value as its one canonical text."""
     axis, eps = str(layer.channel_axis), layer.eps.hex()
     values = (kind.format, kind.version, axis, eps, layer.dtype.name, layer.fingerprint)
     return dict(zip(METADATA_KEYS, values, strict=True))
 
 
 def check_known(where: str, found: Mapping[str, str], kind: Kind = BATCH_NORM) -> None:
-    """Raise ValueError for metadata that is not of this kind of layer, or of a version not known here."""
+    """Raise ValueError if the metadata is not of this kind of layer, or is of an unknown version."""
     for key, known in (("format", kind.format), ("version", kind.version)):
         if found.get(key) != known:
             raise ValueError(f"{where}: a frozen layer of {key} {known!r} wanted, found {found.get(key)!r}")
@@ -55,21 +55,21 @@ def restore(
     eps: float,
     kind: Kind = BATCH_NORM,
 ) -> _Layer:
-    """Make the layer of these parameters, which must be the one that the metadata beside them describes.
+    """Make the layer with these parameters, and check that it is the one that the metadata describes.
 
-    Nothing may have been lost by rounding, and all of the metadata is computed again from the layer and
-    compared, so that no value is wrong unnoticed.
+    Rounding must not change a parameter. All metadata is computed again from the layer and compared, so that
+    no wrong value goes unnoticed.
 
     Args:
-        make: class of the layer.
-        where: what errors call the file or model.
-        found: the metadata, which `check_known` has seen.
-        parameters: the tensors by name.
+        make: Class of the layer.
+        where: Name of the file or model in errors.
+        found: The metadata, already checked by `check_known`.
+        parameters: The tensors by name.
         eps: ε.
-        kind: kind of the layer.
+        kind: Kind of the layer.
 
     Raises:
-        ValueError: names `where` and what is wrong.
+        ValueError: A parameter or a metadata value is wrong; the message names `where`.
     """
     try:
         axis, dtype = int(found["channel_axis"]), found["dtype"]
@@ -112,8 +112,8 @@ def read(make: Callable[..., _Layer], path: str | os.PathLike[str], kind: Kind =
 def encode(layer: FrozenLayer, kind: Kind = BATCH_NORM) -> bytes:
     """Return the bytes of the file.
 
-    The header is written here and not by the safetensors package, which orders metadata by a random hash: the
-    same layer is to make the same bytes.
+    The header is written here and not by the safetensors package: that orders metadata by a random hash, but
+    the same layer must always make the same bytes.
     """
     stored = layer.dtype.newbyteorder("<")
     tensors = {name: getattr(layer, name).astype(stored).tobytes() for name in kind.tensors}

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class FrozenLayer(Protocol):
-    """The parameters of a frozen layer, as files and models hold them."""
+    """The members of a frozen layer that files and ONNX models are made from."""
 
     @property
     def mean(self) -> NDArray[Any]:
@@ -55,16 +55,16 @@ class _Gradients(NamedTuple):
 
 
 class Gradients(_Gradients):
-    """What a backward pass returns (Ioffe and Szegedy 2015, section 3): a tuple of three.
+    """The gradients that a backward pass returns (Ioffe and Szegedy 2015, section 3): a tuple of three.
 
-    Two are equal if all four arrays are, in shape and values.
+    Two `Gradients` are equal if all four arrays, dresidual included, are equal in shape and values.
 
     Attributes:
-        dx: ∂ℓ/∂x, shape, dtype and memory order of x.
+        dx: ∂ℓ/∂x, of x's shape, dtype and memory order.
         dgamma: ∂ℓ/∂γ = Σ dy·x̂, shape (channels,), float64.
         dbeta: ∂ℓ/∂β = Σ dy, shape (channels,), float64.
-        dresidual: ∂ℓ/∂residual, not an element of the tuple: the array that was given for it, or dy where
-            it is dy; None where it was not computed.
+        dresidual: ∂ℓ/∂residual, which is not an element of the tuple: the array that was passed in for it, or
+            dy itself where the two are equal; None if it was not computed.
     """
 
     dresidual: NDArray[Any] | None = None
@@ -76,13 +76,13 @@ class Gradients(_Gradients):
         dbeta: NDArray[np.float64],
         dresidual: NDArray[Any] | None = None,
     ) -> Self:
-        """Make the tuple of three and keep dresidual beside it."""
+        """Make the tuple of three, with dresidual as an attribute."""
         self = super().__new__(cls, dx, dgamma, dbeta)
         self.dresidual = dresidual
         return self
 
     def _replace(self, **changes: Any) -> Self:
-        """Return a copy in which some of the four are others."""
+        """Return a copy with new values for some of the four arrays."""
         return type(self)(**{**self._asdict(), "dresidual": self.dresidual} | changes)
 
     __replace__ = _replace  # of copy.replace

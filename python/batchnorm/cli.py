@@ -1,4 +1,4 @@
-"""The command line; ``main`` is its entry point."""
+"""The command line `batchnorm`; `main` is its entry point."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from batchnorm.streaming import (
 )
 
 _SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
-_COARSE = 1e-4  # in standard deviations: what rounding may cost without a warning
-_PIPE_WIDTH = 160  # holds a row of float64 parameters
+_COARSE = 1e-4  # largest rounding error, in standard deviations, that gives no warning
+_PIPE_WIDTH = 160  # columns of a terminal, enough for a row of float64 parameters
 _HEADER = click.option(
     "--header",
     type=click.Choice(["auto", "yes", "no"]),
@@ -47,7 +47,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 
 def _regular(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
-    # A layer is read more than once, which a pipe cannot give.
+    # A layer is read more than once, so it cannot come from a pipe.
     if not path.is_file():
         raise click.BadParameter(f"{str(path)!r} is not a regular file.")
     return path
@@ -99,14 +99,14 @@ def _one_line() -> Iterator[None]:
     except MemoryError as error:
         raise _CommandError(": ".join(filter(None, ("not enough memory", str(error))))) from error
     except OSError as error:
-        if error.errno == errno.EPIPE:  # whoever read our output has left: click ends in silence
+        if error.errno == errno.EPIPE:  # the reader of our output has closed it: click ends without a message
             raise
         where = f"{error.filename}: " if error.filename else ""
         raise _CommandError(f"{where}{error.strerror or error}") from error
 
 
 def _by_options(message: str) -> str:
-    """Replace the names of arguments, in a message of the library, by the options of the running command."""
+    """Replace the names of arguments in an error message by the options of the running command."""
     context = click.get_current_context(silent=True)
     for option in context.command.params if context else ():
         if isinstance(option, click.Option):
@@ -167,8 +167,8 @@ def fit(
 ) -> None:
     """Write the frozen layer that normalizes the data in SRC.
 
-    SRC is a .npy array of floats, or a .csv file: a line is a sample, a column a channel. It may also be a
-    pipe, or - for standard input. It is read once, chunk by chunk, and need not fit into memory.
+    SRC is a .npy array of floats, or a .csv file in which a line is a sample and a column a channel. It may
+    also be a pipe, or - for standard input. It is read once, chunk by chunk, and need not fit into memory.
     """
     _check_suffix(output, ".safetensors")
     with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
@@ -207,8 +207,8 @@ def fit(
 def apply(model: Path, src: Path, output: Path, header: Header) -> None:
     """Normalize the data in SRC by the frozen layer in MODEL.
 
-    SRC is anything that fit reads, and the output is of its format, .npy or .csv. The output takes its place
-    when it is whole. NaN and Inf are errors in a .csv, and give NaN and Inf from a .npy.
+    SRC is anything that fit reads, and the output has its format, .npy or .csv. The output file appears only
+    when it is complete. NaN and Inf are errors in a .csv, and stay NaN and Inf in a .npy.
     """
     layer = FrozenBatchNorm.load(model)
     with open_source(src, layer.channel_axis, layer.dtype, header) as source:
@@ -314,12 +314,12 @@ def demo(output: Path) -> None:
             from batchnorm.demo import main as run
 
             run(output)
-    except RuntimeError as error:  # a check that failed: no misuse, so status 1
+    except RuntimeError as error:  # a failed check is not misuse, so the status is 1
         raise click.ClickException(str(error)) from error
 
 
 class _Rounding:
-    """What rounding the values of a source to the dtype of a layer costs, by channel."""
+    """Largest error of each channel from rounding the values of a source to the dtype of a layer."""
 
     def __init__(self, dtype: np.dtype[Any], source: NpySource | CsvSource, channel_axis: int) -> None:
         self._dtype, self._source, self._channel_axis = dtype, source, channel_axis
@@ -367,7 +367,7 @@ def _check_fit_together(layer: FrozenBatchNorm, model: Path, source: NpySource |
 
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Say how to install a package that cannot be imported in the block."""
+    """Turn an ImportError in the block into an error that says how to install the package."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -376,7 +376,7 @@ def _extra(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(label: str) -> Iterator[Callable[[float | None], None]]:
-    """Show a bar on standard error if that is a terminal; yield a function that moves it to a fraction."""
+    """Show a progress bar if standard error is a terminal; yield a function that sets the fraction done."""
     if not sys.stderr.isatty():
         yield lambda fraction: None
         return

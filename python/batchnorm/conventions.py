@@ -1,6 +1,7 @@
-"""The one place where state written under another framework's conventions becomes ours.
+"""Conversion of state from other frameworks' conventions to ours; no other module does it.
 
-Frameworks agree on the arithmetic of batch normalization and differ in what they store beside it:
+Frameworks agree on the arithmetic of batch normalization, but differ in how they average and store
+statistics:
 
 | | weight of the new value | stored variance | default ε |
 |---|---|---|---|
@@ -27,15 +28,15 @@ def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, An
     is not needed and not read.
 
     Args:
-        state_dict: names to arrays, or to CPU tensors of PyTorch, of any real dtype.
-        prefix: what stands before `running_mean` in the keys, dot included: `"features.1."`.
+        state_dict: Maps names to arrays, or to CPU tensors of PyTorch, of any real dtype.
+        prefix: The part of the keys before `running_mean`, including the dot: `"features.1."`.
 
     Returns:
         `mean` and `var`, and `gamma` and `beta`, which are None where the state has no weight and bias.
 
     Raises:
-        ValueError: the state has no running statistics under this prefix.
-        TypeError: it is no mapping, or a part of it is not real, has a mask or requires grad.
+        ValueError: The state has no running statistics under this prefix.
+        TypeError: `state_dict` is not a mapping, or an array in it is not real, has a mask or requires grad.
     """
     mapping("state_dict", state_dict, "module.state_dict()")
     needed = (prefix + "running_mean", prefix + "running_var")

@@ -1,4 +1,4 @@
-"""FrozenBatchNorm: the immutable layer that is saved, exported and served."""
+"""The frozen layer `FrozenBatchNorm`: immutable; it is saved, exported and served."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _COARSE_MEAN = 1e-4
 """In units of σ: where rounding moves the mean by more than this, freezing warns."""
 
-# Compared with a dtype, a type would have to be made one first, which takes longer than the comparison.
+# dtypes and not types: comparing a dtype with a type first makes a dtype of it, which takes longer.
 _FLOAT32 = np.dtype(np.float32)
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
@@ -36,9 +36,9 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrozenCache:
-    """What a backward pass needs of a forward pass with frozen statistics.
+    """Everything that a backward pass needs of a forward pass with frozen statistics.
 
-    It holds x and residual by reference: they must not be changed in between.
+    It holds x and residual by reference: they must not be changed between the two passes.
     """
 
     coefficients: Coefficients
@@ -67,37 +67,37 @@ class FrozenCache:
 class FrozenBatchNorm:
     """Batch normalization with fixed statistics: y = (x − mean)·gamma/√(var + eps) + beta.
 
-    The inference form of Ioffe and Szegedy 2015 (arXiv 1502.03167), Algorithm 2, steps 8 to 12. The
-    parameters are rounded once, here: the four arrays to `dtype`, eps always to float32, which is all that
-    ONNX can carry, and held as the float64 of that value. These five are what the layer computes with,
-    saves, exports and serves, and `fingerprint` names them. Layers are equal if their fingerprints are.
+    It is the inference form of Ioffe and Szegedy 2015 (arXiv 1502.03167), Algorithm 2, steps 8 to 12. The
+    parameters are rounded once, when the layer is made: the four arrays to `dtype`, and eps always to
+    float32, since ONNX can carry no more. The layer computes with these five rounded parameters, saves,
+    exports and serves them, and `fingerprint` identifies them. Layers are equal if their fingerprints are.
 
     Args:
-        mean: E[x], any real array that broadcasts to (channels,), as all parameters.
-        var: Var[x], not negative; unbiased by the convention of this package, but used as it is.
+        mean: E[x]; like all four arrays, any real array that broadcasts to (channels,).
+        var: Var[x], not negative; by the convention of this package the unbiased variance, but used as given.
         gamma: γ; ones if None.
         beta: β; zeros if None.
-        eps: ε, finite and not negative; 0 only where every variance is positive.
-        channel_axis: the axis of x that holds the channels; -1 is channels-last.
-        dtype: of the parameters, float32 or float64.
+        eps: ε, finite and not negative; 0 only if every variance is positive.
+        channel_axis: The axis of x that holds the channels; -1 is channels-last.
+        dtype: dtype of the parameters, float32 or float64.
 
     Attributes:
-        mean: E[x], (channels,), `dtype`, read-only, as all four arrays.
+        mean: E[x]; like all four arrays of shape (channels,), of `dtype`, and read-only.
         var: Var[x].
         gamma: γ.
         beta: β.
-        eps: ε, a float that float32 holds exactly.
-        channel_axis: as given.
-        dtype: np.dtype of the parameters.
-        fingerprint: lower-case hex SHA-256 of the parameters; `docs/format.md` says over which bytes.
+        eps: ε, a float whose value float32 holds exactly.
+        channel_axis: The axis of the channels, as passed in.
+        dtype: The NumPy dtype of the parameters.
+        fingerprint: Lower-case hex SHA-256 of the parameters; `docs/format.md` says over which bytes.
 
     Raises:
-        TypeError: a parameter is not real, or `dtype` is neither float32 nor float64.
-        ValueError: a parameter is of the wrong shape or not finite, var or eps is negative, or eps and a
+        TypeError: A parameter is not real, or `dtype` is neither float32 nor float64.
+        ValueError: A parameter is of the wrong shape or not finite, var or eps is negative, or eps and a
             variance are both 0; or rounding makes a parameter infinite, or a positive variance or eps 0.
 
     Warns:
-        UserWarning: rounding the mean moves it by more than 1e-4·√(var + eps); names the channels.
+        UserWarning: Rounding the mean moves it by more than 1e-4·√(var + eps); names the channels.
 
     Example:
         >>> frozen = FrozenBatchNorm(mean=[1.0, 2.0], var=[4.0, 9.0], gamma=[1.0, 3.0], eps=0)
@@ -136,9 +136,9 @@ class FrozenBatchNorm:
             "beta": real_array("beta", 0.0 if beta is None else beta),
         }
         eps = number("eps", eps)
-        # Refuses, by name, whatever was wrong before rounding.
+        # Raises, by name, whatever was wrong before rounding.
         channels = Coefficients(**given, eps=eps).channels
-        with np.errstate(all="ignore"):  # the class above has looked at the values
+        with np.errstate(all="ignore"):  # Coefficients, above, has checked the values
             wide = {name: array.astype(np.float64) for name, array in given.items()}
         exact = {name: np.broadcast_to(array, (channels,)) for name, array in wide.items()}
         rounded = {name: _rounded(name, values, dtype) for name, values in exact.items()}
@@ -166,19 +166,19 @@ class FrozenBatchNorm:
         channel_axis: int = 1,
         dtype: DTypeLike = "float32",
     ) -> FrozenBatchNorm:
-        """Make the layer whose population is exactly these moments.
+        """Make the layer whose population statistics are those of the moments.
 
         Args:
-            moments: of the whole data.
+            moments: Moments of the whole data.
             gamma: γ; ones if None.
             beta: β; zeros if None.
             eps: ε.
             ddof: 1 for the unbiased variance M2/(count − 1), 0 for the biased M2/count.
-            channel_axis: the axis of x that holds the channels.
-            dtype: of the parameters, float32 or float64.
+            channel_axis: The axis of x that holds the channels.
+            dtype: dtype of the parameters, float32 or float64.
 
         Raises:
-            ValueError: some channel has `ddof` values or fewer, or what the class raises.
+            ValueError: A channel has `ddof` values or fewer, or the layer cannot be made (see the class).
         """
         if ddof not in (0, 1):
             raise ValueError(f"ddof: was {ddof!r}, wanted 1 (unbiased variance) or 0 (biased)")
@@ -194,20 +194,22 @@ class FrozenBatchNorm:
     def from_torch(
         cls, state_dict: Mapping[str, Any], prefix: str = "", *, eps: float = 1e-5
     ) -> FrozenBatchNorm:
-        """Make the layer that PyTorch's BatchNorm1d, 2d or 3d with this state is in eval mode.
+        """Make the layer that computes what PyTorch's BatchNorm with this state computes in eval mode.
 
-        PyTorch need not be installed: plain arrays will do, and so will CPU tensors. The state does not hold
-        ε, so give it where the layer did not have PyTorch's default. The parameters are float64 if a part of
-        the state is, else float32; ε is rounded to float32 in both, and in PyTorch it is not.
+        PyTorch need not be installed: the state may hold plain arrays or CPU tensors. It does not hold ε, so
+        pass `eps` if the PyTorch layer did not have the default. The parameters are float64 if an array of
+        the state is, else float32. ε is rounded to float32 in both cases, which PyTorch does not do.
 
         Args:
-            state_dict: has `running_mean` and `running_var`, and `weight` and `bias` if the layer was affine.
-            prefix: what stands before those names, dot included: `"features.1."`.
+            state_dict: Maps `running_mean` and `running_var`, and `weight` and `bias` if the layer was
+                affine, to arrays.
+            prefix: The part of the keys before those names, including the dot: `"features.1."`.
             eps: ε of the PyTorch layer.
 
         Raises:
-            ValueError: running statistics are missing, or what the class raises.
-            TypeError: `state_dict` is no mapping, or a part of it is not real, has a mask or requires grad.
+            ValueError: Running statistics are missing, or the layer cannot be made (see the class).
+            TypeError: `state_dict` is not a mapping, or an array in it is not real, has a mask or requires
+                grad.
         """
         parameters = torch_parameters(state_dict, prefix)
         wide = any(values is not None and values.dtype == np.float64 for values in parameters.values())
@@ -215,23 +217,23 @@ class FrozenBatchNorm:
 
     @staticmethod
     def load(path: str | PathLike[str]) -> FrozenBatchNorm:
-        """Read the layer saved at `path`; its fingerprint is computed again and compared.
+        """Load the layer saved at `path`, and verify its fingerprint.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not a frozen layer, is of an unknown version, or is damaged.
+            OSError: The file cannot be read.
+            ValueError: The file is not a frozen layer, is of an unknown version, or is damaged.
         """
         from batchnorm._file import read
 
         return read(FrozenBatchNorm, path)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the layer to `path` (safetensors; `docs/format.md`), whole or not at all.
+        """Save the layer to `path` as safetensors (`docs/format.md`), whole or not at all.
 
         The same layer always makes the same bytes.
 
         Raises:
-            OSError: the file cannot be written; what was at `path` is still there.
+            OSError: The file cannot be written; an old file at `path` is unchanged.
         """
         from batchnorm._file import write
 
@@ -242,19 +244,19 @@ class FrozenBatchNorm:
     ) -> onnx.ModelProto:
         """Make an ONNX model of the layer, with input x and output y of the layer's dtype.
 
-        Needs the extra `batchnorm[onnx]`. `docs/onnx.md` tells what the modes promise.
+        This needs the extra `batchnorm[onnx]`. `docs/onnx.md` says what each mode promises.
 
         Args:
-            opset: from 15 to the newest that the installed onnx knows.
+            opset: Version of the ONNX operators, from 15 to the newest that the installed onnx knows.
             mode: "inference" for one BatchNormalization node, "exact" for float64 arithmetic that gives, in
                 ONNX Runtime, the bits of this layer.
-            rank: of x, which a valid ONNX model must declare: 2 for (N, C), 4 for (N, C, H, W). Every axis
-                but the channels' is dynamic.
+            rank: Rank of x, which a valid ONNX model must declare: 2 for (N, C), 4 for (N, C, H, W). The
+                sizes of all axes but the channels' are dynamic.
 
         Raises:
-            ImportError: onnx is not installed.
-            ValueError: an argument is none of these.
-            TypeError: opset or rank is no integer.
+            ImportError: The package onnx is not installed.
+            ValueError: opset, mode or rank is not as described.
+            TypeError: opset or rank is not an integer.
         """
         from batchnorm.onnx.export import build_model
 
@@ -270,12 +272,12 @@ class FrozenBatchNorm:
         """Normalize x.
 
         Args:
-            x: any dense tensor of rank 2 or more, `channels` long on the channel axis. A layer with float32
-                parameters takes float16, bfloat16 and float32, one with float64 parameters float64 too.
-            out: where to put y: shape, dtype and memory order of x; may be x itself.
+            x: Tensor of rank 2 or more with `channels` entries on the channel axis. A layer with float32
+                parameters takes float16, bfloat16 and float32; one with float64 parameters takes float64 too.
+            out: Array of x's shape, dtype and memory order to write y to; may be x itself.
 
         Returns:
-            y, of shape, dtype and memory order of x.
+            y, of x's shape, dtype and memory order.
 
         Raises:
             TypeError: x is not of such a dtype.
@@ -286,19 +288,19 @@ class FrozenBatchNorm:
     def _forward(
         self, x: Any, activation: Literal["relu"] | None = None, residual: Any | None = None
     ) -> tuple[NDArray[Any], FrozenCache]:
-        """Normalize x, and keep what a backward pass needs: eval mode of a trainable layer.
+        """Normalize x and return a cache for the backward pass, as a trainable layer does in eval mode.
 
         Args:
-            x: as for a call.
+            x: Tensor, as `__call__` takes it.
             activation: None or "relu", applied last.
-            residual: array of x's shape and dtype that is added before it.
+            residual: Array of x's shape and dtype that is added before the activation.
 
         Returns:
-            y, of shape, dtype and memory order of x, and the cache, which holds x and residual by reference.
+            y, of x's shape, dtype and memory order, and the cache, which holds x and residual by reference.
 
         Raises:
-            TypeError: as for a call.
-            ValueError: as for a call.
+            TypeError: x is not of a dtype that the layer takes.
+            ValueError: A tensor is of the wrong shape, or the activation is unknown.
         """
         x, axis = self._tensor(x), self.channel_axis
         y = self._coefficients.infer(x, channel_axis=axis, activation=activation, residual=residual)
@@ -308,18 +310,18 @@ class FrozenBatchNorm:
         """Compute the gradients with the statistics held fixed: dx = γ/√(var + ε)·dy, dγ = Σ dy·x̂, dβ = Σ dy.
 
         Args:
-            dy: ∂ℓ/∂y, of shape and dtype of x.
-            x: what the layer was called with.
-            out: where to put dx: shape, dtype and memory order of x; may be dy itself.
+            dy: ∂ℓ/∂y, of x's shape and dtype.
+            x: The tensor that the layer was called with.
+            out: Array of x's shape, dtype and memory order to write dx to; may be dy itself.
 
         Raises:
-            TypeError: as for a call.
-            ValueError: a tensor is of the wrong shape.
+            TypeError: x is not of a dtype that the layer takes, or dy or out has another dtype than x.
+            ValueError: A tensor is of the wrong shape.
         """
         return FrozenCache(self._coefficients, self._tensor(x), self.channel_axis).backward(dy, out=out)
 
     def _tensor(self, x: Any) -> NDArray[Any]:
-        """Return x as a NumPy array, if its dtype goes with that of the parameters."""
+        """Return x as a NumPy array, or raise TypeError if the layer does not take its dtype."""
         array = tensor("x", x)
         if self.dtype == _FLOAT32 and array.dtype.type is np.float64:
             raise TypeError(
@@ -355,7 +357,7 @@ def _checked_axis(channel_axis: int) -> int:
 
 
 def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round `values` to `dtype`, in memory that nobody can write to."""
+    """Round `values` to `dtype`, as a read-only array."""
     with np.errstate(all="ignore"):
         rounded = values.astype(dtype)
     lost = ~np.isfinite(rounded)
@@ -369,7 +371,7 @@ def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> ND
 
 def _rounded_eps(eps: float) -> float:
     with np.errstate(all="ignore"):
-        rounded = float(np.float32(eps)) + 0.0  # so that -0.0, which is no other ε, is 0.0
+        rounded = float(np.float32(eps)) + 0.0  # turns -0.0, which is the same ε, into 0.0
     if not np.isfinite(rounded) or (eps > 0 and rounded == 0):
         raise ValueError(f"eps: {eps!r} is {rounded} in float32, in which eps is held")
     return rounded
@@ -395,7 +397,7 @@ def _warn_of_coarse_means(mean: NDArray[np.float64], layer: FrozenBatchNorm) -> 
 
 
 def _stacklevel_outside() -> int:
-    """Return the `stacklevel` with which a warning of our caller names the line outside this package."""
+    """Return the `stacklevel` with which a warning of the caller names a line outside this package."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""The trainable layer: parameters, population and mode around the core's arithmetic."""
+"""The trainable layer `BatchNorm`: parameters, population statistics, train and eval mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PREFIX = "population."
 
 
 class _TrainingCache(NamedTuple):
-    """The cache of a forward pass in train mode, which goes back as that of eval mode does."""
+    """The cache of a forward pass in train mode, with the same `backward` method as that of eval mode."""
 
     cache: _core.Cache
 
@@ -32,32 +32,31 @@ class _TrainingCache(NamedTuple):
 class BatchNorm:
     """Batch normalization with trainable γ, β and an estimate of the population (Ioffe and Szegedy 2015).
 
-    In train mode (the start) a call normalizes by the statistics of the batch (Algorithm 1) and lets them
-    into ``population``; in eval mode it normalizes by the population, with the parameters rounded as
-    ``freeze`` rounds them, so that its output has exactly the bits of the frozen layer's.
+    A new layer is in train mode: a call normalizes by the statistics of the batch (Algorithm 1) and updates
+    `population` with them. In eval mode a call normalizes by the population statistics. It then uses the
+    parameters as `freeze` rounds them, so that the output has exactly the bits of the frozen layer's.
 
     Args:
         channels: Number of channels.
-        eps: ε, added to the variance; finite and positive. Training uses it as given, eval mode as rounded to
+        eps: ε, added to the variance; finite and positive. Train mode uses it as given, eval mode rounded to
             float32.
-        affine: Whether there are γ and β; without them ``gamma``, ``beta`` and their gradients are None.
+        affine: Whether there are γ and β; without them `gamma`, `beta` and their gradients are None.
         dtype: dtype of γ, β and their gradients: float32 (for x of 16 or 32 bits) or float64 (for float64 x).
         channel_axis: Axis of x that holds the channels; -1 is channels-last.
-        population: Estimator of E[x], Var[x]; a ``MovingAverage(update_weight=0.1)`` of the layer's own where
-            None.
+        population: Estimator of E[x] and Var[x]; if None, a new `MovingAverage(update_weight=0.1)`.
 
     Attributes:
-        channels: As given.
-        eps: As given.
-        channel_axis: As given.
+        channels: Number of channels.
+        eps: ε, as passed in.
+        channel_axis: Axis of the channels, as passed in.
         dtype: The NumPy dtype of the parameters.
-        training: Whether the layer is in train mode; set by ``train()`` and ``eval()``.
-        grad_gamma: ∂ℓ/∂γ of the last ``backward``, shape (channels,), ``dtype``; None before it.
-        grad_beta: ∂ℓ/∂β of the last ``backward``, likewise.
+        training: Whether the layer is in train mode; set by `train()` and `eval()`.
+        grad_gamma: ∂ℓ/∂γ of the last `backward`, shape (channels,), `dtype`; None before it.
+        grad_beta: ∂ℓ/∂β of the last `backward`, shape (channels,), `dtype`; None before it.
 
     Raises:
-        ValueError: A value out of its range.
-        TypeError: An argument of another type, or a population that is no estimator.
+        ValueError: A value is out of its range.
+        TypeError: An argument is of a wrong type, or the population is not an estimator.
 
     Example:
         >>> import numpy as np
@@ -101,11 +100,11 @@ class BatchNorm:
         self._cache: _TrainingCache | FrozenCache | None = None
         self._kept: tuple[tuple[Any, ...], FrozenBatchNorm] | None = None
 
-    # γ and β are typed Any: a union with None would make every optimizer step of a typed program assert
-    # first.
+    # γ and β are typed Any: with a union with None, every optimizer step of a typed program would need an
+    # assertion first.
     @property
     def gamma(self) -> Any:
-        """γ, shape (channels,), ``dtype``: one array for life, into which assignment copies; or None."""
+        """γ, shape (channels,), `dtype`; None if not affine. Assignment copies into the same array."""
         return self._parameters.get("gamma")
 
     @gamma.setter
@@ -114,7 +113,7 @@ class BatchNorm:
 
     @property
     def beta(self) -> Any:
-        """β, shape (channels,), ``dtype``: one array for life, into which assignment copies; or None."""
+        """β, shape (channels,), `dtype`; None if not affine. Assignment copies into the same array."""
         return self._parameters.get("beta")
 
     @beta.setter
@@ -128,7 +127,7 @@ class BatchNorm:
 
     @property
     def population(self) -> Population:
-        """The estimator that batches of train mode enter; set ``Algorithm2()`` after training (see there)."""
+        """The estimator that train mode updates; `Algorithm2` says how to use it after training."""
         return self._population
 
     @population.setter
@@ -141,25 +140,25 @@ class BatchNorm:
         self._population = value
 
     def train(self) -> Self:
-        """Go to train mode; returns the layer."""
+        """Switch to train mode, and return the layer."""
         self.training = True
         return self
 
     def eval(self) -> Self:
-        """Go to eval mode; returns the layer."""
+        """Switch to eval mode, and return the layer."""
         self.training = False
         return self
 
     def __call__(
         self, x: Any, activation: Literal["relu"] | None = None, residual: Any | None = None
     ) -> NDArray[Any]:
-        """Normalize a batch and keep what ``backward`` needs, x and residual by reference.
+        """Normalize a batch: y = activation(γ·x̂ + β + residual), rounded once.
 
-        y = activation(γ·x̂ + β + residual), rounded once. What follows normalization is of this call: a frozen
-        layer has none of it.
+        The layer keeps what `backward` needs, x and residual by reference. Activation and residual belong to
+        this call, not to the layer: a frozen layer has neither.
 
         Args:
-            x: Array of rank 2 or more with ``channels`` entries on ``channel_axis``; float16, bfloat16 or
+            x: Array of rank 2 or more with `channels` entries on `channel_axis`; float16, bfloat16 or
                 float32 for a float32 layer, float64 for a float64 layer.
             activation: None or "relu".
             residual: Array of x's shape and dtype that is added before the activation.
@@ -168,10 +167,10 @@ class BatchNorm:
             y, of the shape, dtype and memory order of x.
 
         Raises:
-            ValueError: Another number of channels, activation or shape of residual; in train mode non-finite
-                statistics or fewer than 2 values in a channel (named); in eval mode a population that is not
-                ready. Nothing is changed then.
-            TypeError: A dtype that does not go with the layer's.
+            ValueError: The number of channels, the activation or the residual's shape is wrong; in train mode
+                also if channels (named) have non-finite statistics or fewer than 2 values; in eval mode also
+                if the population is not ready. Nothing is changed then.
+            TypeError: A layer of this dtype does not take x of its dtype.
         """
         if not self.training:
             y, self._cache = self._frozen()._forward(x, activation, residual)
@@ -191,7 +190,7 @@ class BatchNorm:
         return y
 
     def _batch(self, x: Any) -> NDArray[Any]:
-        """Return x as a NumPy array, if its shape and dtype are those of a batch of this layer."""
+        """Return x as a NumPy array, or raise if its shape or dtype is not that of a batch of this layer."""
         array, axis = _core.tensor("x", x), self.channel_axis
         if not -array.ndim <= axis < array.ndim or array.shape[axis] != self.channels:
             wanted = f"{of_channels(self.channels)} on axis {axis}"
@@ -203,23 +202,24 @@ class BatchNorm:
         return array
 
     def backward(self, dy: Any, dresidual: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Go back through the last forward pass, in the mode that it ran in; may be called again.
+        """Compute the gradients of the last forward pass; overwrites `grad_gamma` and `grad_beta`.
 
-        In train mode the gradient runs through the statistics (section 3 of the paper); in eval mode they are
-        constants. Overwrites ``grad_gamma`` and ``grad_beta``.
+        If that pass ran in train mode, the gradient passes through the batch statistics (section 3 of the
+        paper); if in eval mode, the statistics are constants. It may be called again for the same forward
+        pass.
 
         Args:
-            dy: ∂ℓ/∂y, shape and dtype of y.
-            dresidual: Where to put ∂ℓ/∂residual, if there was a residual: shape, dtype and memory order of
-                x; may be dy itself.
+            dy: ∂ℓ/∂y, of y's shape and dtype.
+            dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, if there was a
+                residual; may be dy itself.
 
         Returns:
             ∂ℓ/∂x, of the shape, dtype and memory order of x.
 
         Raises:
             RuntimeError: There was no forward pass.
-            ValueError: Another shape than y's, or dresidual without a residual.
-            TypeError: Another dtype than y's.
+            ValueError: dy has another shape than y, or dresidual is given but there was no residual.
+            TypeError: dy has another dtype than y.
         """
         if self._cache is None:
             raise RuntimeError("backward: there was no forward pass to go back through; call the layer first")
@@ -231,14 +231,14 @@ class BatchNorm:
         return dx
 
     def freeze(self, dtype: DTypeLike | None = None) -> FrozenBatchNorm:
-        """Round γ, β, E[x], Var[x] and ε once and return them as an immutable layer.
+        """Return the layer as a `FrozenBatchNorm`: γ, β, E[x], Var[x] and ε, rounded once.
 
         Args:
-            dtype: float32 or float64; the layer's own where None.
+            dtype: dtype of the frozen parameters, float32 or float64; if None, that of this layer.
 
         Raises:
-            ValueError: The population is not ready or of another number of channels, or a parameter does not
-                survive rounding.
+            ValueError: The population is not ready or has another number of channels, or rounding makes a
+                parameter invalid.
         """
         mean, var = self.population.mean, self.population.var
         if mean.shape != (self.channels,):
@@ -254,20 +254,24 @@ class BatchNorm:
         )
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Copy γ, β (if affine) and, under names that start with ``population.``, the population's state."""
+        """Return copies of γ and β (if affine) and of the population's state.
+
+        Keys of the population's state begin with `population.`.
+        """
         state = {name: array.copy() for name, array in self._parameters.items()}
         return state | {_PREFIX + name: array for name, array in self.population.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Take over a copy of ``state``.
+        """Load a copy of `state`.
 
         Args:
-            state: What ``state_dict`` of a layer of the same kind returned.
+            state: What `state_dict` of a layer of the same kind returned.
 
         Raises:
-            ValueError: Missing or unknown keys, wrong shapes, values that are not finite; nothing is changed
-                then.
-            TypeError: No mapping, or an array that is not real, has a mask or requires grad; likewise.
+            ValueError: Keys are missing or unknown, or an array has a wrong shape or values that are not
+                finite; nothing is changed then.
+            TypeError: `state` is not a mapping, or an array in it is not real, has a mask or requires grad;
+                nothing is changed then.
         """
         mapping("state", state, "state_dict()")
         own = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
@@ -285,7 +289,10 @@ class BatchNorm:
             self._parameters[name][...] = array
 
     def _frozen(self) -> FrozenBatchNorm:
-        """Freeze, or return what was frozen last: freezing takes ten times as long as a small batch."""
+        """Return the frozen layer, kept from the last call if nothing has changed.
+
+        Freezing takes ten times as long as normalizing a small batch.
+        """
         arrays = self.population.mean, self.population.var, *self._parameters.values()
         key = self.eps, self.channel_axis, *(array.tobytes() for array in arrays)
         if self._kept is None or self._kept[0] != key:

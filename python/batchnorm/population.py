@@ -1,7 +1,7 @@
 """Estimators of the population statistics E[x], Var[x] that a frozen layer normalizes by.
 
-They take the ``Moments`` of one training batch after the other and keep float64 averages, computed in plain
-NumPy in the order of the updates, so that equal batches in equal order give equal bits.
+They take the `Moments` of one training batch after another and keep float64 averages. These are computed in
+plain NumPy in the order of the updates, so that equal batches in equal order give equal bits.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from batchnorm._core import Moments
 
 
 class Population(Protocol):
-    """What ``BatchNorm`` asks of an estimator; write a class with these members to bring your own."""
+    """The protocol of an estimator for `BatchNorm`; a class of your own needs these members."""
 
     @property
     def ready(self) -> bool:
-        """Whether ``mean`` and ``var`` have a value."""
+        """Whether `mean` and `var` have a value."""
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Estimate of E[x], shape (channels,); ValueError while not ready."""
+        """Estimate of E[x], shape (channels,); raises ValueError while not ready."""
 
     @property
     def var(self) -> NDArray[np.float64]:
-        """Unbiased estimate of Var[x], shape (channels,); ValueError while not ready."""
+        """Unbiased estimate of Var[x], shape (channels,); raises ValueError while not ready."""
 
     def update(self, moments: Moments) -> None:
-        """Take in one batch, or raise ValueError naming the channels and change nothing."""
+        """Update the estimate with one batch, or raise ValueError naming the channels and change nothing."""
 
     def reset(self) -> None:
         """Forget every batch."""
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Copy the state; empty while not ready."""
+        """Return a copy of the state; empty while not ready."""
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Replace the state by a copy of ``state``, or raise and change nothing."""
+        """Replace the state by a copy of `state`, or raise and change nothing."""
 
 
 class _Averages:
@@ -52,7 +52,7 @@ class _Averages:
 
     @property
     def ready(self) -> bool:
-        """Whether a batch has been taken in, or a state loaded."""
+        """Whether a batch has been added, or a state loaded."""
         return bool(self._state)
 
     @property
@@ -74,23 +74,23 @@ class _Averages:
         return self._get("var")
 
     def reset(self) -> None:
-        """Forget every batch: not ready until the next update."""
+        """Forget every batch; the estimator is not ready until the next update."""
         self._state = {}
 
     def state_dict(self) -> dict[str, NDArray[np.float64]]:
-        """Copy the state: float64 arrays of shape (channels,); no arrays at all while not ready."""
+        """Return a copy of the state: float64 arrays of shape (channels,), or no arrays while not ready."""
         return {name: array.copy() for name, array in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Replace the state by a copy of ``state``; an empty one is the state before the first update.
+        """Replace the state by a copy of `state`; an empty `state` is that before the first update.
 
         Args:
-            state: What ``state_dict`` of the same kind of estimator returned.
+            state: What `state_dict` of the same kind of estimator returned.
 
         Raises:
-            ValueError: Missing or unknown keys, shapes that differ, or values that no batches can give;
+            ValueError: Keys are missing or unknown, shapes differ, or values are impossible for any batches;
                 nothing is changed then.
-            TypeError: No mapping, or an array that is not of real numbers, has a mask or requires grad.
+            TypeError: `state` is not a mapping, or an array in it is not real, has a mask or requires grad.
         """
         mapping("state", state, "state_dict()")
         names = self._names()
@@ -108,12 +108,12 @@ class _Averages:
         return ("mean", "var")
 
     def _check_possible(self, state: dict[str, NDArray[np.float64]]) -> None:
-        """Raise ValueError where no batches can have led to these finite values."""
+        """Raise ValueError if no batches can lead to these finite values."""
         if bad := channels_where(state["var"] < 0):
             raise ValueError(f"state['var']: negative in {bad}, wanted values >= 0")
 
     def _enter(self, state: dict[str, NDArray[np.float64]]) -> None:
-        """Take over what a batch has made of the state, unless float64 could not hold it."""
+        """Replace the state by the one updated with a batch, or raise if float64 cannot hold it."""
         if bad := channels_where(~(np.isfinite(state["mean"]) & np.isfinite(state["var"]))):
             raise ValueError(f"moments: the batch is too far from those before it for float64 in {bad}")
         self._state = state
@@ -127,7 +127,7 @@ class _Averages:
         return self._state[name].copy()
 
     def _checked(self, moments: Moments) -> tuple[NDArray[np.float64], ...]:
-        """Return count, mean, unbiased variance of a batch that may enter the averages."""
+        """Return count, mean and unbiased variance of a batch, or raise if it must not enter the averages."""
         count, mean, m2 = moments.count, moments.mean, moments.m2
         if self.ready and mean.shape != self._state["mean"].shape:
             raise ValueError(f"moments: {of_channels(mean.size)}, wanted {self._state['mean'].size}")
@@ -141,16 +141,16 @@ class _Averages:
 class MovingAverage(_Averages):
     """Exponential moving average over training batches: new = (1 - w)·old + w·batch.
 
-    It starts at mean 0, variance 1 and takes in the unbiased variance m/(m-1)·σ_B² of each batch, as
+    It starts at mean 0 and variance 1, and averages the unbiased variances m/(m-1)·σ_B² of batches, as
     PyTorch's running statistics do. Ioffe and Szegedy 2015, section 3.1, propose moving averages for
-    following the accuracy of a model while it trains.
+    tracking the accuracy of a model while it trains.
 
     Args:
-        update_weight: w, the weight of the new batch, 0 < w <= 1.
+        update_weight: The weight w of the new batch, 0 < w <= 1.
 
     Raises:
-        ValueError: ``update_weight`` is out of its range.
-        TypeError: It is no number.
+        ValueError: `update_weight` is out of its range.
+        TypeError: `update_weight` is not a number.
 
     Example:
         >>> import numpy as np
@@ -170,7 +170,7 @@ class MovingAverage(_Averages):
 
     @property
     def update_weight(self) -> float:
-        """The weight of the new batch."""
+        """The weight w of the new batch."""
         return self._weight
 
     @np.errstate(all="ignore")  # what float64 cannot hold is asked of the result
@@ -178,7 +178,7 @@ class MovingAverage(_Averages):
         """Take in one batch.
 
         Args:
-            moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
+            moments: Statistics of the batch, as `cache.moments` or `batchnorm.moments` give them.
 
         Raises:
             ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in
@@ -194,20 +194,20 @@ class MovingAverage(_Averages):
 
 
 class Algorithm2(_Averages):
-    """Population statistics as Algorithm 2 of Ioffe and Szegedy 2015 has them (step 10).
+    """Population statistics by Algorithm 2 of Ioffe and Szegedy 2015 (step 10), collected after training.
 
     Over batches b of m_b values with mean μ_b, sum of squared deviations M2_b and biased variance σ_b²:
 
-    - ``weighting="count"``: E[x] = Σ m_b·μ_b / Σ m_b, Var[x] = Σ M2_b / Σ (m_b - 1);
-    - ``weighting="equal"``, as the paper writes it: E[x] is the mean of μ_b, Var[x] that of
+    - `weighting="count"`: E[x] = Σ m_b·μ_b / Σ m_b, Var[x] = Σ M2_b / Σ (m_b - 1);
+    - `weighting="equal"`, as the paper writes it: E[x] is the mean of μ_b, and Var[x] the mean of
       m_b/(m_b - 1)·σ_b².
 
-    The two agree where all batches are of one size. As in the paper, Var[x] averages the variances *within*
+    The two agree if all batches have the same size. As in the paper, Var[x] averages the variances *within*
     batches.
 
-    Collecting while the network trains averages stale weights: the activations of early batches come from
-    weights that are long gone. So train first, then set a fresh one and run forward passes in train mode
-    without optimizer steps::
+    Do not collect while the network trains: the activations of early batches come from weights that have
+    changed since. Train first, then set a new `Algorithm2()` and run forward passes in train mode without
+    optimizer steps::
 
         layer.population = batchnorm.Algorithm2()
         for x in batches:
@@ -218,7 +218,7 @@ class Algorithm2(_Averages):
         weighting: "count" or "equal".
 
     Raises:
-        ValueError: ``weighting`` is something else.
+        ValueError: `weighting` is neither.
     """
 
     def __init__(self, weighting: Literal["count", "equal"] = "count") -> None:
@@ -229,7 +229,7 @@ class Algorithm2(_Averages):
 
     @property
     def weighting(self) -> str:
-        """How batches are weighted."""
+        """How batches are weighted: "count" or "equal"."""
         return self._weighting
 
     @np.errstate(all="ignore")  # what float64 cannot hold is asked of the result
@@ -237,7 +237,7 @@ class Algorithm2(_Averages):
         """Take in one batch.
 
         Args:
-            moments: Statistics of the batch, as ``cache.moments`` or ``batchnorm.moments`` give them.
+            moments: Statistics of the batch, as `cache.moments` or `batchnorm.moments` give them.
 
         Raises:
             ValueError: Another number of channels than before, non-finite statistics, fewer than 2 values in
@@ -265,7 +265,7 @@ class Algorithm2(_Averages):
         )
 
     def _names(self) -> tuple[str, ...]:
-        # The keys tell the weightings apart, so that one's state is refused by the other.
+        # The keys differ by weighting, so that the state of one cannot be loaded into the other.
         names = ("mean", "var", "batches")
         return (*names, "values") if self._weighting == "count" else names
 

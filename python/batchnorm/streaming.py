@@ -1,7 +1,7 @@
-"""Read and write .npy and .csv data, files or pipes, chunk by chunk, so that they need not fit into memory.
+"""Reading and writing of .npy and .csv data, files or pipes, in chunks that fit into memory.
 
-A chunk is as many entries of axis 0 as make up ``CHUNK_VALUES`` values, at least one. That rule is fixed, and
-moments of chunks are merged in a fixed tree, so the result depends on the data alone.
+A chunk has as many entries of axis 0 as make up `CHUNK_VALUES` values, but at least one. That rule is fixed,
+and moments of chunks are merged in a fixed tree, so the result depends on the data alone.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Header: TypeAlias = Literal["auto", "yes", "no"]
 
 STANDARD_INPUT = Path("-")
 
-# The first byte of every .npy; no UTF-8 text begins with it.
+# The first byte of every .npy file; no UTF-8 text begins with it.
 _NPY_FIRST_BYTE = b"\x93"
-# What pandas and R write or read as a missing value, in lower case.
+# The forms in which pandas and R write or read a missing value, in lower case.
 _MISSING = frozenset(("", "#n/a", "#na", "<na>", "n/a", "na", "nan", "none", "null"))
 _DESCRIPTOR_FOLDERS = (Path("/dev"), Path("/dev/fd"))
 
@@ -40,21 +40,21 @@ _DESCRIPTOR_FOLDERS = (Path("/dev"), Path("/dev/fd"))
 def open_source(
     path: Path, channel_axis: int, dtype: np.dtype[Any], header: Header
 ) -> Iterator[NpySource | CsvSource]:
-    """Open the array or table at ``path``, which is read once, from start to end.
+    """Open the array or table at `path`, which is read once, from start to end.
 
-    The suffix of a file says which of the two it is. Standard input (``-``), a pipe or a device is an array
-    if it begins as a .npy does, else a table.
+    A file is an array or a table by its suffix. Standard input (`-`), a pipe or a device is an array if it
+    begins like a .npy file, else a table.
 
     Args:
-        path: A .npy or .csv file, or what is read like one.
+        path: A .npy or .csv file, a pipe or device that holds one, or `-`.
         channel_axis: Axis of the channels of an array.
         dtype: float32 or float64, in which the numbers of a table have to be finite.
         header: Whether the first line of a table names its columns.
 
     Raises:
-        OSError: The data cannot be read; ``filename`` is the name of the source.
-        ValueError: A file with another suffix, or what the class of the source raises.
-        TypeError: What the class of the source raises.
+        OSError: The data cannot be read; `filename` is the name of the source.
+        ValueError: The file has another suffix, or as documented by `NpySource` and `CsvSource`.
+        TypeError: As documented by `NpySource`.
     """
     name = "standard input" if path == STANDARD_INPUT else str(path)
     stream = not path.is_file() or path.absolute().parent in _DESCRIPTOR_FOLDERS
@@ -76,18 +76,18 @@ def open_source(
 class NpySource:
     """An array of float16, float32 or float64 in .npy format.
 
-    A file is memory-mapped. A stream is read chunk by chunk, but an array in Fortran order is first read into
-    memory. With the channels on axis 0 there is no axis of samples to cut: the whole array is one chunk.
+    A file is memory-mapped. A stream is read chunk by chunk, but if its array is in Fortran order, all of it
+    is read into memory first. If the channels are on axis 0, the whole array is one chunk.
 
     Args:
-        file: At the start of the array.
-        name: What errors call it; its path if ``mapped``.
+        file: The open file or stream, at the start of the array.
+        name: Name of the source in errors; its path if `mapped`.
         channel_axis: Axis of the channels.
         mapped: Whether it is a file to map into memory.
 
     Raises:
-        ValueError: No .npy data, damaged data, or no axis ``channel_axis``.
-        TypeError: Another dtype.
+        ValueError: The data are not .npy or are damaged, or the array has no axis `channel_axis`.
+        TypeError: The array has another dtype.
     """
 
     suffix = ".npy"
@@ -117,7 +117,7 @@ class NpySource:
         self._one_chunk = channel_axis % rank == 0
 
     def chunks(self) -> Iterator[tuple[float, NDArray[Any]]]:
-        """Yield the fraction read so far and the next entries of axis 0."""
+        """Yield the fraction read so far, and the next chunk of entries of axis 0."""
         rows, *rest = self.shape
         step = max(1, rows if self._one_chunk else CHUNK_VALUES // max(1, math.prod(rest)))
         whole = self._read(self.shape[::-1]).T if self._fortran_order else self._mapped
@@ -140,19 +140,19 @@ class NpySource:
 class CsvSource:
     """Comma-separated finite numbers: a line is a sample, a column is a channel.
 
-    With ``header="auto"``, the first line names the columns if no field of it is a number, and not all are
-    missing values. A first line of numbers is a sample, or an error if it may as well be a header.
+    With `header="auto"`, the first line names the columns if no field of it is a number, and not all are
+    missing values. A first line of numbers is a sample, or an error if it could just as well be a header.
 
     Args:
-        file: At the start of the table, which is UTF-8.
-        name: What errors call it.
+        file: The open file or stream, at the start of the table, which is UTF-8.
+        name: Name of the source in errors.
         dtype: float32 or float64, in which the numbers have to be finite.
         header: Whether the first line names the columns.
 
     Raises:
-        ValueError: No lines or no text; a first line that may be a header or a sample; and, while reading,
-            by line and column: a field that is no finite number, a line of another number of fields, a blank
-            line before the last.
+        ValueError: There are no lines, the data are not text, or the first line could be a header or a
+            sample. While reading, and with line and column: a field is not a finite number, a line has
+            another number of fields, or a line before the last is blank.
     """
 
     suffix = ".csv"
@@ -161,7 +161,7 @@ class CsvSource:
         self.name, self.dtype, self._file = name, dtype, file
         status = os.fstat(file.fileno())
         self._size = status.st_size if stat.S_ISREG(status.st_mode) else None
-        # An attribute, for it closes the file when it is collected.
+        # Kept as an attribute, because it closes the file when it is collected.
         self._text = text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         self._auto = header == "auto"
         read: list[str] = []
@@ -182,7 +182,7 @@ class CsvSource:
         self._lines = text if named else itertools.chain(read, text)
 
     def chunks(self) -> Iterator[tuple[float | None, NDArray[Any]]]:
-        """Yield the fraction read so far, None of a stream, and the next lines: float64, (lines, columns)."""
+        """Yield the fraction read so far (None for a stream), and the next chunk as (lines, columns)."""
         first = self._first_line
         lines = self._data_lines()
         with self._reading():
@@ -228,7 +228,10 @@ class CsvSource:
         return values
 
     def _what_is_wrong(self, lines: list[str], first: int) -> ValueError:
-        """Find where the fast parser stumbled; what it says itself counts from the start of the chunk."""
+        """Return the error for lines that the fast parser rejects, by line and column of the file.
+
+        The parser's own message counts from the start of the chunk.
+        """
         for number, line in enumerate(lines, first):
             fields = next(csv.reader([line]))
             for column, field in enumerate(fields[: self.channels]):
@@ -253,8 +256,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
-    """Merge moments in a binary tree over their order, which their number alone decides; None of none.
+    """Merge moments, in their order, in a binary tree; None if there are none.
 
+    The shape of the tree depends on the number of moments alone.
     Neighbours of equal size merge first, so that rounding errors grow with the logarithm of the number.
     """
     waiting: list[tuple[int, Moments]] = []
@@ -271,11 +275,11 @@ def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
 
 
 def rounding_error(values: NDArray[Any], dtype: np.dtype[Any], channel_axis: int) -> NDArray[np.float64]:
-    """The most by which rounding to ``dtype`` moves a value of each channel."""
+    """Return the largest error of each channel from rounding its values to `dtype`."""
     channel_axis %= values.ndim
     if dtype.itemsize >= values.dtype.itemsize:
         return np.zeros(values.shape[channel_axis])
-    if values.size > CHUNK_VALUES:  # in halves, so that no memory is needed that grows with the values
+    if values.size > CHUNK_VALUES:  # in halves, so that temporary memory stays small
         axis = int(np.argmax(values.shape))
         parts = [rounding_error(half, dtype, channel_axis) for half in np.array_split(values, 2, axis)]
         return np.concatenate(parts) if axis == channel_axis else np.maximum(*parts)
@@ -286,7 +290,7 @@ def rounding_error(values: NDArray[Any], dtype: np.dtype[Any], channel_axis: int
 
 
 def npy_writer(file: IO[bytes], source: NpySource) -> Callable[[NDArray[Any]], None]:
-    """Start an array of the shape and dtype of ``source``, and return what appends a chunk to it."""
+    """Start a .npy file with the shape and dtype of `source`, and return a function that appends a chunk."""
     dtype = source.dtype.newbyteorder("=")
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
@@ -300,7 +304,7 @@ def npy_writer(file: IO[bytes], source: NpySource) -> Callable[[NDArray[Any]], N
 
 
 def csv_writer(file: IO[bytes], source: CsvSource) -> Callable[[NDArray[Any]], None]:
-    """Start a file with the header of ``source``, and return what appends a chunk to it."""
+    """Start a .csv file with the header of `source`, and return a function that appends a chunk."""
 
     def write(rows: Iterable[list[Any]]) -> None:
         text = io.StringIO(newline="")
@@ -320,7 +324,7 @@ def _standard_input() -> io.BufferedReader:
 
 @contextlib.contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Give errors of the operating system the name of the source, which those of an open file do not have."""
+    """Add the name of the source to OSErrors in the block, which those of an open file lack."""
     try:
         yield
     except OSError as error:
@@ -330,7 +334,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read shape, whether in Fortran order, and dtype."""
+    """Read the header of a .npy: the shape, whether the array is in Fortran order, and the dtype."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:  # 3.0 is for structured arrays
@@ -342,7 +346,7 @@ def _npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtyp
 
 
 def _recorded(lines: Iterable[str], read: list[str]) -> Iterator[str]:
-    """Yield ``lines``, each appended to ``read``."""
+    """Yield `lines`, and append each to `read`."""
     for line in lines:
         read.append(line)
         yield line
@@ -354,10 +358,10 @@ def _is_header(fields: list[str]) -> bool:
 
 
 def _may_be_header(first: list[str], lines: Iterable[str]) -> bool:
-    """Whether a first line of numbers may be the names of the columns.
+    """Return whether a first line of numbers could be the names of the columns.
 
-    That is so if they are 0, 1, 2, …, as pandas names the columns of an array, or if all are written as
-    integers and in some column no number below is.
+    It could if the numbers are 0, 1, 2, …, as pandas names the columns of an array; or if all are written as
+    integers, and in some column none of the numbers below is.
     """
     if not all(map(_is_number, first)):
         return False
@@ -383,7 +387,7 @@ def _is_integer(field: str) -> bool:
 
 
 def _is_number(field: str) -> bool:
-    # float() also reads underscores and the digits of every script, which the fast parser does not.
+    # float() also accepts underscores and the digits of every script, which the fast parser does not.
     if not field.isascii() or "_" in field:
         return False
     try:

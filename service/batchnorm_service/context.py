@@ -55,7 +55,7 @@ def start(settings: Settings, state: SharedState | None = None) -> Context:
         state: What is shared, with its list of models; None for a process on its own, which makes both.
 
     Raises:
-        OSError, ValueError: a shared file or the file of keys cannot be read.
+        OSError, ValueError: A shared file or the file of keys cannot be read.
     """
     alone = state is None
     if state is None:

@@ -34,7 +34,7 @@ def new_key(scopes: str) -> tuple[str, str]:
     """Return a random key of 256 bits and its line for the file.
 
     Raises:
-        ValueError: an unknown scope.
+        ValueError: An unknown scope.
     """
     _scopes(scopes)
     key = f"bn_{secrets.token_urlsafe(32)}"
@@ -45,7 +45,7 @@ def parse(text: str) -> tuple[Key, ...]:
     """Return the keys of a file.
 
     Raises:
-        ValueError: a line is no key; the message names the first such line.
+        ValueError: A line is no key; the message names the first such line.
     """
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -68,8 +68,8 @@ class Keyring:
         path: The file.
 
     Raises:
-        ValueError: a line of it is no key.
-        OSError: it cannot be read.
+        ValueError: A line of it is no key.
+        OSError: It cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,8 +99,8 @@ class Keyring:
         """Check that a request has a key of this scope.
 
         Raises:
-            UnauthorizedError: no key is given, or an unknown one.
-            ForbiddenError: the key is not of this scope.
+            UnauthorizedError: No key is given, or an unknown one.
+            ForbiddenError: The key is not of this scope.
         """
         if given is None:
             raise UnauthorizedError("a key is wanted, as Authorization: Bearer KEY or X-API-Key: KEY")

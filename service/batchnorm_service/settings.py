@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     """Settings of a process; immutable.
 
     Raises:
-        pydantic.ValidationError: a value is missing, wrong or at odds with another; it is a ValueError.
+        pydantic.ValidationError: A value is missing, wrong or at odds with another; it is a ValueError.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""The demonstration: real data, a trained layer, a frozen layer, a file, ONNX, HTTP; checks at each stop."""
+"""The demonstration: trains a network on real data, freezes, exports and serves it, and checks every step."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ And a layer that PyTorch trained, its name in the model before the dot:
 
 
 class CheckFailedError(RuntimeError):
-    """What the demonstration shows is not so."""
+    """A check of the demonstration failed."""
 
 
 def main(output: Path, *, steps: int = 1000) -> None:
-    """Train, freeze, save, export and serve a small network on real data, and check every stop.
+    """Train, freeze, save, export and serve a small network on real data, and check every step.
 
     Args:
-        output: Folder for the plot, the models and the report; made where it is missing.
+        output: Folder for the plot, the models and the report; created if it does not exist.
         steps: Training steps of each network, a multiple of 10.
 
     Raises:
         CheckFailedError: A check failed; the text says which.
-        RuntimeError: The service did not start, or refused a request.
-        ValueError: `steps` is not such a number.
+        RuntimeError: The service did not start, or answered a request with an error.
+        ValueError: `steps` is not a positive multiple of 10.
     """
     if steps < EVALUATE_EVERY or steps % EVALUATE_EVERY:
         raise ValueError(f"steps: was {steps}, wanted a multiple of {EVALUATE_EVERY}")
-    # Matrices this small gain nothing from a second thread, and waiting for one costs much on a busy machine.
+    # Matrices this small gain nothing from a second thread, and waiting for one takes long on a busy machine.
     with threadpool_limits(1, user_api="blas"):
         _run(output, steps)
 
@@ -117,7 +117,7 @@ def _run(output: Path, steps: int) -> None:
 
 
 class _Guide:
-    """Says what happens as it starts, and what was found."""
+    """Prints each step as it starts, and its result."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
@@ -139,7 +139,7 @@ class _Guide:
 
 
 def _train(guide: _Guide, digits: Digits, steps: int) -> dict[bool, Sequence[Run]]:
-    """Train every network, with a bar for each kind; the key is whether it is normalized."""
+    """Train every network, with a progress bar for each kind; the keys say whether it is normalized."""
     columns = TextColumn("    {task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
     runs: dict[bool, Sequence[Run]] = {}
     with Progress(*columns, TimeElapsedColumn(), console=guide.console) as bar:
@@ -186,7 +186,7 @@ def _run_onnx(guide: _Guide, network: FrozenNetwork, x: Array, path: Path) -> No
         np.array_equal(theirs.argmax(1), ours.argmax(1)),
         f"{path.name}: the same {len(x)} predictions as ours",
     )
-    # Both compute in float32 and add in other orders.
+    # Both compute in float32, but add in different orders.
     difference = float(abs(theirs - ours).max() / abs(ours).max())
     guide.check(
         difference < 1e-5, f"{path.name}: logits differ by {difference:.0e} of the largest, in float32"

@@ -1,4 +1,4 @@
-"""The real service as a process of its own, and what a client without our code sends to it."""
+"""Starts the real service as a separate process, and sends it requests as a client without our code would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _JSON_LENGTH = "Inference-Header-Content-Length"
 
 
 class Answer(NamedTuple):
-    """What the service returned: y, float32, and the fingerprint of the layer that computed it."""
+    """The service's answer: y, float32, and the fingerprint of the layer that computed it."""
 
     y: NDArray[np.float32]
     fingerprint: str | None
@@ -29,14 +29,14 @@ class Answer(NamedTuple):
 
 @contextmanager
 def serving(models: Path, log: Path) -> Iterator[int]:
-    """Serve a directory on a free port of the loopback address; yields the port once it is ready.
+    """Serve a directory on a free port of the loopback address; yield the port once the service is ready.
 
     Args:
-        models: The directory.
-        log: Where the process writes what it has to say.
+        models: The directory of models.
+        log: The file that the process writes its log to.
 
     Raises:
-        RuntimeError: The process ended, or was not ready in time; with the end of its log.
+        RuntimeError: The process ended, or was not ready in time; the message has the end of its log.
     """
     command = [sys.executable, "-m", "batchnorm_service", str(models), "--port", "0", "--drain-seconds", "0"]
     with log.open("wb") as file:

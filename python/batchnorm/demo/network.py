@@ -1,4 +1,4 @@
-"""The network of the paper's first experiment (section 4.1) on small images: NumPy, and our layer."""
+"""The network of the paper's first experiment (section 4.1), for small images, in NumPy with our layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Classes: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Digits:
-    """Images as rows of 64 grey values from 0 to 1, float32, and the digit that each shows."""
+    """Images of digits as rows of 64 grey values from 0 to 1, float32, and the digit that each shows."""
 
     x: Array
     digit: Classes
@@ -35,7 +35,7 @@ class Digits:
 
 
 def load_digits(seed: int = 0) -> Digits:
-    """The 1,797 handwritten 8×8 digits that ship inside scikit-learn, a fifth of each class held out."""
+    """Load the 1,797 handwritten 8×8 digits of scikit-learn, with a fifth of each class held out."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -48,7 +48,7 @@ def load_digits(seed: int = 0) -> Digits:
 
 
 class Layer(Protocol):
-    """What a layer of the network does; `BatchNorm` is one as it is."""
+    """The interface of a layer of the network; `BatchNorm` has it already."""
 
     def __call__(self, x: Any) -> NDArray[Any]:
         """Return y, and keep what `backward` needs."""
@@ -58,7 +58,7 @@ class Layer(Protocol):
 
 
 class Dense:
-    """y = x·W + b; without b where a BatchNorm follows, whose β takes its place (section 3.2)."""
+    """A dense layer, y = x·W + b; without b if a BatchNorm follows, whose β takes its place (section 3.2)."""
 
     def __init__(self, rng: np.random.Generator, inputs: int, outputs: int, *, bias: bool) -> None:
         self.weight: Array = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
@@ -79,7 +79,7 @@ class Dense:
 
 
 class Sigmoid:
-    """y = 1/(1 + e⁻ˣ), in a form that cannot overflow."""
+    """The sigmoid y = 1/(1 + e⁻ˣ), in a form that cannot overflow."""
 
     def __call__(self, x: Array) -> Array:
         """Return y."""
@@ -94,11 +94,11 @@ class Sigmoid:
 
 
 class Network:
-    """64 inputs, three hidden layers of 100 sigmoid units, 10 logits.
+    """A network of 64 inputs, three hidden layers of 100 sigmoid units and 10 logits.
 
     Args:
-        normalized: Whether a BatchNorm stands before each sigmoid.
-        seed: Of the weights: normal, of variance 1/inputs, and the same for both networks.
+        normalized: Whether there is a BatchNorm before each sigmoid.
+        seed: Seed of the weights, which are normal with variance 1/inputs, and the same for both networks.
     """
 
     def __init__(self, *, normalized: bool, seed: int = 1) -> None:
@@ -139,7 +139,7 @@ class Network:
                 layer.beta -= rate * layer.grad_beta
 
     def accuracy(self, x: Array, digit: Classes) -> float:
-        """Return the part of the rows whose digit is recognized, in eval mode."""
+        """Return the fraction of the rows whose digit is recognized, in eval mode."""
         for norm in self.norms:
             norm.eval()
         right = self(x).argmax(1) == digit
@@ -148,7 +148,7 @@ class Network:
         return float(right.mean())
 
     def freeze(self, batches: Iterator[tuple[Array, Classes]]) -> FrozenNetwork:
-        """Estimate the population by Algorithm 2, forward passes without steps, and freeze every norm."""
+        """Estimate the population by Algorithm 2, with forward passes only, and freeze every norm."""
         for norm in self.norms:
             norm.population = bn.Algorithm2()
         for x, _ in batches:
@@ -159,7 +159,7 @@ class Network:
 
 
 class FrozenNetwork:
-    """The trained network for inference: each row gets its answer whatever its neighbours are."""
+    """The trained network for inference: the answer for a row does not depend on the other rows."""
 
     def __init__(self, layers: Sequence[Layer | bn.FrozenBatchNorm]) -> None:
         self.layers = layers

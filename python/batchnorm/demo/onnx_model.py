@@ -16,7 +16,10 @@ _OPSET = 15
 
 
 def to_onnx(network: FrozenNetwork) -> onnx.ModelProto:
-    """The network as MatMul, BatchNormalization, Sigmoid and, at the end, MatMul and Add; x to logits."""
+    """Return the network as an ONNX model from x to logits.
+
+    Each hidden layer is MatMul, BatchNormalization and Sigmoid; the last layer is MatMul and Add.
+    """
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
     value = "x"

@@ -1,4 +1,4 @@
-"""What the demonstration leaves behind: a plot and a short report."""
+"""The plot and the short report that the demonstration writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLORS: Final = {False: "tab:orange", True: "tab:blue"}
 
 
 def accuracy_rows(plain: Run, normalized: Run) -> list[tuple[str, ...]]:
-    """Step, accuracy without, accuracy with batch normalization; ten steps, evenly spread in logarithm."""
+    """Return rows of step, accuracy without and with batch normalization, for ten log-spaced steps."""
     last = len(plain.accuracy)
     return [
         (str(k * EVALUATE_EVERY), f"{plain.accuracy[k - 1]:.1%}", f"{normalized.accuracy[k - 1]:.1%}")
@@ -27,7 +27,7 @@ def accuracy_rows(plain: Run, normalized: Run) -> list[tuple[str, ...]]:
 
 
 def rate_rows(runs: dict[bool, Sequence[Run]]) -> list[tuple[str, ...]]:
-    """Learning rate, then for both networks the steps to the target and the accuracy at the end."""
+    """Return rows of learning rate, and for both networks the steps to the target and the final accuracy."""
     return [
         (f"{pair[0].rate:g}", *(f"{steps(run)}, {run.accuracy[-1]:.1%}" for run in pair))
         for pair in zip(runs[False], runs[True], strict=True)
@@ -35,12 +35,12 @@ def rate_rows(runs: dict[bool, Sequence[Run]]) -> list[tuple[str, ...]]:
 
 
 def steps(run: Run) -> str:
-    """Steps to the target accuracy, in words."""
+    """Return the steps to the target accuracy, in words."""
     return "not reached" if run.steps_to_target is None else str(run.steps_to_target)
 
 
 def plot(path: Path, runs: dict[bool, Sequence[Run]], rate: float) -> None:
-    """Draw the accuracy by step of every run; those at `rate` stand out."""
+    """Plot the accuracy of every run by step, with the runs at `rate` highlighted."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for normalized, of_kind in runs.items():

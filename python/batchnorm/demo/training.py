@@ -29,21 +29,21 @@ class Run:
 
     @property
     def steps_to_target(self) -> int | None:
-        """Steps until nine of ten held-out digits are recognized; None if that was not reached."""
+        """Number of steps until nine of ten held-out digits were recognized; None if they never were."""
         good = (k for k, a in enumerate(self.accuracy, 1) if a >= TARGET)
         first = next(good, None)
         return None if first is None else first * EVALUATE_EVERY
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Greater is better: the fewer steps to the target, then the higher accuracy at the end."""
+        """Sort key, greater is better: first fewer steps to the target, then higher final accuracy."""
         return -(self.steps_to_target or np.inf), self.accuracy[-1]
 
 
 def train(
     digits: Digits, *, normalized: bool, rate: float, steps: int, advance: Callable[[float], None]
 ) -> Run:
-    """Train one network; `advance` is told the accuracy after every tenth step."""
+    """Train one network; call `advance` with the accuracy after every tenth step."""
     network = Network(normalized=normalized)
     accuracy: list[float] = []
     for k, (x, digit) in enumerate(digits.batches(np.random.default_rng(2), steps), 1):

@@ -1,6 +1,6 @@
 """Frozen layers in ONNX models: `load_frozen` reads one, `FrozenBatchNorm.to_onnx` writes one.
 
-Needs the extra `batchnorm[onnx]`.
+This package needs the extra `batchnorm[onnx]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes a frozen layer as an ONNX model; `docs/onnx.md` tells what each mode promises."""
+"""Export of a frozen layer as an ONNX model; `docs/onnx.md` says what each mode promises."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Parts: TypeAlias = tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]
 
 
 def build_model(layer: FrozenLayer, *, opset: int, mode: str, rank: int) -> onnx.ModelProto:
-    """The layer as a model; `FrozenBatchNorm.to_onnx` documents it."""
+    """Return the layer as a model; `FrozenBatchNorm.to_onnx` documents the arguments."""
     opset, rank = integer("opset", opset), integer("rank", rank)
     newest = onnx.defs.onnx_opset_version()
     if not _OLDEST_OPSET <= opset <= newest:
@@ -49,7 +49,7 @@ def build_model(layer: FrozenLayer, *, opset: int, mode: str, rank: int) -> onnx
     model = helper.make_model(
         graph,
         opset_imports=imports,
-        # The oldest that holds this opset: runtimes refuse a newer one than they know.
+        # The oldest IR version that has this opset: runtimes reject a newer one than they know.
         ir_version=helper.find_min_ir_version_for(imports),
         producer_name="batchnorm",
         producer_version=__version__,
@@ -59,7 +59,10 @@ def build_model(layer: FrozenLayer, *, opset: int, mode: str, rank: int) -> onnx
 
 
 def _inference(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
-    """One BatchNormalization, with a Transpose on either side if the channels are not on axis 1."""
+    """Return the nodes of mode "inference": one BatchNormalization.
+
+    If the channels are not on axis 1, there is a Transpose on either side of it.
+    """
     constants = {name: getattr(layer, name) for name in _PARAMETERS}
     swap = list(range(rank))
     swap[1], swap[axis] = swap[axis], swap[1]
@@ -72,7 +75,10 @@ def _inference(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
 
 
 def _exact(layer: FrozenLayer, axis: int, rank: int) -> _Parts:
-    """The expression that defines inference, node by node; nothing is folded, so that it can be read back."""
+    """Return the nodes of mode "exact": the expression that defines inference.
+
+    Nothing is folded, so that the parameters can be read back.
+    """
     broadcast = (layer.channels,) + (1,) * (rank - 1 - axis)
     constants = {name: getattr(layer, name).astype(np.float64).reshape(broadcast) for name in _PARAMETERS}
     constants["eps"] = np.array(layer.eps)

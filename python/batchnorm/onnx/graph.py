@@ -1,4 +1,4 @@
-"""Access to the main graph of an ONNX model: which node computes a value, and the value of a constant."""
+"""Access to the main graph of an ONNX model: the node that computes a value, and the values of constants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-_STANDARD_DOMAINS = ("", "ai.onnx")  # two names of one
+_STANDARD_DOMAINS = ("", "ai.onnx")  # two names of ONNX's own domain
 _FOLDED = ("Constant", "Identity", "Cast", "Reshape")
 _CAST_TO: dict[int, type[np.number[Any]]] = {
     TensorProto.FLOAT: np.float32,
@@ -36,14 +36,14 @@ class Graph:
         model: The model, its file, or its bytes.
 
     Attributes:
-        where: What errors call the model: its path, or "model".
-        model: The model. Tensor data in other files are not read before they are asked for.
+        where: Name of the model in errors: its path, or "model".
+        model: The model. Tensor data in other files are read only when they are asked for.
         opset: The version of ONNX's own operators.
         producer: The node that computes a value, by the name of the value.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is no ONNX model.
+        ValueError: It is not an ONNX model.
     """
 
     where: str
@@ -64,28 +64,28 @@ class Graph:
         }
 
     def nodes(self, operator: str) -> list[onnx.NodeProto]:
-        """The nodes of one of ONNX's own operators, in order."""
+        """Return the nodes of an operator of ONNX's own domain, in order."""
         return [node for node in self.model.graph.node if is_standard(node, operator)]
 
     def constant(self, role: str, name: str) -> NDArray[Any]:
-        """The value `name`, if it is an initializer or computed from constants by some simple operators.
+        """Return the constant `name`: an initializer, or a value computed from constants by simple operators.
 
-        Those are every form of Constant, and Identity, Cast and Reshape.
+        The operators are every form of Constant, and Identity, Cast and Reshape.
 
         Args:
-            role: What errors call the value.
+            role: Name of the value in errors.
             name: The name of the value in the graph.
 
         Raises:
             OSError: Its data are in a file that cannot be read.
-            ValueError: It is not constant; or its data are damaged, or in a file of which only the name is
-                known, or in one outside the folder of the model.
+            ValueError: It is not constant; or its data are damaged; or they are in another file and the model
+                was not given by its path; or that file is outside the folder of the model.
         """
         values: dict[str, NDArray[Any]] = {}
         needed = self._needed(role, name)
         for value in needed & self._initializers.keys():
             values[value] = self._initial(self._initializers[value], f"{role} ({value!r})")
-        for node in self.model.graph.node:  # sorted: what a node takes is computed before it
+        for node in self.model.graph.node:  # nodes are sorted: the inputs of a node are computed before it
             if needed.isdisjoint(node.output):
                 continue
             try:
@@ -96,7 +96,7 @@ class Graph:
         return values[name]
 
     def _needed(self, role: str, name: str) -> set[str]:
-        """The names of all values from which the value `name` is computed."""
+        """Return the names of all values from which the value `name` is computed."""
         needed: set[str] = set()
         pending = [name]
         while pending:
@@ -169,10 +169,10 @@ class Graph:
             raise ValueError(f"{self.where}: {what} is damaged: {error}") from error
 
     def _external_data(self, tensor: onnx.TensorProto, what: str) -> bytes:
-        """The data of a tensor that are in a file beside the model.
+        """Return the data of a tensor that are in another file beside the model.
 
-        They are not read by onnx, which looks for the file in the working directory if the model has no path,
-        and which reads the data of all tensors, of whatever size.
+        This does not use onnx, which would look for the file in the working directory if the model has no
+        path, and would read the data of all tensors, however large.
         """
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
@@ -216,10 +216,10 @@ def _cast_type(to: int) -> type[np.number[Any]]:
 
 
 def is_standard(node: onnx.NodeProto, operator: str) -> bool:
-    """Whether a node is this one of ONNX's own operators; other domains may use the same names."""
+    """Return whether a node is the given operator of ONNX's own domain, since other domains share names."""
     return node.op_type == operator and node.domain in _STANDARD_DOMAINS
 
 
 def operator_name(node: onnx.NodeProto) -> str:
-    """The operator of a node, with its domain if it is not one of ONNX's own."""
+    """Return the operator of a node, with its domain if that is not ONNX's own."""
     return node.op_type if node.domain in _STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"

@@ -1,4 +1,4 @@
-"""Reads a frozen layer from an ONNX model, one of `FrozenBatchNorm.to_onnx` or of others."""
+"""Import of a frozen layer from an ONNX model, written by `FrozenBatchNorm.to_onnx` or by other programs."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> FrozenBatchNorm:
-    """The frozen layer of a model written by `FrozenBatchNorm.to_onnx`, in either mode, or by others.
+    """Load the frozen layer of an ONNX model.
 
-    In a model that is not ours, the one BatchNormalization node of the main graph is read, if it is in
-    inference mode and its parameters are constant: initializers, every form of Constant, and Identity, Cast
-    and Reshape of these. The rest of the model is ignored. The layer is float64 if a parameter is, else
+    The model was written by `FrozenBatchNorm.to_onnx`, in either mode, or by another program.
+
+    In a model of another program, the one BatchNormalization node of the main graph is read. It must be in
+    inference mode, and its parameters must be constant: initializers, every form of Constant, and Identity,
+    Cast and Reshape of these. The rest of the model is ignored. The layer is float64 if a parameter is, else
     float32, which holds 16-bit parameters exactly.
 
     Args:
-        model: the model, its file, or its bytes. Only by its file can it have data in other files, which have
-            to be in the same folder.
+        model: The model, its path, or its bytes. If parameters have their data in other files, it must be the
+            path, and those files must be in the same folder.
 
     Raises:
-        OSError: the file cannot be read, or one with data of the parameters.
-        ValueError: there is no such layer, or more than one; or data of the parameters are in a file outside
-            the folder of the model, or whose folder is unknown because `model` is no path; or the model is
-            ours, and the parameters are not those of its fingerprint.
+        OSError: The model's file, or one with data of the parameters, cannot be read.
+        ValueError: There is no such layer, or more than one; or data of the parameters are in a file outside
+            the folder of the model, or in one that is not found because `model` is not a path; or the model
+            was written by this package and its parameters are not those of its fingerprint.
     """
     graph = Graph(model)
     found = {prop.key: prop.value for prop in graph.model.metadata_props if prop.key in METADATA_KEYS}
@@ -54,7 +56,7 @@ def _float64(parameters: dict[str, NDArray[Any]]) -> dict[str, Any]:
 
 
 def _inference(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
-    """Read gamma, beta, mean, var and eps of the one BatchNormalization."""
+    """Read gamma, beta, mean, var and eps of the one BatchNormalization node."""
     where, normalizations = graph.where, graph.nodes("BatchNormalization")
     if len(normalizations) != 1:
         operators = Counter(operator_name(node) for node in graph.model.graph.node)
@@ -80,7 +82,7 @@ def _inference(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
 
 
 def _exact(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
-    """Read them from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, x and y perhaps cast."""
+    """Read the parameters from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, with any casts."""
     y = next((output.name for output in graph.model.graph.output), "")
     if _is_computed_by(graph, "Cast", y):
         (y,) = _inputs_of(graph, "Cast", y)

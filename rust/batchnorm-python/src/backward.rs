@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
-/// dy, the memory of dx, and the memory of the residual's gradient where that is asked for.
+/// dy, the memory for dx, and the memory for ∂ℓ/∂residual if that is asked for.
 pub(crate) struct Back<'py> {
     dy: Tensor<'py>,
     place: Place,
@@ -17,7 +17,7 @@ pub(crate) struct Back<'py> {
     dresidual: Option<Output<'py>>,
 }
 
-/// Whose memory dy has.
+/// Which tensor's memory dy lies in.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
     Own,
@@ -56,7 +56,7 @@ impl<'py> Back<'py> {
         Ok(Self { dy, place, dx, dresidual })
     }
 
-    /// dy, dresidual and dx as the core takes them: there is no view of dy where an output has its memory.
+    /// dy, dresidual and dx as the core takes them; if an output has dy's memory, there is no separate view of dy.
     pub(crate) fn views<T: Element>(&mut self) -> (Dy<'_, T>, Option<ViewMut<'_, T>>, ViewMut<'_, T>) {
         let dy = match self.place {
             Place::Own => Dy::View(self.dy.view()),
@@ -87,7 +87,7 @@ impl<'py> Back<'py> {
         GRADIENTS.import(py, "batchnorm._types", "Gradients")?.call1(gradients)
     }
 
-    /// The gradient of the residual, where it is known: what was asked for, or dy itself without an activation.
+    /// ∂ℓ/∂residual if it is known: the output that was asked for, or dy itself without an activation.
     fn dresidual(&self, epilogue: &Epilogue<'py>) -> Option<Bound<'py, PyUntypedArray>> {
         let is_dy = epilogue.activation.is_none() && epilogue.residual.is_some() && self.place == Place::Own;
         let asked_for = self.dresidual.as_ref().map(|dresidual| dresidual.array.clone());

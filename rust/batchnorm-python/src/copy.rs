@@ -1,15 +1,15 @@
-//! The copy that benchmarks compare with.
+//! The copy that benchmarks compare the other functions with.
 
 use crate::buffer::{Tensor, with_element};
 use crate::run::run;
 use pyo3::prelude::*;
 
-/// Copies x to out, or adds z to it: the least that any function here costs, which benchmarks compare with.
+/// Copy x to out, or write x + z to out: the least time that any function here can take, for benchmarks.
 ///
 /// Args:
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
-///     out: Array like x, in memory of its own.
-///     z: Tensor like x.
+///     out: Array of x's shape, dtype and memory order to write to; it must not share memory with x or z.
+///     z: Tensor of x's shape and dtype, or None.
 ///     streaming: Whether out is written with non-temporal stores.
 ///
 /// Raises:

@@ -1,4 +1,4 @@
-//! What follows normalization in the same pass.
+//! The epilogue of a pass: the arguments activation and residual.
 
 use crate::buffer::{Tensor, type_name};
 use batchnorm::{Activation, Coefficients, Element, ForwardPass, Input, View};
@@ -7,7 +7,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-/// An activation and a residual, as the arguments of those names.
+/// An activation and a residual, as the arguments of those names give them.
 #[derive(Default)]
 pub(crate) struct Epilogue<'py> {
     pub(crate) activation: Option<Activation>,
@@ -38,7 +38,7 @@ impl<'py> Epilogue<'py> {
         ForwardPass { x: x.view(), coefficients, epilogue: self.of() }
     }
 
-    /// Tensors that outputs share no memory with: these, and the residual.
+    /// Tensors that outputs must not share memory with: `others`, and the residual.
     pub(crate) fn inputs<'a>(
         &'a self,
         others: &[(&'a str, &'a Tensor<'py>)],
@@ -58,7 +58,7 @@ fn activation_of(value: &Bound<'_, PyAny>) -> PyResult<Activation> {
     }
 }
 
-/// The input of a pass, whose output may be the memory of x itself: then there is no other view of it.
+/// The input of a pass: a view of x, or no view if the pass works in place and the output is the memory of x.
 pub(crate) fn input<'a, T: Element>(x: &'a Tensor<'_>, in_place: bool) -> Input<'a, T> {
     if in_place { Input::InPlace } else { Input::View(x.view()) }
 }

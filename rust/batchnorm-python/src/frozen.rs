@@ -1,4 +1,4 @@
-//! The functions of frozen statistics, and the coefficients that a frozen layer holds.
+//! Functions that normalize by frozen statistics, and the coefficients that a frozen layer holds.
 
 use crate::backward::Back;
 use crate::buffer::{Tensor, with_element};
@@ -9,23 +9,23 @@ use crate::value_error;
 use numpy::PyUntypedArray;
 use pyo3::prelude::*;
 
-/// Batch normalization with frozen statistics (Algorithm 2): y = (x − mean)·s + β, s = γ/√(var + ε).
+/// Normalize x by frozen statistics (Algorithm 2): y = (x − mean)·s + β with s = γ/√(var + ε).
 ///
-/// With ``residual`` and ``activation``, y = activation((x − mean)·s + β + residual), rounded once.
+/// With `residual` and `activation`, y = activation((x − mean)·s + β + residual), rounded once.
 ///
-/// Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
-/// rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. For 16-bit tensors,
-/// |x − mean| must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+/// y is computed in float64 for 32- and 64-bit tensors, and in float32 with a two-part mean for 16-bit ones. Each
+/// operation is rounded; none are fused. The bits do not depend on the rest of the batch, on threads or on the
+/// instruction set. For 16-bit tensors, |x − mean| must be in the range of float32 (up to 3.4e38), or y is not finite.
 ///
 /// Args:
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
 ///     mean: E[x], shape (channels,) or a number.
 ///     var: Var[x], shape (channels,) or a number; 0 or more.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
-///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     gamma: γ, shape (channels,) or a number; 1 if None.
+///     beta: β, shape (channels,) or a number; 0 if None.
+///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
-///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory of its own.
+///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
 ///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
 ///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 ///
@@ -34,7 +34,7 @@ use pyo3::prelude::*;
 ///
 /// Raises:
 ///     ValueError: A shape or value is not as described.
-///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+///     TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
 #[pyfunction]
 #[pyo3(signature = (
     x, mean, var, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None, activation=None, residual=None
@@ -57,30 +57,30 @@ pub(crate) fn infer<'py>(
     coefficients.infer_tensor(&x, out, &Epilogue::read(&x, activation, residual)?)
 }
 
-/// The backward pass with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
+/// Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 ///
-/// With the ``activation`` of the forward pass, dy stands for the gradient that passes it: dy where y > 0, else 0. Only
-/// that depends on ``beta`` and ``residual``.
+/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
+/// else 0. `beta` and `residual` are needed for nothing else.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
 ///     mean: E[x], shape (channels,) or a number.
 ///     var: Var[x], shape (channels,) or a number; 0 or more.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
-///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     gamma: γ, shape (channels,) or a number; 1 if None.
+///     beta: β, shape (channels,) or a number; 0 if None.
+///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
-///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-///     activation: None or "relu", as in the forward pass.
-///     residual: As in the forward pass.
-///     dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
-///         that passes the activation; memory of its own, or dy itself. Only with residual.
+///     out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
+///     activation: The activation of the forward pass: None or "relu".
+///     residual: The residual of the forward pass, or None.
+///     dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
+///         the activation; dy itself, or memory that no input shares. Only with residual.
 ///
 /// Returns:
 ///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
-///     Its attribute dresidual is the array given. Without one it is dy itself if the forward pass had a residual and no
-///     activation (and dx was not written over dy), else None.
+///     The attribute dresidual is the array that was given. If none was, it is dy itself where the forward pass had a
+///     residual and no activation (and dx was not written over dy), else None.
 ///
 /// Raises:
 ///     ValueError: A shape or value is not as described.
@@ -115,13 +115,13 @@ pub(crate) fn infer_backward<'py>(
 /// Args:
 ///     mean: E[x], shape (channels,) or a number.
 ///     var: Var[x], shape (channels,) or a number; 0 or more.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
-///     eps: ε, finite, 0 or more; 0 only where every var is more than 0.
+///     gamma: γ, shape (channels,) or a number; 1 if None.
+///     beta: β, shape (channels,) or a number; 0 if None.
+///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
 ///
 /// Raises:
 ///     ValueError: A shape or value is not as described.
-///     TypeError: A parameter is not real.
+///     TypeError: A parameter is not an array of real numbers.
 #[pyclass(frozen, module = "batchnorm._core", name = "Coefficients")]
 pub(crate) struct Coefficients(batchnorm::Coefficients);
 
@@ -182,7 +182,7 @@ impl Coefficients {
         beta: Option<&Bound<'_, PyAny>>,
         eps: f64,
     ) -> PyResult<Self> {
-        // All four broadcast: the first that is no single number tells the number of channels.
+        // All four broadcast: the first that is not a single number gives the number of channels.
         let mut channels = 1;
         for (argument, value) in [("mean", Some(mean)), ("var", Some(var)), ("gamma", gamma), ("beta", beta)] {
             if let (1, Some(value)) = (channels, value) {
@@ -198,7 +198,7 @@ impl Coefficients {
         self.0.channels()
     }
 
-    /// As ``batchnorm.infer``.
+    /// Normalize x by these coefficients; `batchnorm.infer` documents the arguments.
     #[pyo3(signature = (x, *, channel_axis=1, out=None, activation=None, residual=None))]
     fn infer<'py>(
         &self,
@@ -212,7 +212,7 @@ impl Coefficients {
         self.infer_tensor(&x, out, &Epilogue::read(&x, activation, residual)?)
     }
 
-    /// As ``batchnorm.infer_backward``.
+    /// Compute the gradients with these coefficients; `batchnorm.infer_backward` documents the arguments.
     #[pyo3(signature = (dy, x, *, channel_axis=1, out=None, activation=None, residual=None, dresidual=None))]
     #[allow(clippy::too_many_arguments, reason = "the signature that Python has")]
     fn backward<'py>(

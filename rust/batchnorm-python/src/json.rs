@@ -1,4 +1,4 @@
-//! JSON of the HTTP protocol: the crate `batchnorm_json` for Python.
+//! JSON of the HTTP protocol: Python functions over the crate `batchnorm_json`.
 
 use batchnorm_json::{Build, Limits, NonFinite, Numbers, Scalar, cut_data, parse, put_data};
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -6,37 +6,38 @@ use pyo3::exceptions::{PyMemoryError, PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyDict, PyFloat, PyInt, PyList, PyString};
 
-/// Texts shorter than this are done before another thread could use the interpreter.
+/// Bytes of text from which the interpreter lock is released: shorter texts are done before another thread could use the
+/// interpreter.
 const WORTH_DETACHING: usize = 32 * 1024;
 
 /// The numbers of a `data` array, flat, and the lengths of its nested arrays.
 type Data<'py> = (Bound<'py, PyAny>, Vec<usize>);
 
-/// A text in Python's memory.
+/// A text in Python's memory: `bytes`, or an array of bytes.
 #[derive(FromPyObject)]
 pub(crate) enum Text<'py> {
     Bytes(Bound<'py, PyBytes>),
     Array(PyReadonlyArray1<'py, u8>),
 }
 
-/// Takes the ``data`` arrays out of the JSON of an inference request.
+/// Take the `data` arrays out of the JSON of an inference request.
 ///
-/// NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
+/// NaN, Infinity and -Infinity are read as numbers. In `data`, null is read as NaN.
 ///
 /// Args:
-///     text: The request, as bytes or as an array of them.
-///     max_elements: The most numbers that all these arrays may hold.
-///     max_depth: How deep arrays and objects may be nested, up to 255.
+///     text: The request, as bytes or as an array of bytes.
+///     max_elements: Largest number of elements of all `data` arrays together.
+///     max_depth: Largest depth of nested arrays and objects, up to 255.
 ///
 /// Returns:
-///     The text in which each array ``data`` of an object of ``inputs`` is [i], and the arrays, of which that is number
-///     i: for each a flat array of its numbers, float32 where the object's ``datatype`` is FP32 and else float64, and the
-///     shape of its nesting: of [[1, 2, 3]] that is (1, 3), and of [[], []] (2, 0).
+///     The text, with [i] in place of the i-th `data` array of the objects in `inputs`; and a list of these arrays. Each
+///     is a pair: a flat array of its numbers (float32 if the object's `datatype` is FP32, else float64), and the lengths
+///     of its nested arrays, outermost first: (1, 3) for [[1, 2, 3]], and (2, 0) for [[], []].
 ///
 /// Raises:
-///     ValueError: The text is malformed or nested too deep; or an array holds something else than numbers, is ragged,
-///         or holds a finite number beyond the range of its dtype.
-///     OverflowError: There are more numbers than may be.
+///     ValueError: The text is malformed or nested too deep; or an array holds anything but numbers, is ragged, or holds
+///         a finite number beyond the range of its dtype.
+///     OverflowError: There are more than max_elements numbers.
 #[pyfunction]
 pub(crate) fn json_cut_data<'py>(
     py: Python<'py>,
@@ -60,16 +61,16 @@ pub(crate) fn json_cut_data<'py>(
     Ok((PyBytes::new(py, &request.head), arrays.collect()))
 }
 
-/// Parses UTF-8 JSON.
+/// Parse UTF-8 JSON.
 ///
-/// NaN, Infinity and -Infinity are numbers too. Of two members of one name the last counts.
+/// NaN, Infinity and -Infinity are read as numbers. If an object has two members of one name, the last counts.
 ///
 /// Args:
 ///     text: The text.
-///     max_depth: How deep arrays and objects may be nested, up to 255.
+///     max_depth: Largest depth of nested arrays and objects, up to 255.
 ///
 /// Returns:
-///     The value, of dict, list, str, int, float and bool, or None.
+///     The value: dict, list, str, int, float, bool or None.
 ///
 /// Raises:
 ///     ValueError: The text is malformed or nested too deep, or holds a finite number beyond the range of float64.
@@ -78,20 +79,20 @@ pub(crate) fn json_parse<'py>(py: Python<'py>, text: &[u8], max_depth: u8) -> Py
     parse(text, max_depth, &mut Objects(py)).map_err(|Raised(error)| error)
 }
 
-/// Prints a JSON text with an array of floats in it, each with the fewest digits that give its bits back.
+/// Print a JSON text that contains an array of floats, each with the fewest digits that give its bits back.
 ///
 /// Args:
-///     before: What precedes the array.
-///     values: Flat array of float32 or float64, dense.
-///     after: What follows it.
-///     null: Whether NaN and infinities are null; else they are the tokens NaN, Infinity and -Infinity.
+///     before: The text before the array.
+///     values: Dense one-dimensional array of float32 or float64.
+///     after: The text after the array.
+///     null: Whether NaN and infinities are printed as null; else as the tokens NaN, Infinity and -Infinity.
 ///
 /// Returns:
-///     The text in a new array of bytes. A reader that rounds numbers to float64, and for float32 then to float32, gets
+///     The text, in a new array of bytes. A reader that rounds numbers to float64, and for float32 then to float32, gets
 ///     their bits back.
 ///
 /// Raises:
-///     TypeError: values is no such array.
+///     TypeError: values is not such an array.
 #[pyfunction]
 pub(crate) fn json_put_data<'py>(
     py: Python<'py>,
@@ -112,7 +113,7 @@ pub(crate) fn json_put_data<'py>(
     Ok(PyArray1::from_vec(py, text.map_err(raised)?))
 }
 
-/// Does work on so many bytes, without the interpreter's lock where that is worth it.
+/// Does work on `bytes` of text, without the interpreter lock if there is much of it.
 fn detached<T: Send>(py: Python<'_>, bytes: usize, work: impl FnOnce() -> T + Send) -> T {
     if bytes < WORTH_DETACHING { work() } else { py.detach(work) }
 }
@@ -126,7 +127,7 @@ fn raised(error: batchnorm_json::Error) -> PyErr {
     }
 }
 
-/// Makes Python's objects.
+/// Builds Python objects from parsed JSON.
 struct Objects<'py>(Python<'py>);
 
 struct Raised(PyErr);

@@ -1,4 +1,7 @@
-//! The binding `batchnorm._core`: parse, detach, call, wrap; no arithmetic.
+//! The Python binding `batchnorm._core`.
+//!
+//! A function parses its arguments, releases the interpreter lock, calls the core and wraps the result; it does no
+//! arithmetic itself.
 
 mod backward;
 mod buffer;
@@ -16,7 +19,7 @@ mod values;
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 
-/// The compiled core; `import batchnorm` is the public face.
+/// The compiled core; import `batchnorm` to use it.
 #[pymodule]
 mod _core {
     #[pymodule_export]
@@ -38,12 +41,12 @@ mod _core {
     #[allow(non_upper_case_globals, reason = "the name that Python gives it")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
-    /// The kinds of errors of the core; an exception that comes of one names it in its attribute `kind`.
+    /// The kinds of errors of the core; an exception made from one names its kind in the attribute `kind`.
     #[pymodule_export]
     const ERROR_KINDS: &[&str] = batchnorm::Error::KINDS;
 }
 
-/// Makes a Python exception of an error of the core: a `ValueError`, or a `MemoryError`, whose attribute `kind` names the
+/// Turns an error of the core into a Python exception: a `MemoryError` or a `ValueError`, whose attribute `kind` names the
 /// variant.
 fn value_error(error: batchnorm::Error) -> PyErr {
     let exception = match error {

@@ -1,7 +1,8 @@
-//! Memory of outputs, kept when they die: the page faults of fresh memory cost more than the arithmetic that fills it.
+//! Memory of large outputs, kept for reuse: page faults of fresh memory take longer than the arithmetic that fills it.
 //!
-//! An array's base is the [`Memory`] that it lies in, so the block comes back when the last view dies, in whatever
-//! thread. Blocks are mappings of their own: aligned to pages, and given back to the system for good.
+//! An array's base is the [`Memory`] that it lies in, so the block comes back when the last view is dropped, in whatever
+//! thread that happens. Each block is a memory mapping of its own: it is aligned to pages, and unmapping it returns it to
+//! the system.
 
 use batchnorm::PerProcess;
 use memmap2::MmapMut;
@@ -11,28 +12,28 @@ use std::convert::Infallible;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Smaller arrays come from NumPy: the C library's heap already keeps their memory.
+/// Bytes from which the memory of an output is kept. Smaller arrays come from NumPy, since the C library's heap already
+/// keeps their memory.
 const WORTH_KEEPING: usize = 128 * 1024;
 
-/// From here on huge pages are asked for, as NumPy does: a fault each 2 MiB instead of each 4 KiB.
+/// Bytes from which huge pages are asked for, as NumPy does: one page fault for 2 MiB instead of one for 4 KiB.
 #[cfg(target_os = "linux")]
 const WORTH_HUGE_PAGES: usize = 4 << 20;
 
-/// What is kept in all, unless one block alone is larger.
+/// Most bytes that are kept in all, unless one block alone is larger.
 const MOST_KEPT: usize = 256 << 20;
 
-/// Blocks that no array lies in, the oldest first. A forked child begins with none.
+/// Kept blocks, which no array uses, the oldest first. A forked child begins with none.
 static KEPT: PerProcess<Mutex<Vec<MmapMut>>> = PerProcess::new();
 
-/// Calls `f` with the kept blocks. Nobody holds the lock for longer than it takes to move a few pointers, and no Python
-/// code runs meanwhile.
+/// Calls `f` with the kept blocks, under their lock. `f` must only move a few pointers, and run no Python code.
 fn with_kept<R>(f: impl FnOnce(&mut Vec<MmapMut>) -> R) -> R {
     let Ok(kept) = KEPT.get(|_| Ok::<_, Infallible>(Mutex::default()));
     // Blocks are moved whole, so a panic cannot have left one half moved.
     f(&mut kept.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Whether `BATCHNORM_KEEP_MEMORY` lets memory be kept. A valid value is read once.
+/// Whether `BATCHNORM_KEEP_MEMORY` allows memory to be kept. A valid value is read once.
 fn keeps() -> Result<bool, String> {
     /// `UNKNOWN` until it is read. (A `OnceLock` that another thread fills during a fork would block the child for ever.)
     static KEEPS: AtomicU8 = AtomicU8::new(UNKNOWN);
@@ -58,19 +59,19 @@ pub(crate) fn release() -> usize {
     blocks.iter().map(|block| block.len()).sum()
 }
 
-/// Memory that an array lies in: the array's base.
+/// The memory that an array lies in, as the array's base.
 #[pyclass(frozen, module = "batchnorm._core")]
 pub(crate) struct Memory(Option<MmapMut>);
 
 impl Memory {
-    /// Memory for an output of so many bytes, or `None` where it may as well be NumPy's: it is small, none is to be kept,
-    /// or the system has no more.
+    /// Memory for an output of `bytes`, or `None` if NumPy should allocate it: it is small, no memory is to be kept, or
+    /// the system has no more.
     pub(crate) fn worth_keeping(bytes: usize) -> PyResult<Option<Self>> {
         let worth = bytes >= WORTH_KEEPING && keeps().map_err(PyValueError::new_err)?;
         Ok(if worth { Self::new(bytes) } else { None })
     }
 
-    /// A kept block that is at most a quarter larger than it need be, the newest first; else a fresh one.
+    /// The newest kept block that is large enough and at most a quarter larger than needed, else a fresh block.
     fn new(bytes: usize) -> Option<Self> {
         let fits = |block: &MmapMut| (bytes..=bytes.saturating_add(bytes / 4)).contains(&block.len());
         let reused = with_kept(|kept| kept.iter().rposition(fits).map(|i| kept.remove(i)));
@@ -78,7 +79,7 @@ impl Memory {
         reused.or_else(fresh).map(|block| Self(Some(block)))
     }
 
-    /// The first byte. It stays where it is for as long as this lives.
+    /// The address of the first byte, which stays the same as long as this lives.
     pub(crate) fn start(&mut self) -> *mut u8 {
         self.0.as_mut().map_or(std::ptr::null_mut(), |block| block.as_mut_ptr())
     }
@@ -88,7 +89,7 @@ fn map(bytes: usize) -> Option<MmapMut> {
     let block = MmapMut::map_anon(bytes).ok()?;
     #[cfg(target_os = "linux")]
     if bytes >= WORTH_HUGE_PAGES {
-        // A wish: a system without huge pages works as well.
+        // Only a hint: it works without huge pages too.
         let _ = block.advise(memmap2::Advice::HugePage);
     }
     Some(block)
@@ -97,7 +98,7 @@ fn map(bytes: usize) -> Option<MmapMut> {
 impl Drop for Memory {
     fn drop(&mut self) {
         let Some(block) = self.0.take() else { return };
-        // The system takes its time to unmap: not under the lock.
+        // Unmapping takes long, so it is done after the lock is released.
         let surplus: Vec<MmapMut> = with_kept(|kept| {
             let mut bytes = block.len() + kept.iter().map(|old| old.len()).sum::<usize>();
             let mut oldest = 0;

@@ -30,7 +30,7 @@ impl Parameters {
     }
 }
 
-/// The argument as float64, one value a channel; a single value is repeated.
+/// The argument as float64, one value for each channel; a single value is repeated.
 pub(crate) fn per_channel(argument: &str, value: &Bound<'_, PyAny>, channels: usize) -> PyResult<Vec<f64>> {
     let values = vector(argument, value)?;
     match values.len() {

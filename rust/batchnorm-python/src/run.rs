@@ -4,10 +4,11 @@ use crate::value_error;
 use batchnorm::Error;
 use pyo3::prelude::*;
 
-/// Smaller tensors are done before another thread could use the interpreter.
+/// Bytes of tensor memory from which the interpreter lock is released: smaller work is done before another thread could
+/// use the interpreter.
 const WORTH_DETACHING: usize = 32 * 1024;
 
-/// Runs work on `bytes` of tensor memory, without the interpreter lock where there is much of it.
+/// Runs work on `bytes` of tensor memory, without the interpreter lock if there is much of it.
 pub(crate) fn run<R: Send>(
     py: Python<'_>,
     bytes: usize,

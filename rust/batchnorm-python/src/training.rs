@@ -12,19 +12,19 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::sync::Arc;
 
-/// Moments of x: count, mean and M2 of each channel over all other axes.
+/// Compute the moments of x: count, mean and M2 of each channel over all other axes.
 ///
 /// Args:
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
 ///     channel_axis: The axis of the channels; negative counts from the end.
 ///
 /// Returns:
-///     Moments in float64. Those of zero rows are the neutral element, with count 0. They are not finite if values are
-///     not finite, or differ by more than about 1e154, so that squares overflow.
+///     Moments in float64. If x has zero rows, they are the neutral element, with count 0. They are not finite if values
+///     of x are not finite, or differ by more than about 1e154, so that their squares overflow.
 ///
 /// Raises:
 ///     ValueError: Rank, channel_axis or size are not as described.
-///     TypeError: x is no tensor of these dtypes.
+///     TypeError: x is not a tensor of one of these dtypes.
 #[pyfunction]
 #[pyo3(signature = (x, *, channel_axis=1))]
 pub(crate) fn moments(py: Python<'_>, x: &Bound<'_, PyAny>, channel_axis: isize) -> PyResult<Moments> {
@@ -36,20 +36,20 @@ pub(crate) fn moments(py: Python<'_>, x: &Bound<'_, PyAny>, channel_axis: isize)
     .map(Moments::from)
 }
 
-/// Normalizes x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
+/// Normalize x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
 ///
-/// With ``residual`` and ``activation``, y = activation(γ·(x − mean)/√(var + ε) + β + residual), rounded once.
+/// With `residual` and `activation`, y = activation(γ·(x − mean)/√(var + ε) + β + residual), rounded once.
 ///
-/// The moments may be those of more than x: merged over micro-batches or processes.
+/// The moments may cover more values than x: they may be merged over micro-batches or processes.
 ///
 /// Args:
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
-///     moments: Moments with 2 values a channel or more.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
+///     moments: Moments with 2 or more values in each channel.
+///     gamma: γ, shape (channels,) or a number; 1 if None.
+///     beta: β, shape (channels,) or a number; 0 if None.
 ///     eps: ε, finite and more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
-///     out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x or residual.
+///     out: Array of x's shape, dtype and memory order to write y to; it must not share memory with x or residual.
 ///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
 ///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 ///
@@ -58,7 +58,7 @@ pub(crate) fn moments(py: Python<'_>, x: &Bound<'_, PyAny>, channel_axis: isize)
 ///
 /// Raises:
 ///     ValueError: A shape or value is not as described.
-///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+///     TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
 #[pyfunction]
 #[pyo3(signature = (
     x, moments, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None, activation=None, residual=None
@@ -88,27 +88,29 @@ pub(crate) fn normalize<'py>(
     Ok((y.array, Cache::new(Some(x), moments, coefficients, channel_axis, epilogue)))
 }
 
-/// Batch normalization in training (Algorithm 1): ``normalize`` by the moments of x itself, to the bit.
+/// Normalize x by its own batch statistics, as training does (Algorithm 1): y = γ·x̂ + β.
 ///
-/// With ``residual`` and ``activation``, y = activation(γ·x̂ + β + residual), rounded once.
+/// With `residual` and `activation`, y = activation(γ·x̂ + β + residual), rounded once.
+///
+/// The result has exactly the bits of `normalize(x, moments(x), ...)`.
 ///
 /// Args:
-///     x: Tensor of rank 2 or more, with 2 values a channel or more; float32, float64, float16 or bfloat16.
-///     gamma: γ, shape (channels,) or a number; ones where absent.
-///     beta: β, shape (channels,) or a number; zeros where absent.
+///     x: Tensor of rank 2 or more, with 2 or more values in each channel; float32, float64, float16 or bfloat16.
+///     gamma: γ, shape (channels,) or a number; 1 if None.
+///     beta: β, shape (channels,) or a number; 0 if None.
 ///     eps: ε, finite and more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
-///     out: Array of x's shape, dtype and memory order to write y to; memory of its own, or x itself.
+///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
 ///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
 ///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 ///
 /// Returns:
-///     y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x and residual by reference.
-///     If y was written over x, the cache holds no x, and ``backward`` needs a copy of it.
+///     y, of x's shape, dtype and memory order, and the cache for `backward`, which holds x and residual by reference.
+///     If y was written over x, the cache does not hold x, and `backward` needs a copy of it.
 ///
 /// Raises:
 ///     ValueError: A shape or value is not as described.
-///     TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
+///     TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
 #[pyfunction]
 #[pyo3(signature = (
     x, gamma=None, beta=None, *, eps=1e-5, channel_axis=1, out=None, activation=None, residual=None
@@ -137,17 +139,18 @@ pub(crate) fn train_forward<'py>(
     Ok((y.array, Cache::new((!in_place).then_some(x), moments.into(), coefficients, channel_axis, epilogue)))
 }
 
-/// The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
+/// Compute the sums of a backward pass, dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
 ///
-/// If the forward pass ended in an activation, dy stands for the gradient that passes it: dy where y > 0, else 0.
+/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
+/// else 0.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
-///     cache: What the forward pass returned.
-///     x: A copy of x, where the forward pass wrote y over x.
+///     cache: The cache that the forward pass returned.
+///     x: A copy of x, needed only if the forward pass wrote y over x.
 ///
 /// Returns:
-///     GradientSums in float64, which merge over micro-batches and processes.
+///     GradientSums in float64, which can be merged over micro-batches and processes.
 ///
 /// Raises:
 ///     ValueError: dy has another shape than x.
@@ -169,25 +172,26 @@ pub(crate) fn gradient_sums(
     .map(GradientSums)
 }
 
-/// The input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
+/// Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 ///
-/// If the forward pass ended in an activation, dy stands for the gradient that passes it: dy where y > 0, else 0.
+/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
+/// else 0.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
-///     cache: What the forward pass returned.
-///     sums: Sums over all values whose moments were merged; m is their count.
-///     x: A copy of x, where the forward pass wrote y over x.
-///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-///     dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
-///         that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
+///     cache: The cache that the forward pass returned.
+///     sums: Gradient sums over all values that the moments of the forward pass cover; m is their count.
+///     x: A copy of x, needed only if the forward pass wrote y over x.
+///     out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
+///     dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
+///         the activation; dy itself, or memory that no input shares. Only if the forward pass had a residual.
 ///
 /// Returns:
 ///     dx, of x's shape, dtype and memory order.
 ///
 /// Raises:
-///     ValueError: A shape is not as described, or the sums are over another number of values than the moments by which x was
-///         normalized.
+///     ValueError: A shape is not as described, or the sums are over another number of values than the moments by which
+///         x was normalized.
 ///     TypeError: dy or out has another dtype than x.
 #[pyfunction]
 #[pyo3(signature = (dy, cache, sums, *, x=None, out=None, dresidual=None))]
@@ -210,26 +214,29 @@ pub(crate) fn gradient_apply<'py>(
     Ok(back.dx.array)
 }
 
-/// The backward pass of training (section 3): ``gradient_apply`` with ``gradient_sums``, to the bit.
+/// Compute the gradients of a training pass, through the batch statistics (section 3): dx, dγ and dβ.
 ///
-/// If the forward pass ended in an activation, dy passes where the rounded y > 0. That is told from x and residual, which
-/// must not have changed; y is not needed.
+/// The result has exactly the bits of `gradient_sums` followed by `gradient_apply`.
+///
+/// If the forward pass ended in an activation, dy passes where the rounded y > 0. That is computed again from x and
+/// residual, which must not have changed since; y is not needed.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
-///     cache: What the forward pass returned.
-///     x: A copy of x, where the forward pass wrote y over x.
-///     out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-///     dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
-///         that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
+///     cache: The cache that the forward pass returned.
+///     x: A copy of x, needed only if the forward pass wrote y over x.
+///     out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
+///     dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
+///         the activation; dy itself, or memory that no input shares. Only if the forward pass had a residual.
 ///
 /// Returns:
-///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
-///     Its attribute dresidual is the array given. Without one it is dy itself if the forward pass had a residual and no
-///     activation (and dx was not written over dy), else None.
+///     Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, even if γ and β were None.
+///     The attribute dresidual is the array that was given. If none was, it is dy itself where the forward pass had a
+///     residual and no activation (and dx was not written over dy), else None.
 ///
 /// Raises:
-///     ValueError: A shape is not as described, or x was normalized by the moments of more than x: merge gradient sums then.
+///     ValueError: A shape is not as described; or the moments of the forward pass cover more values than x, so that
+///         gradient sums must be merged instead.
 ///     TypeError: dy or out has another dtype than x.
 #[pyfunction]
 #[pyo3(signature = (dy, cache, *, x=None, out=None, dresidual=None))]
@@ -251,7 +258,7 @@ pub(crate) fn backward<'py>(
     back.gradients(&epilogue, &sums, vectors)
 }
 
-/// The x of a forward pass, which the cache holds or the caller has kept a copy of, and its epilogue.
+/// The x of a forward pass (held by the cache, or a copy that the caller kept), and its epilogue.
 fn cached<'py>(
     py: Python<'py>,
     cache: &Cache,

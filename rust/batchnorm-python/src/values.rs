@@ -1,4 +1,4 @@
-//! The values that training gives to Python: moments, gradient sums, the cache of a forward pass.
+//! The classes that training returns to Python: moments, gradient sums, the cache of a forward pass.
 
 use crate::buffer::{Tensor, new_vector};
 use crate::epilogue::Epilogue;
@@ -10,9 +10,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use std::sync::Arc;
 
-/// Count, mean and M2 of each channel, in float64; a value that merges.
+/// Count, mean and M2 of each channel, in float64: immutable, and mergeable over parts of the data.
 ///
-/// ``m2`` is Σ(x − mean)². Moments of parts merge into those of the whole by the update of Chan, Golub and LeVeque
+/// `m2` is Σ(x − mean)². The moments of parts merge into those of the whole by the update of Chan, Golub and LeVeque
 /// (1979). The moments of no values (count 0) are the neutral element.
 ///
 /// Args:
@@ -22,7 +22,7 @@ use std::sync::Arc;
 ///
 /// Raises:
 ///     ValueError: Shapes differ, or a count or m2 is negative.
-///     TypeError: A part is not real.
+///     TypeError: An argument is not an array of real numbers.
 #[pyclass(frozen, eq, module = "batchnorm", name = "Moments")]
 #[derive(PartialEq)]
 pub(crate) struct Moments(pub(crate) Arc<batchnorm::Moments>);
@@ -83,7 +83,7 @@ impl Moments {
         new_vector(py, &self.0.var_unbiased().map_err(value_error)?)
     }
 
-    /// The moments of the values of both, as a new value.
+    /// Return the moments over the values of both, as a new object.
     ///
     /// Raises:
     ///     ValueError: The numbers of channels differ.
@@ -91,12 +91,12 @@ impl Moments {
         self.0.merge(&other.0).map(Self::from).map_err(value_error)
     }
 
-    /// A portable form: header with version, number of channels, then count, mean and m2, little-endian.
+    /// Encode as bytes: a header with the version, the number of channels, then count, mean and m2, little-endian.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         new_bytes(py, &self.0.to_bytes().map_err(value_error)?)
     }
 
-    /// Reads what ``to_bytes`` wrote.
+    /// Decode the bytes that `to_bytes` returned.
     ///
     /// Raises:
     ///     ValueError: The bytes are not those of Moments.
@@ -114,7 +114,7 @@ impl Moments {
     }
 }
 
-/// Σdy·x̂ and Σdy of each channel with the number of values summed, in float64; a value that merges.
+/// Σdy·x̂ and Σdy of each channel, and the number of values summed, in float64: immutable, and mergeable over parts.
 ///
 /// Args:
 ///     count: Values per channel, shape (channels,); finite, 0 or more.
@@ -123,7 +123,7 @@ impl Moments {
 ///
 /// Raises:
 ///     ValueError: Shapes differ, or a count is negative.
-///     TypeError: A part is not real.
+///     TypeError: An argument is not an array of real numbers.
 #[pyclass(frozen, eq, module = "batchnorm", name = "GradientSums")]
 #[derive(PartialEq)]
 pub(crate) struct GradientSums(pub(crate) batchnorm::GradientSums);
@@ -160,7 +160,7 @@ impl GradientSums {
         new_vector(py, self.0.dbeta())
     }
 
-    /// The sums over the values of both, as a new value.
+    /// Return the sums over the values of both, as a new object.
     ///
     /// Raises:
     ///     ValueError: The numbers of channels differ.
@@ -168,12 +168,12 @@ impl GradientSums {
         self.0.merge(&other.0).map(Self).map_err(value_error)
     }
 
-    /// A portable form: header with version, number of channels, then count, dγ and dβ, little-endian.
+    /// Encode as bytes: a header with the version, the number of channels, then count, dγ and dβ, little-endian.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         new_bytes(py, &self.0.to_bytes().map_err(value_error)?)
     }
 
-    /// Reads what ``to_bytes`` wrote.
+    /// Decode the bytes that `to_bytes` returned.
     ///
     /// Raises:
     ///     ValueError: The bytes are not those of GradientSums.
@@ -191,7 +191,7 @@ impl GradientSums {
     }
 }
 
-/// New bytes, or MemoryError.
+/// A new `bytes` object, or MemoryError.
 fn new_bytes<'py>(py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
     PyBytes::new_with(py, data.len(), |bytes| {
         bytes.copy_from_slice(data);
@@ -199,21 +199,21 @@ fn new_bytes<'py>(py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyBytes>>
     })
 }
 
-/// Counts as a short text: one number where they agree.
+/// Counts as a short text: one number if all are equal, else "least..most".
 fn range(count: &[f64]) -> String {
     let (least, most) = count.iter().fold((f64::INFINITY, 0.0), |(a, b), &n| (n.min(a), n.max(b)));
     if least == most { least.to_string() } else { format!("{least}..{most}") }
 }
 
-/// What a backward pass needs of its forward pass.
+/// Everything that a backward pass needs of its forward pass.
 ///
-/// It holds x and residual by reference: they must not be changed in between.
+/// It holds x and residual by reference: they must not be changed between the two passes.
 #[pyclass(frozen, module = "batchnorm", name = "Cache")]
 pub(crate) struct Cache {
     pub(crate) x: Option<Py<PyUntypedArray>>,
     pub(crate) moments: Arc<batchnorm::Moments>,
     pub(crate) coefficients: batchnorm::Coefficients,
-    /// The channel axis of the forward pass, as it was given.
+    /// The channel axis of the forward pass, as it was passed in.
     #[pyo3(get)]
     pub(crate) channel_axis: isize,
     pub(crate) activation: Option<Activation>,
@@ -235,19 +235,19 @@ impl Cache {
 
 #[pymethods]
 impl Cache {
-    /// The input of the forward pass; None where y was written over it.
+    /// The input of the forward pass; None if y was written over it.
     #[getter]
     fn x<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyUntypedArray>> {
         self.x.as_ref().map(|x| x.bind(py).clone())
     }
 
-    /// What was added to the normalized x; None where nothing was.
+    /// The residual of the forward pass; None if it had none.
     #[getter]
     fn residual<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyUntypedArray>> {
         self.residual.as_ref().map(|residual| residual.bind(py).clone())
     }
 
-    /// The activation that followed, by name; None where none did.
+    /// The name of the forward pass's activation, "relu"; None if it had none.
     #[getter]
     fn activation(&self) -> Option<&'static str> {
         self.activation.map(|Activation::Relu| "relu")
@@ -259,13 +259,13 @@ impl Cache {
         Moments(Arc::clone(&self.moments))
     }
 
-    /// Mean per channel, shape (channels,), float64.
+    /// Mean by which x was normalized, shape (channels,), float64.
     #[getter]
     fn mean<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
         new_vector(py, self.coefficients.mean())
     }
 
-    /// 1/√(σ² + ε) per channel, shape (channels,), float64.
+    /// 1/√(σ² + ε) of each channel, shape (channels,), float64.
     #[getter]
     fn invstd<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray1<f64>>> {
         new_vector(py, self.coefficients.invstd())

@@ -1,4 +1,4 @@
-//! The floor under every verb: what it costs to move the memory, by the same threads and in the same tiles.
+//! Copying a tensor with the threads and tiles of the other passes: the least time that a pass over memory can take.
 
 use crate::element::Element;
 use crate::error::Error;
@@ -7,10 +7,10 @@ use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{Grid, View, ViewMut};
 
-/// y = x, or y = x + z: reads one or two tensors and writes one, past the caches if `streaming`. For benchmarks.
+/// Copies a tensor, y = x, or adds two, y = x + z; with non-temporal stores if `streaming`. For benchmarks.
 ///
 /// # Errors
-/// [`Error::LayoutMismatch`], and [`Error::Threads`], [`Error::Level`] for what the environment names wrongly.
+/// [`Error::LayoutMismatch`]; [`Error::Threads`], [`Error::Level`] for a wrong value of an environment variable.
 pub fn copy<T: Element>(
     x: View<'_, T>,
     z: Option<View<'_, T>>,

@@ -1,4 +1,4 @@
-//! The four element types, and in what precision each is computed.
+//! The four element types, and the precision in which each is normalized.
 
 use crate::simd::Vectors;
 use half::{bf16, f16};
@@ -26,9 +26,9 @@ pub trait Wide:
     + Add<Output = Self>
     + 'static
 {
-    /// Rounds to nearest, ties to even.
+    /// Converts from float64; rounds to nearest, ties to even.
     fn from_f64(value: f64) -> Self;
-    /// Exact.
+    /// Converts to float64, exactly.
     fn to_f64(self) -> f64;
 }
 
@@ -56,22 +56,23 @@ impl Wide for f64 {
 
 /// An element of a tensor: [`f32`], [`f64`], [`struct@f16`] or [`bf16`]. Sealed: the numerical contract is stated for these.
 pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + 'static {
-    /// Whether the mean is subtracted as a high and a low part, since one `Wide` could not hold it.
+    /// Whether the mean is subtracted as a high and a low part, because one `Wide` is not precise enough for it.
     const SPLIT_MEAN: bool;
-    /// The largest number of that precision that rounds to 0, which is half the least positive number (ties go to even).
+    /// The largest `Wide` that rounds to 0 in this type: half its least positive number, since ties go to even.
     const ROUNDS_TO_ZERO: Self::Wide;
 
-    /// To the precision in which x is normalized; exact.
+    /// Converts to the precision in which x is normalized, exactly.
     fn widen(self) -> Self::Wide;
-    /// From the precision in which x is normalized; rounds to nearest, ties to even.
+    /// Converts from the precision in which x is normalized; rounds to nearest, ties to even.
     fn narrow(wide: Self::Wide) -> Self;
 
-    /// Exact.
+    /// Converts to float64, exactly.
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self.widen().to_f64()
     }
-    /// Rounds to nearest; 16-bit types by way of float32, which is the one rounding that hardware and software share.
+    /// Converts from float64; rounds to nearest. 16-bit types are rounded to float32 first and then to 16 bits, which is
+    /// the one way that hardware and software share.
     #[inline(always)]
     fn from_f64(value: f64) -> Self {
         Self::narrow(Self::Wide::from_f64(value))

@@ -1,4 +1,4 @@
-//! What may follow normalization in the same pass: a residual is added, an activation applied.
+//! The epilogue: a residual added and an activation applied in the same pass as normalization.
 
 use crate::element::Element;
 use crate::error::Error;
@@ -6,24 +6,25 @@ use crate::input::check_layout;
 use crate::layout::Layout;
 use crate::view::View;
 
-/// A function of every element by itself.
+/// An elementwise activation function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// max(v, 0): a NaN stays one, −0 becomes 0. Its gradient passes where y > 0.
+    /// max(v, 0); NaN stays NaN and −0 becomes 0. Its backward is dy where y > 0, else 0.
     Relu,
 }
 
-/// What follows normalization: y = activation(v + residual), where v is the normalized value, scaled and shifted. It is
-/// computed in the precision of v and rounded once.
+/// What follows normalization in the same pass: y = activation(v + residual), where v = γx̂ + β.
+///
+/// The sum and the activation are computed in the precision of v, and y is rounded once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Epilogue<R> {
-    /// What is applied to the sum.
+    /// The function that is applied last.
     pub activation: Option<Activation>,
-    /// What is added: a tensor like x.
+    /// The tensor that is added before the activation, with the layout of x.
     pub residual: Option<R>,
 }
 
-/// Nothing follows.
+/// No activation and no residual: y = v.
 impl<R> Default for Epilogue<R> {
     fn default() -> Self {
         Self { activation: None, residual: None }
@@ -31,7 +32,7 @@ impl<R> Default for Epilogue<R> {
 }
 
 impl<R: Copy> Epilogue<R> {
-    /// The epilogue with its residual in another form.
+    /// Applies `f` to the residual, if there is one.
     #[inline(always)]
     pub(crate) fn map<S>(&self, f: impl FnOnce(R) -> S) -> Epilogue<S> {
         Epilogue { activation: self.activation, residual: self.residual.map(f) }

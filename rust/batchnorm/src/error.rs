@@ -1,8 +1,8 @@
-//! Everything this crate refuses: one variant a refusal, one `Display`.
+//! The errors of this crate: one enum, one variant for each kind, one `Display`.
 
 use std::fmt;
 
-/// Why a call was refused. Nothing that was valid before the call has been changed by it.
+/// Why a call failed. A call that fails changes nothing that was valid before it.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum Error {
@@ -70,11 +70,11 @@ pub enum Error {
     },
     /// A coefficient is finite, but not in float32, in which 16-bit tensors are normalized.
     Range {
-        /// Which coefficient.
+        /// Name of the coefficient.
         what: &'static str,
-        /// The first channel where it is out of range.
+        /// First channel where it is out of range.
         channel: usize,
-        /// Its value there.
+        /// The value found there.
         value: f64,
     },
     /// ε is negative, NaN or infinite.
@@ -89,25 +89,25 @@ pub enum Error {
         /// First channel where it is so.
         channel: usize,
     },
-    /// A channel has too few values for the statistic asked of it.
+    /// A channel has too few values for the statistic that was asked for.
     TooFewValues {
         /// First channel where it is so.
         channel: usize,
-        /// How many values it has.
+        /// Number of values that the channel has.
         count: f64,
-        /// How many it needs.
+        /// Number of values that the statistic needs.
         wanted: u32,
     },
     /// Gradient sums are over another number of values than the moments of the forward pass.
     Counts {
         /// First channel where it is so.
         channel: usize,
-        /// Values that the sums are over.
+        /// Number of values that the sums are over.
         got: f64,
-        /// Values that the moments are of.
+        /// Number of values that the moments are over.
         wanted: f64,
     },
-    /// dy is said to lie in the memory of dresidual, but there is none.
+    /// dy is to be read from the memory of dresidual, but there is no dresidual.
     NoDresidual,
     /// Bytes that `from_bytes` cannot read.
     Bytes {
@@ -187,7 +187,7 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// `KINDS` and `kind` from one list. The match is exhaustive: a variant that is not listed does not compile.
+/// Makes `KINDS` and `kind` from one list. The match is exhaustive, so a variant missing from the list does not compile.
 macro_rules! kinds {
     ($($name:ident)+) => {
         impl Error {
@@ -211,7 +211,7 @@ kinds! {
 }
 
 impl Error {
-    /// Refuses the first value of a parameter that is NaN or infinite.
+    /// Checks that a parameter has no NaN and no infinity; the error names the first channel that has.
     pub(crate) fn check_finite(argument: &'static str, values: &[f64]) -> Result<(), Self> {
         match values.iter().position(|v| !v.is_finite()) {
             Some(channel) => Err(Self::NotFinite { argument, channel, value: values[channel] }),
@@ -219,7 +219,7 @@ impl Error {
         }
     }
 
-    /// Refuses the first value that is below zero.
+    /// Checks that no value is below 0; the error names the first channel that has one.
     pub(crate) fn check_not_negative(argument: &'static str, values: &[f64]) -> Result<(), Self> {
         match values.iter().position(|&v| v < 0.0) {
             Some(channel) => Err(Self::Negative { argument, channel, value: values[channel] }),
@@ -227,13 +227,13 @@ impl Error {
         }
     }
 
-    /// Counts are finite and not negative.
+    /// Checks that counts are finite and not negative.
     pub(crate) fn check_counts(count: &[f64]) -> Result<(), Self> {
         Self::check_finite("count", count)?;
         Self::check_not_negative("count", count)
     }
 
-    /// A per-channel argument has as many channels as wanted.
+    /// Checks that a per-channel argument has as many channels as wanted.
     pub(crate) fn check_channels(argument: &'static str, got: usize, wanted: usize) -> Result<(), Self> {
         if got == wanted { Ok(()) } else { Err(Self::Channels { argument, got, wanted }) }
     }

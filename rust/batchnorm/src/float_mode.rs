@@ -1,4 +1,4 @@
-//! The floating-point mode: round to nearest, no flush to zero, whatever the host program has set.
+//! The floating-point mode of a pass: round to nearest, no flush to zero, whatever the host program has set.
 
 #![allow(unsafe_code, reason = "the control register of the processor")]
 
@@ -57,9 +57,10 @@ mod register {
     pub(super) fn write(_: u64) {}
 }
 
-/// While it lives, this thread computes in the standard mode; then the mode found is restored. What is computed under the
-/// guard reads its operands from memory and writes its results there, and to the compiler both changes of the mode may
-/// read and write any memory, so that no arithmetic can move past them.
+/// A guard that puts this thread in the standard floating-point mode, and restores the previous mode when it is dropped.
+///
+/// Arithmetic under the guard reads its operands from memory and writes its results to memory. To the compiler, both
+/// changes of the mode may read and write any memory, so it cannot move such arithmetic across them.
 pub(crate) struct FloatMode {
     found: Option<u64>,
 }
@@ -100,7 +101,7 @@ mod tests {
         drop(guard);
         let after = register::read();
         register::write(before);
-        assert_eq!(flushed, 0.0, "the host's mode was not set, so the test shows nothing");
+        assert_eq!(flushed, 0.0, "the host's mode was not set, so this test checks nothing");
         assert!(kept > 0.0);
         assert_eq!(after & register::CONTROL, FLUSHING & register::CONTROL);
     }

@@ -1,4 +1,4 @@
-//! A forward pass as its backward pass sees it: the gradient that passes the activation.
+//! What a backward pass needs of its forward pass, and the gradient that passes the activation.
 
 use crate::coefficients::{Coefficients, Columns};
 use crate::copy::copy;
@@ -13,19 +13,19 @@ use crate::simd::dispatch;
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
 use std::ops::Range;
 
-/// The forward pass that a gradient goes back through: its x, coefficients and epilogue.
+/// A forward pass, as its backward pass needs it: x, coefficients and epilogue.
 #[derive(Clone, Copy)]
 pub struct ForwardPass<'a, T: Copy> {
-    /// Input of the pass.
+    /// The input of the forward pass.
     pub x: View<'a, T>,
-    /// Coefficients by which x was normalized.
+    /// The coefficients by which x was normalized.
     pub coefficients: &'a Coefficients,
-    /// What followed normalization.
+    /// The epilogue that followed normalization.
     pub epilogue: Epilogue<View<'a, T>>,
 }
 
-// The methods `through_…` return the gradient that passes the activation (dy where y > 0, else 0) in one part of the tensor.
-// Without an activation that is dy itself; else it is written to `to`, whose memory may be that of dy, and read from there.
+// The methods `through_…` return, for one part of the tensor, the gradient that passes the activation: dy where y > 0,
+// else 0. Without an activation that is dy itself. With one, the gradient is written to `to`, which may be dy's own memory.
 impl<'a, T: Element> ForwardPass<'a, T> {
     /// The layout of all tensors of the pass.
     pub(crate) fn layout(&self) -> Layout {
@@ -41,12 +41,12 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         self.epilogue.activation.is_some()
     }
 
-    /// The pass up to the epilogue: what is left to go back through once a gradient has passed the activation.
+    /// The forward pass without its epilogue, for a gradient that has passed the activation already.
     pub(crate) fn without_epilogue(&self) -> Self {
         Self { epilogue: Epilogue::default(), ..*self }
     }
 
-    /// In a rectangle of planes, each of one channel (see [`Planar::planes`]).
+    /// The gradient that passes the activation, in a rectangle whose rows are of one channel each (see [`Planar::planes`]).
     pub(crate) fn through_planes<'t>(
         &self,
         planar: &Planar,
@@ -63,7 +63,8 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         to.as_tile()
     }
 
-    /// In a rectangle whose rows are runs of some adjacent channels, all of one length.
+    /// The gradient that passes the activation, in a rectangle whose rows are runs of equal length, one for each of some
+    /// adjacent channels.
     pub(crate) fn through_runs<'t>(
         &self,
         planar: &Planar,
@@ -86,12 +87,12 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         to.as_tile()
     }
 
-    /// The coefficients that [`ForwardPass::through_rows`] takes of some columns: none without an activation.
+    /// The coefficients of some columns for [`ForwardPass::through_rows`], or `None` without an activation.
     pub(crate) fn columns(&self, rows: &Interleaved, columns: Range<usize>) -> Option<Columns<T>> {
         self.has_activation().then(|| self.coefficients.of_columns(rows, columns))
     }
 
-    /// In a rectangle of rows, each column of one channel.
+    /// The gradient that passes the activation, in a rectangle whose columns are channels.
     pub(crate) fn through_rows<'t>(
         &self,
         rows: &Interleaved,
@@ -108,7 +109,7 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         to.as_tile()
     }
 
-    /// In the whole tensor; written to `to` in any case.
+    /// Writes the gradient that passes the activation to `to`, for the whole tensor, with or without an activation.
     pub(crate) fn through(&self, dy: Input<'_, T>, to: &mut ViewMut<'_, T>) -> Result<(), Error> {
         let layout = self.layout();
         let elements = tile::<T>(layout);

@@ -1,4 +1,4 @@
-//! Inference: statistics are frozen, so every element is mapped by itself (Algorithm 2, step 11).
+//! Inference with frozen statistics: every element is normalized by itself (Algorithm 2, step 11).
 
 use crate::coefficients::Coefficients;
 use crate::element::Element;
@@ -11,7 +11,7 @@ use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{View, ViewMut};
 
-/// Writes y = (x − mean)·s + β, followed by the epilogue.
+/// Normalizes x with frozen statistics: y = (x − mean)·s + β with s = γ/√(var + ε), followed by the epilogue.
 ///
 /// # Errors
 /// [`Error::Channels`], [`Error::Range`], [`Error::LayoutMismatch`], [`Error::NoMemory`]; [`Error::Threads`],

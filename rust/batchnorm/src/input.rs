@@ -1,16 +1,16 @@
-//! Where a verb reads its input: from a tensor of its own, or from the memory that it writes.
+//! Where a pass reads its input: from a separate tensor, or from the memory that it writes (in place).
 
 use crate::element::Element;
 use crate::error::Error;
 use crate::layout::Layout;
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
 
-/// The tensor that a verb reads and maps, element by element, to its output.
+/// The input of a pass that maps it, element by element, to an output of the same layout.
 #[derive(Clone, Copy)]
 pub enum Input<'a, T: Copy> {
-    /// A tensor of the layout of the output, in memory of its own.
+    /// A tensor in memory of its own, with the layout of the output.
     View(View<'a, T>),
-    /// The tensor that the output's memory holds; the result is written over it.
+    /// The tensor that lies in the output's memory; the result overwrites it.
     InPlace,
 }
 
@@ -22,7 +22,7 @@ impl<'a, T: Element> Input<'a, T> {
         }
     }
 
-    /// The tensor, of a verb that writes `output`.
+    /// The input tensor of a pass that writes `output`.
     pub(crate) fn view<'b>(&self, output: &'b ViewMut<'_, T>) -> View<'b, T>
     where
         'a: 'b,
@@ -33,7 +33,8 @@ impl<'a, T: Element> Input<'a, T> {
         }
     }
 
-    /// The rectangle of the tensor that `output` is of the output.
+    /// The rectangle `rect` of the input, read as a matrix with rows of `width` elements; `output` is the same rectangle of
+    /// the output.
     #[inline]
     pub(crate) fn tile<'b>(&self, width: usize, rect: &Rect, output: &'b TileMut<'_, T>) -> Tile<'b, T>
     where

@@ -1,4 +1,4 @@
-//! Every dense tensor is `(outer, channels, inner)`.
+//! The layout of a tensor: every dense tensor is `(outer, channels, inner)`.
 //!
 //! (N, C) is (N, C, 1); (N, C, H, W) is (N, C, H·W); channels-last (N, H, W, C) is (N·H·W, C, 1). A densely permuted
 //! tensor is taken in the order in which it lies in memory. Channel k holds m = outer·inner values: the paper's m of
@@ -6,7 +6,7 @@
 
 use crate::error::Error;
 
-/// The three numbers that a tensor's shape comes down to, checked once.
+/// The shape of a dense tensor as `(outer, channels, inner)`, checked against overflow once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
     outer: usize,
@@ -14,11 +14,11 @@ pub struct Layout {
     inner: usize,
 }
 
-/// No element is larger: sizes are checked for this one, so that no byte offset can overflow.
+/// Bytes of the largest element type. Sizes are checked for it, so that no byte offset can overflow.
 const LARGEST_ELEMENT: usize = 8;
 
 impl Layout {
-    /// A layout by its three numbers.
+    /// The layout of a tensor of `outer` × `channels` × `inner` elements.
     ///
     /// # Errors
     /// [`Error::NoChannels`], [`Error::Overflow`].
@@ -38,7 +38,7 @@ impl Layout {
         }
     }
 
-    /// The layout of a C-contiguous tensor.
+    /// The layout of a C-contiguous tensor; a negative `channel_axis` counts from the end.
     ///
     /// # Errors
     /// [`Error::Rank`], [`Error::ChannelAxis`], [`Error::NoChannels`], [`Error::Overflow`].
@@ -47,8 +47,10 @@ impl Layout {
         Self::around(shape, (0..shape.len()).collect::<Vec<_>>().as_slice(), axis)
     }
 
-    /// The layout of a tensor with the given strides in bytes, if it is dense: every byte of its memory belongs to one
-    /// element, in whatever order of axes. `None` asks the caller to copy.
+    /// The layout of a tensor with the given strides in bytes, or `None` if the tensor is not dense and must be copied.
+    ///
+    /// A tensor is dense if every byte of its memory belongs to exactly one element, in any order of the axes. `item` is
+    /// the size of an element in bytes.
     ///
     /// # Errors
     /// As [`Layout::of_shape`].
@@ -86,12 +88,12 @@ impl Layout {
         let (mut outer, inner) = (product(before)?, product(after)?);
         Self::new(outer, shape[channel_axis], inner)?;
         if shape.iter().enumerate().any(|(a, &n)| n == 0 && a != channel_axis) {
-            outer = 0; // one way to be empty, whichever axis it is
+            outer = 0; // all empty tensors have one layout, whichever axis has size 0
         }
         Self::new(outer, shape[channel_axis], inner)
     }
 
-    /// Product of the axes before the channels, in memory order.
+    /// Product of the sizes of the axes before the channels, in memory order.
     pub fn outer(&self) -> usize {
         self.outer
     }
@@ -101,7 +103,7 @@ impl Layout {
         self.channels
     }
 
-    /// Product of the axes after the channels, in memory order.
+    /// Product of the sizes of the axes after the channels, in memory order.
     pub fn inner(&self) -> usize {
         self.inner
     }
@@ -111,12 +113,12 @@ impl Layout {
         self.outer * self.channels * self.inner
     }
 
-    /// Whether there is no element.
+    /// Whether the tensor has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Values in each channel: the paper's m.
+    /// Number of values in each channel: the paper's m.
     pub fn count(&self) -> usize {
         self.outer * self.inner
     }
@@ -166,14 +168,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_dense_asks_for_a_copy() {
+    fn a_tensor_that_is_not_dense_must_be_copied() {
         for strides in [[24, 8], [12, -4], [0, 4], [4, 4]] {
             assert_eq!(Layout::of_strides(&[7, 3], &strides, 4, 1), Ok(None), "{strides:?}");
         }
     }
 
     #[test]
-    fn refusals() {
+    fn invalid_shapes_are_errors() {
         assert_eq!(Layout::of_shape(&[5], 1), Err(Error::Rank { rank: 1 }));
         for axis in [2, -3, isize::MIN, isize::MAX] {
             assert_eq!(Layout::of_shape(&[5, 3], axis), Err(Error::ChannelAxis { axis, rank: 2 }));

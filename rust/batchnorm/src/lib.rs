@@ -14,18 +14,18 @@
 //!
 //! Forward (Algorithm 1): x̂ = (x − μ)/√(σ²+ε), y = γx̂ + β. With γ = √(Var\[x\]+ε) and β = E\[x\] a layer is the identity.
 //!
-//! Backward (section 3; derived in `backward.rs`): dβ = Σdy, dγ = Σdy·x̂, and since every example moves the statistics
-//! of all the others, dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m).
+//! Backward (section 3; derived in `backward.rs`): dβ = Σdy, dγ = Σdy·x̂, and dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m). The
+//! last two terms are there because every example moves the statistics that all the others are normalized by.
 //!
-//! Inference (Algorithm 2): y = (x − E\[x\])·s + β with s = γ/√(Var\[x\]+ε), in float64 for 32- and 64-bit tensors and in
-//! float32 with a two-part mean for 16-bit ones, each operation rounded, none fused.
+//! Inference (Algorithm 2): y = (x − E\[x\])·s + β with s = γ/√(Var\[x\]+ε). It is computed in float64 for 32- and 64-bit
+//! tensors, and in float32 with a two-part mean for 16-bit ones. Each operation is rounded; none are fused.
 //!
 //! An [`Epilogue`] may follow in the same pass: y = activation(v + residual), rounded once, where v is the y above.
 //!
 //! # Promises
 //!
-//! The bits of y, moments and gradients do not depend on the number of threads, the instruction-set level, alignment,
-//! or being in place; in inference not on the batch either.
+//! The bits of y, moments and gradients do not depend on the number of threads, the instruction-set level, the alignment
+//! of memory, or whether the result overwrites its input. In inference they do not depend on the rest of the batch either.
 //!
 //! ```
 //! use batchnorm::{Activation, Coefficients, Epilogue, Input, Layout, Parameters, View, ViewMut, infer, train_forward};

@@ -2,14 +2,14 @@
 
 use crate::error::Error;
 
-/// γ, β and ε of a layer. Absent γ are ones, absent β zeros.
+/// γ, β and ε of a layer. Without γ, it is 1 in every channel; without β, it is 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Parameters<'a> {
-    /// Scale per channel.
+    /// γ: the scale of each channel.
     pub gamma: Option<&'a [f64]>,
-    /// Shift per channel.
+    /// β: the shift of each channel.
     pub beta: Option<&'a [f64]>,
-    /// What is added to the variance.
+    /// ε: the number that is added to the variance.
     pub eps: f64,
 }
 
@@ -35,7 +35,7 @@ impl Parameters<'_> {
         Ok(())
     }
 
-    /// Like [`Parameters::check`], with ε more than 0, as training needs it: the variance of a batch may be 0.
+    /// [`Parameters::check`], and that ε is more than 0, which training needs since the variance of a batch may be 0.
     pub(crate) fn check_training(&self, channels: usize) -> Result<(), Error> {
         if self.eps == 0.0 { Err(Error::EpsZeroInTraining) } else { self.check(channels) }
     }

@@ -1,20 +1,20 @@
 //! The fixed tree in which the partial results of blocks are combined.
 //!
-//! Its shape follows from the number of blocks alone, so that results do not depend on who computed which of them
-//! (contract 3).
+//! The shape of the tree depends on the number of blocks alone, so results do not depend on which thread computed which
+//! block (contract 3).
 
 use crate::error::Error;
 use crate::memory;
 
-/// A partial result of some blocks that takes in that of the blocks after it.
+/// A partial result over some blocks, which merges with that of the blocks after them.
 pub(crate) trait Merge {
     fn merge(&mut self, right: &Self);
 }
 
-/// Combines partial results in the order of a binary counter: the shape of the tree follows from how many there are.
+/// A binary tree of merges, built leaf by leaf in the order of a binary counter; its shape depends on the number of leaves.
 ///
-/// A tree over leaves that are themselves finished trees of 2^k leaves each (the last may have fewer) gives the same
-/// result as one tree over all: spans of 2^k blocks can be computed apart.
+/// A tree whose leaves are the results of trees over 2^k leaves each (the last may have fewer) gives the same result as
+/// one tree over all leaves. So spans of 2^k blocks can be computed separately.
 pub(crate) struct Tree<P> {
     nodes: Vec<(u32, P)>,
 }
@@ -48,7 +48,7 @@ impl<P: Merge> Tree<P> {
         right
     }
 
-    /// The result over `leaves`, in their order; there is at least one.
+    /// The result over `leaves`, in their order; there must be at least one.
     ///
     /// # Errors
     /// [`Error::NoMemory`], and the first of a leaf.
@@ -64,7 +64,7 @@ mod tests {
     use super::*;
     use std::ops::Range;
 
-    /// Writes down how it was merged.
+    /// A partial result that records how it was merged.
     impl Merge for String {
         fn merge(&mut self, right: &Self) {
             *self = format!("({self}{right})");

@@ -1,8 +1,7 @@
-//! Views of tensors: memory with a [`Layout`], and the one place where memory is cut into parts that are written at the
-//! same time.
+//! Views of tensors: memory with a [`Layout`], cut into tiles that several threads write at the same time.
 //!
-//! Elements may lie at any byte address. A view is cut into [`Tile`]s: rectangles of the matrix of `rows` × `width`
-//! elements that the memory is read as. Rectangles of a [`Grid`] are disjoint by construction, which is why
+//! Elements may lie at any byte address. A view is read as a matrix of `rows` × `width` elements and cut into [`Tile`]s,
+//! which are rectangles of that matrix. Rectangles of a [`Grid`] are disjoint by construction, which is why
 //! [`ViewMut::map_tiles`] may hand them to several threads.
 
 #![allow(unsafe_code, reason = "raw tensor memory: unaligned, and written in parts by several threads")]
@@ -13,11 +12,12 @@ use crate::{element::Element, error::Error, layout::Layout, parallel};
 use std::{marker::PhantomData, ops::Range};
 pub(crate) use tile::{Buffer, ChunkMut, LINE, Row, RowMut, Tile, TileMut};
 
-/// Outputs of this many bytes or more are written past the caches. Measured with 32 MiB of cache: a copy of 4 MiB is as
-/// fast either way, one of 8 MiB 1.1 to 1.2 times faster past them, one of 16 MiB 1.3 times, one of 32 MiB 1.4 times.
+/// Bytes from which an output is written with non-temporal stores. Measured with 32 MiB of cache: a copy of 4 MiB is as
+/// fast either way; with non-temporal stores one of 8 MiB is 1.1 to 1.2 times faster, one of 16 MiB 1.3 times, one of
+/// 32 MiB 1.4 times.
 const STREAM_FROM: usize = 8 << 20;
 
-/// Makes what was written past the caches visible to whoever synchronizes with this thread afterwards.
+/// Makes this thread's non-temporal stores visible to every thread that synchronizes with it afterwards.
 #[inline]
 fn fence() {
     #[cfg(target_arch = "x86_64")]
@@ -27,7 +27,7 @@ fn fence() {
     }
 }
 
-/// A tensor to be read.
+/// A tensor that is read: borrowed memory with a [`Layout`].
 #[derive(Clone, Copy)]
 pub struct View<'a, T: Copy> {
     data: *const T,
@@ -42,20 +42,20 @@ unsafe impl<T: Element> Send for View<'_, T> {}
 unsafe impl<T: Element> Sync for View<'_, T> {}
 
 impl<'a, T: Element> View<'a, T> {
-    /// A tensor in a slice.
+    /// The tensor that a slice holds.
     ///
     /// # Errors
-    /// [`Error::Elements`] where the slice is not as long as the layout says.
+    /// [`Error::Elements`] if the length of the slice is not `layout.len()`.
     pub fn new(data: &'a [T], layout: Layout) -> Result<Self, Error> {
         check_length("x", data.len(), layout)?;
         // SAFETY: the slice is readable for `'a` and holds `layout.len()` elements.
         Ok(unsafe { Self::from_raw(data.as_ptr(), layout) })
     }
 
-    /// A tensor at an address, which need not be aligned.
+    /// The tensor at an address, which need not be aligned.
     ///
     /// # Safety
-    /// `layout.len()` elements at `data` are readable, and nobody writes them for `'a`.
+    /// `layout.len()` elements at `data` must be readable, and nobody may write them for `'a`.
     pub unsafe fn from_raw(data: *const T, layout: Layout) -> Self {
         Self { data, layout, memory: PhantomData }
     }
@@ -70,7 +70,7 @@ impl<'a, T: Element> View<'a, T> {
         self.layout.len() * size_of::<T>()
     }
 
-    /// The rectangle `rect` of this memory read as rows of `width` elements.
+    /// The rectangle `rect` of this tensor, read as a matrix with rows of `width` elements.
     #[inline]
     pub(crate) fn tile(&self, width: usize, rect: &Rect) -> Tile<'a, T> {
         rect.check(self.layout.len(), width);
@@ -80,7 +80,9 @@ impl<'a, T: Element> View<'a, T> {
     }
 }
 
-/// A tensor to be written. What it holds before is never read, except in place.
+/// A tensor that is written: mutably borrowed memory with a [`Layout`].
+///
+/// Its old contents are read only where they are the input ([`crate::Input::InPlace`]).
 pub struct ViewMut<'a, T: Copy> {
     data: *mut T,
     layout: Layout,
@@ -93,20 +95,20 @@ unsafe impl<T: Element> Send for ViewMut<'_, T> {}
 unsafe impl<T: Element> Sync for ViewMut<'_, T> {}
 
 impl<'a, T: Element> ViewMut<'a, T> {
-    /// A tensor in a slice.
+    /// The tensor that a slice holds.
     ///
     /// # Errors
-    /// [`Error::Elements`] where the slice is not as long as the layout says.
+    /// [`Error::Elements`] if the length of the slice is not `layout.len()`.
     pub fn new(data: &'a mut [T], layout: Layout) -> Result<Self, Error> {
         check_length("out", data.len(), layout)?;
         // SAFETY: the slice is writable for `'a` and holds `layout.len()` elements.
         Ok(unsafe { Self::from_raw(data.as_mut_ptr(), layout) })
     }
 
-    /// A tensor at an address, which need not be aligned.
+    /// The tensor at an address, which need not be aligned.
     ///
     /// # Safety
-    /// `layout.len()` elements at `data` are writable, and nobody else reads or writes them for `'a`.
+    /// `layout.len()` elements at `data` must be writable, and nobody else may read or write them for `'a`.
     pub unsafe fn from_raw(data: *mut T, layout: Layout) -> Self {
         Self { data, layout, memory: PhantomData }
     }
@@ -116,13 +118,14 @@ impl<'a, T: Element> ViewMut<'a, T> {
         self.layout
     }
 
-    /// The same memory to be read, while it is not written.
+    /// A view that reads this tensor; the tensor cannot be written while the view exists.
     pub fn as_view(&self) -> View<'_, T> {
         View { data: self.data, layout: self.layout, memory: PhantomData }
     }
 
-    /// Calls `f` once with every rectangle of `grid`, on several threads where that pays. The last rectangle comes first:
-    /// whatever has gone over memory before has left its end in cache.
+    /// Calls `f` once with every rectangle of `grid`, on several threads where that pays.
+    ///
+    /// The last rectangle is computed first: the pass before this one has left the end of the memory in cache.
     ///
     /// # Errors
     /// [`Error::NoMemory`] before `f` is called, or what `f` returned.
@@ -187,7 +190,7 @@ impl Rect {
         self.rows.start * width + self.cols.start
     }
 
-    /// Panics if the rectangle leaves a matrix of `len` elements in rows of `width`: a defect of this crate.
+    /// Panics if the rectangle is not within a matrix of `len` elements in rows of `width`, which is a bug in this crate.
     fn check(&self, len: usize, width: usize) {
         let inside = self.rows.start < self.rows.end
             && self.cols.start < self.cols.end

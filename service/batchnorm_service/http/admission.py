@@ -96,7 +96,7 @@ class Admission:
         """Return how many bytes of memory a request is counted with: the limit where its length is unknown.
 
         Raises:
-            OverloadedError: as many requests or bytes are in flight as the limits allow.
+            OverloadedError: As many requests or bytes are in flight as the limits allow.
         """
         size = min(int(headers.get(b"content-length", self._max_body)), self._max_body)
         row = self._row

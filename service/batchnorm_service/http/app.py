@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None, state: SharedState | None = Non
         state: State shared with other processes; None for a single process.
 
     Raises:
-        pydantic.ValidationError: the environment lacks a setting or has a wrong one.
+        pydantic.ValidationError: The environment lacks a setting or has a wrong one.
     """
     return Application(start(settings or Settings(), state))
 

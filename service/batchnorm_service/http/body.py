@@ -48,8 +48,8 @@ async def read(length: int | None, receive: Receive, limit: int) -> Bytes:
         limit: The most bytes that are taken.
 
     Raises:
-        BodyTooLargeError: it exceeds the limit; raised before it is read if its length is announced.
-        DisconnectedError: the client disconnected.
+        BodyTooLargeError: It exceeds the limit; raised before it is read if its length is announced.
+        DisconnectedError: The client disconnected.
     """
     if length is not None and length > limit:
         raise _too_large(limit)
@@ -79,8 +79,8 @@ def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
     """Return a compressed body, decompressed.
 
     Raises:
-        InvalidInputError: it is damaged, cut short, or longer than its contents.
-        BodyTooLargeError: it holds more than `limit` bytes (no more are ever made), or too many members.
+        InvalidInputError: It is damaged, cut short, or longer than its contents.
+        BodyTooLargeError: It holds more than `limit` bytes (no more are ever made), or too many members.
     """
     parts: list[bytes] = []
     room = limit

@@ -57,7 +57,7 @@ class Directory:
         name: Name of the model that the whole directory is; None for a directory of models.
 
     Raises:
-        OSError: the directory does not exist.
+        OSError: The directory does not exist.
     """
 
     def __init__(self, root: Path, name: str | None = None) -> None:
@@ -70,7 +70,7 @@ class Directory:
         Names are compared, never made into paths.
 
         Raises:
-            OSError: the directory cannot be listed.
+            OSError: The directory cannot be listed.
         """
         if self._name is None:
             found = [source for entry in _listed(self._root) for source in self._named(entry, name)]
@@ -91,9 +91,9 @@ class Directory:
             scratch: A path that may be written to.
 
         Raises:
-            ValueError: it is no whole file of a frozen layer, or not in the directory.
-            OSError: it cannot be read, or not be copied.
-            ImportError: it is an ONNX model, and the package onnx is not there.
+            ValueError: It is no whole file of a frozen layer, or not in the directory.
+            OSError: It cannot be read, or not be copied.
+            ImportError: It is an ONNX model, and the package onnx is not there.
         """
         if source.problem:
             raise ValueError(source.problem)

@@ -48,7 +48,7 @@ class Model:
         """Return `layer(x)`, written to `out` where given.
 
         Raises:
-            InvalidInputError: the layer does not take the dtype or shape of x; the text says why.
+            InvalidInputError: The layer does not take the dtype or shape of x; the text says why.
         """
         try:
             return self.layer(x, out=out)

@@ -77,8 +77,8 @@ class Repository:
         The lookup is in memory: a name from outside never becomes a path.
 
         Raises:
-            NotReadyError: the model is known and not loaded.
-            ModelNotFoundError: there is no such model or version.
+            NotReadyError: The model is known and not loaded.
+            ModelNotFoundError: There is no such model or version.
         """
         served = self._served
         try:
@@ -95,7 +95,7 @@ class Repository:
         """Return all versions of all models: loaded, not loaded and why, and not loaded yet.
 
         Raises:
-            NotReadyError: the directory cannot be listed.
+            NotReadyError: The directory cannot be listed.
         """
         try:
             sources = self._directory.sources()
@@ -114,7 +114,7 @@ class Repository:
         """Serve the newest list from now on, and acknowledge it to the other processes.
 
         Raises:
-            OSError, ValueError: a layer of the list cannot be read; what was served before still is.
+            OSError, ValueError: A layer of the list cannot be read; what was served before still is.
         """
         with self._refreshing:
             mark = self._state.mark()
@@ -141,7 +141,7 @@ class Repository:
         """List all models of the directory; return those that cannot be loaded, listed with the reason.
 
         Raises:
-            LoadError: the directory cannot be listed, or the list not be written.
+            LoadError: The directory cannot be listed, or the list not be written.
         """
         with self._changing():
             entries = self._read(self._directory.sources())
@@ -157,9 +157,9 @@ class Repository:
             The generation of the list, which each process takes by `refresh`.
 
         Raises:
-            ModelNotFoundError: the directory holds nothing of that name.
-            LoadError: a version cannot be loaded (its reason is listed too), or the list not be written.
-            LaggingError: another change took too long.
+            ModelNotFoundError: The directory holds nothing of that name.
+            LoadError: A version cannot be loaded (its reason is listed too), or the list not be written.
+            LaggingError: Another change took too long.
         """
         with self._changing():
             read = self._read(self._directory.sources(name))
@@ -186,9 +186,9 @@ class Repository:
             The generation of the list, which each process takes by `refresh`.
 
         Raises:
-            ModelNotFoundError: there is no such model.
-            LoadError: the list cannot be written.
-            LaggingError: another change took too long.
+            ModelNotFoundError: There is no such model.
+            LoadError: The list cannot be written.
+            LaggingError: Another change took too long.
         """
         with self._changing():
             entries = self._state.listing().entries

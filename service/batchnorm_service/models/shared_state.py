@@ -102,7 +102,7 @@ class SharedState:
         """Hold the lock under which `publish` may be called.
 
         Raises:
-            LaggingError: another process held it for too long.
+            LaggingError: Another process held it for too long.
         """
         with (self._path / "lock").open("w") as file:
             deadline = time.monotonic() + PATIENCE_SECONDS
@@ -133,7 +133,7 @@ class SharedState:
         """Save a layer under its fingerprint, until a list without it is published.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: The file cannot be written.
         """
         path = self._layers / layer.fingerprint
         if not path.exists():
@@ -143,8 +143,8 @@ class SharedState:
         """Return a saved layer.
 
         Raises:
-            OSError: it is not here any more.
-            ValueError: the file is not what was written.
+            OSError: It is not here any more.
+            ValueError: The file is not what was written.
         """
         layer = FrozenBatchNorm.load(self._layers / fingerprint)
         if layer.fingerprint != fingerprint:

@@ -65,7 +65,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """Return the TLS context of the settings; None without TLS.
 
     Raises:
-        OSError: a file is no certificate or no key, or they do not fit; ssl.SSLError is one.
+        OSError: A file is no certificate or no key, or they do not fit; ssl.SSLError is one.
     """
     if settings.tls_cert is None:
         return None

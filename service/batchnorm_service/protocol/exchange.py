@@ -79,10 +79,10 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
         rules: The limits, and the form of the answer.
 
     Raises:
-        InvalidInputError: the message is malformed or does not fit the model.
-        BodyTooLargeError: the tensor has too many elements.
-        FingerprintMismatchError: the message demands another model.
-        UnsupportedError: it asks for an extension or a datatype that is not there.
+        InvalidInputError: The message is malformed or does not fit the model.
+        BodyTooLargeError: The tensor has too many elements.
+        FingerprintMismatchError: The message demands another model.
+        UnsupportedError: It asks for an extension or a datatype that is not there.
     """
     began = perf_counter_ns()
     head, arrays, length = _read(model, body, json_length, rules)

@@ -81,7 +81,7 @@ def raw(model: Model, size: int) -> Head:
     Datatype and shape are those of the metadata, whose one free size follows from the number of bytes.
 
     Raises:
-        InvalidInputError: the metadata have more than one free size, or the bytes do not fill the shape.
+        InvalidInputError: The metadata have more than one free size, or the bytes do not fill the shape.
     """
     head = Head(model.shape, DATATYPES[model.dtypes[0]], size, binary=True)
     if model.shape.count(-1) != 1:
@@ -100,8 +100,8 @@ def parse(text: bytes, max_depth: int) -> Head:
         max_depth: How deep it may be nested.
 
     Raises:
-        InvalidInputError: it is malformed, or asks for what no model has.
-        UnsupportedError: it asks for an extension or a datatype that is not there.
+        InvalidInputError: It is malformed, or asks for what no model has.
+        UnsupportedError: It asks for an extension or a datatype that is not there.
     """
     return _remembered(text, max_depth) if len(text) <= _REMEMBERED_BYTES else _parse(text, max_depth)
 

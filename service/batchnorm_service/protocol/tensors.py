@@ -63,9 +63,9 @@ def cut_data(text: Bytes, max_elements: int, max_depth: int) -> tuple[bytes, lis
         float32 where the datatype of their object is FP32, else of float64.
 
     Raises:
-        InvalidInputError: the text is malformed or deeper than `max_depth`; or an array has other items than
+        InvalidInputError: The text is malformed or deeper than `max_depth`; or an array has other items than
             numbers, is ragged, or has a finite number beyond the range of its datatype.
-        BodyTooLargeError: there are more than `max_elements` numbers.
+        BodyTooLargeError: There are more than `max_elements` numbers.
     """
     try:
         given = text if type(text) is bytes else np.frombuffer(text, np.uint8)
@@ -80,7 +80,7 @@ def parse_json(text: bytes, max_depth: int) -> Any:
     """Parse UTF-8 JSON, in which NaN, Infinity and -Infinity are numbers too.
 
     Raises:
-        InvalidInputError: the text is malformed or deeper than `max_depth`, or has a number beyond float64.
+        InvalidInputError: The text is malformed or deeper than `max_depth`, or has a number beyond float64.
     """
     try:
         return json_parse(text, max_depth)
@@ -92,7 +92,7 @@ def shaped(data: Data, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return the numbers of a `data` array, flat or nested as `shape` says, in this shape.
 
     Raises:
-        InvalidInputError: another count or nesting than `shape`.
+        InvalidInputError: Another count or nesting than `shape`.
     """
     x, lengths = data
     nesting = tuple(lengths)

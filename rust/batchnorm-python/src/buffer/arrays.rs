@@ -1,4 +1,4 @@
-//! Values of Python as NumPy arrays: one rule for tensors and for parameters, whatever library made them.
+//! Python objects as NumPy arrays: one rule for tensors and for parameters, whichever library made them.
 
 use super::dlpack::bfloat16_by_dlpack;
 use super::type_name;
@@ -8,28 +8,28 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
-/// The array of a tensor, whose memory it shares.
+/// Return a tensor as a NumPy array that shares its memory.
 ///
 /// Args:
-///     argument: What errors call it.
-///     value: A NumPy array, or an object with ``__dlpack__`` (on the CPU) or ``__array__``.
+///     argument: Name of the argument in errors.
+///     value: A NumPy array, or an object with `__dlpack__` (on the CPU) or `__array__`.
 ///
 /// Raises:
-///     TypeError: It is none of these, has a mask, or requires grad.
+///     TypeError: value is none of these, has a mask, or requires grad.
 #[pyfunction]
 pub(crate) fn tensor<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
     const WANTED: &str = "a NumPy array or an object with __dlpack__ (on the CPU) or __array__";
     exported(argument, value, WANTED)?.ok_or_else(|| not_taken(argument, value, "", WANTED))
 }
 
-/// The array of real numbers that parameters are given as, of any shape.
+/// Return a parameter as a NumPy array of real numbers, of any shape.
 ///
 /// Args:
-///     argument: What errors call it.
-///     value: What ``tensor`` takes, a number, or a sequence of numbers.
+///     argument: Name of the argument in errors.
+///     value: A number, a sequence of numbers, or any tensor that `tensor` takes.
 ///
 /// Raises:
-///     TypeError: It is not real, has a mask, or requires grad.
+///     TypeError: value is not real, has a mask, or requires grad.
 #[pyfunction]
 pub(crate) fn real_array<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
     const WANTED: &str = "real numbers, an array of shape (channels,)";
@@ -41,7 +41,7 @@ pub(crate) fn real_array<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyRe
             .cast_into()?,
     };
     let dtype = array.dtype();
-    // Real numbers, and the types that packages register (ml_dtypes), which are real too.
+    // Types that packages register (ml_dtypes) have kind V and a number from 256; they are real too.
     let real = matches!(dtype.kind(), b'f' | b'i' | b'u') || (dtype.kind() == b'V' && dtype.num() >= 256);
     if !real {
         return Err(PyTypeError::new_err(format!("{argument} has dtype {dtype}; wanted {WANTED}")));
@@ -49,7 +49,7 @@ pub(crate) fn real_array<'py>(argument: &str, value: &Bound<'py, PyAny>) -> PyRe
     Ok(array)
 }
 
-/// The array that a value is, or whose memory it exports by `__dlpack__` or `__array__`; `None` of one that has neither.
+/// The value as an array: itself, or the memory that it exports by `__dlpack__` or `__array__`; `None` if it has neither.
 fn exported<'py>(
     argument: &str,
     value: &Bound<'py, PyAny>,
@@ -58,7 +58,7 @@ fn exported<'py>(
     if let Ok(array) = value.cast_exact::<PyUntypedArray>() {
         return Ok(Some(array.clone()));
     }
-    // A mask would be lost in silence; other subclasses are plain arrays underneath.
+    // A mask would be lost silently; other subclasses are plain arrays underneath.
     if has_mask(value)? {
         return Err(not_taken(argument, value, " with a mask", wanted));
     }
@@ -95,15 +95,17 @@ fn exported<'py>(
     why.map_or(Ok(None), |error| Err(not_taken(argument, value, &format!(" ({error})"), wanted)))
 }
 
-/// The value itself, or a copy where its signs are to be changed yet: PyTorch negates the imaginary part of a conjugate
-/// lazily, and DLPack cannot say so.
+/// The value itself, or a negated copy if its sign is still to be changed: PyTorch negates the imaginary part of a
+/// conjugate lazily, which DLPack cannot express.
 fn resolved<'py>(value: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     let lazy = value.hasattr("resolve_neg")? && value.call_method0("is_neg")?.is_truthy()?;
     if lazy { value.call_method0("resolve_neg") } else { Ok(value.clone()) }
 }
 
-/// Whether a value has a mask, which plain arrays have not: the question costs as much as a small call. A method `mask`, as
-/// the series of pandas have, is none; the masked tensors of PyTorch have a method `get_mask`.
+/// Whether a value has a mask.
+///
+/// A method `mask`, which a pandas Series has, is not a mask. PyTorch's masked tensors have a method `get_mask`. Plain
+/// arrays are answered first, since the lookups take as long as a small call.
 pub(super) fn has_mask(value: &Bound<'_, PyAny>) -> PyResult<bool> {
     let py = value.py();
     if value.is_exact_instance_of::<PyUntypedArray>() {

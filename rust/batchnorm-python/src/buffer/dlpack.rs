@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
 use std::ffi::c_void;
 
-/// The head of DLPack's `DLManagedTensor`, as version 0 of the protocol has it.
+/// The first fields of DLPack's `DLManagedTensor`, in version 0 of the protocol.
 #[repr(C)]
 struct DlTensor {
     data: *mut c_void,
@@ -25,7 +25,7 @@ impl DlTensor {
     const BFLOAT: u8 = 4;
 }
 
-/// A DLPack capsule as an object that exports it, as NumPy wants it.
+/// An object that exports a DLPack capsule, as NumPy's `from_dlpack` needs it.
 #[pyclass(frozen, module = "batchnorm._core")]
 struct Export(Py<PyCapsule>);
 
@@ -37,8 +37,9 @@ impl Export {
     }
 }
 
-/// A tensor of bfloat16 that an object exports by DLPack, which NumPy does not import; `None` where it exports another.
-/// NumPy imports it as 16-bit integers, of which this is a view.
+/// The bfloat16 tensor that an object exports by DLPack; `None` if it exports another dtype.
+///
+/// NumPy does not import bfloat16. So it imports the memory as 16-bit integers, and the result is a view of these.
 pub(super) fn bfloat16_by_dlpack<'py>(
     argument: &str,
     value: &Bound<'py, PyAny>,

@@ -1,4 +1,4 @@
-//! Tensors in Python's memory: NumPy arrays, what converts to them, and output memory.
+//! Tensors in Python's memory: NumPy arrays, objects that convert to them, and output memory.
 
 #![allow(unsafe_code, reason = "memory that NumPy owns")]
 
@@ -131,8 +131,9 @@ impl<'py> Tensor<'py> {
         Ok(Self { array, dtype: self.dtype, layout: self.layout, copied: false })
     }
 
-    /// Memory for a result of the shape, dtype and memory order of this tensor: the argument `out`, if it fits and shares
-    /// no memory with `inputs`, or new.
+    /// Memory for a result of the shape, dtype and memory order of this tensor: the argument `out`, or new memory.
+    ///
+    /// It is an error if `out` does not fit, or shares memory with one of `inputs`.
     pub(crate) fn output(
         &self,
         argument: &str,
@@ -154,7 +155,7 @@ impl<'py> Tensor<'py> {
         Ok(Output { array, dtype: self.dtype, layout: self.layout })
     }
 
-    /// As [`Tensor::output`], but `out` may also be the very memory of `over`: then the second value is true.
+    /// Like [`Tensor::output`], but `out` may also be exactly the memory of `over`; then the second value is true.
     pub(crate) fn output_over(
         &self,
         argument: &str,
@@ -170,7 +171,7 @@ impl<'py> Tensor<'py> {
         Ok((self.output(argument, out, &inputs)?, in_place))
     }
 
-    /// Refuses a batch that training cannot normalize, since the variance of one value is 0.
+    /// Checks that channels have 2 values or more, which training needs: the variance of one value is 0.
     pub(crate) fn check_batch(&self) -> PyResult<()> {
         let (shape, values) = (self.array.shape(), self.layout.count());
         if values >= 2 {
@@ -229,7 +230,7 @@ impl<'py> Tensor<'py> {
         Ok(())
     }
 
-    /// Whether an array of this shape has its elements at the same offsets. Strides of axes of size 1 mean nothing.
+    /// Whether an array of this shape has its elements at the same offsets. Strides of axes of size 1 are ignored.
     fn same_order(&self, array: &Bound<'py, PyUntypedArray>) -> bool {
         let mut strides = array.strides().iter().zip(self.array.strides()).zip(self.array.shape());
         self.layout.is_empty() || strides.all(|((a, b), &n)| a == b || n == 1)
@@ -249,7 +250,7 @@ impl<'py> Tensor<'py> {
         Ok(new.cast_into::<PyUntypedArray>()?)
     }
 
-    /// An array of the shape, dtype and memory order of this tensor in memory of at least its bytes.
+    /// An array of the shape, dtype and memory order of this tensor, in the given memory, which is large enough.
     fn array_in(&self, mut memory: Memory) -> PyResult<Bound<'py, PyUntypedArray>> {
         let (py, array) = (self.array.py(), self.array.as_array_ptr());
         let start = memory.start();
@@ -285,9 +286,9 @@ impl<'py> Tensor<'py> {
         self.layout.len() * self.dtype.bytes()
     }
 
-    /// The memory, as elements of the type that `dtype` names.
+    /// A view of the tensor; `T` must be the element type that `dtype` names.
     ///
-    /// Like NumPy's own functions this relies on the caller not to write the array from another thread meanwhile.
+    /// Like NumPy's own functions, this relies on no other thread writing the array meanwhile.
     pub(crate) fn view<T: Element>(&self) -> View<'_, T> {
         self.dtype.check::<T>();
         // SAFETY: the array is alive and dense with `layout.len()` elements of this type, as `read` has checked.
@@ -295,7 +296,7 @@ impl<'py> Tensor<'py> {
     }
 }
 
-/// An array to be written, like the tensor that it was made from.
+/// An array that a result is written to, with the shape, dtype and memory order of its tensor.
 pub(crate) struct Output<'py> {
     pub(crate) array: Bound<'py, PyUntypedArray>,
     dtype: DType,
@@ -303,7 +304,7 @@ pub(crate) struct Output<'py> {
 }
 
 impl Output<'_> {
-    /// The memory, as elements of the type that the tensor has.
+    /// A view that writes the array; `T` must be the element type of its tensor.
     pub(crate) fn view_mut<T: Element>(&mut self) -> ViewMut<'_, T> {
         self.dtype.check::<T>();
         // SAFETY: the array is alive, writable, dense with `layout.len()` elements of this type, and shares no memory
@@ -322,7 +323,7 @@ fn flags(array: &Bound<'_, PyUntypedArray>) -> c_int {
     unsafe { (*array.as_array_ptr()).fields.flags }
 }
 
-/// The addresses of a dense array.
+/// The range of addresses that a dense array occupies.
 fn addresses(array: &Bound<'_, PyUntypedArray>) -> std::ops::Range<usize> {
     let start = data(array) as usize;
     start..start + array.len() * array.dtype().itemsize()
@@ -346,7 +347,7 @@ fn copied<'py>(array: &Bound<'py, PyUntypedArray>) -> PyResult<Bound<'py, PyUnty
     Ok(copy.cast_into::<PyUntypedArray>()?)
 }
 
-/// The values of a plain array of one axis that lie one after the other as float64 or float32; `None` of anything else.
+/// The values of a contiguous one-dimensional array of float64 or float32; `None` for any other value.
 pub(crate) fn floats(value: &Bound<'_, PyAny>) -> PyResult<Option<Vec<f64>>> {
     const WANTED: c_int = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED;
     let Ok(array) = value.cast_exact::<PyUntypedArray>() else { return Ok(None) };
@@ -356,7 +357,7 @@ pub(crate) fn floats(value: &Bound<'_, PyAny>) -> PyResult<Option<Vec<f64>>> {
     }
     let len = array.len();
     // SAFETY: the array is alive, contiguous and aligned, with as many elements of this type as its axis says. Like
-    // NumPy's own functions this relies on the caller not to write it from another thread meanwhile.
+    // NumPy's own functions, this relies on no other thread writing the array meanwhile.
     unsafe {
         match DType::of(&descr) {
             Some(DType::F32) => {
@@ -382,7 +383,7 @@ pub(crate) fn collected(values: impl ExactSizeIterator<Item = f64>) -> PyResult<
     Ok(vector)
 }
 
-/// A new array of these values.
+/// A new NumPy array of these values.
 pub(crate) fn new_vector<'py>(py: Python<'py>, values: &[f64]) -> PyResult<Bound<'py, PyArray1<f64>>> {
     filled(empty_vector(py, values.len())?, values)
 }
@@ -396,7 +397,7 @@ pub(crate) fn filled<'py>(array: Bound<'py, PyArray1<f64>>, values: &[f64]) -> P
 /// A new array of so many values, or MemoryError.
 pub(crate) fn empty_vector(py: Python<'_>, len: usize) -> PyResult<Bound<'_, PyArray1<f64>>> {
     let (mut dimensions, null) = ([len as npyffi::npy_intp], std::ptr::null_mut());
-    // SAFETY: the dimensions are as many as are said; null pointers stand for strides and memory of NumPy's own. The result
+    // SAFETY: there is one dimension, as the count says; with null pointers NumPy chooses strides and memory itself. The result
     // is a new reference or null with an error set, as `from_owned_ptr_or_err` expects.
     let new = unsafe {
         let (class, float64) =

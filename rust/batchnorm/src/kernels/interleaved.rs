@@ -1,8 +1,8 @@
-//! Kernels over whole rows, in which every column is a channel.
+//! Interleaved kernels: over whole rows, in which every column is a channel.
 //!
-//! Columns are independent of each other, so it does not matter for the bits how a row is cut into vectors or strips.
-//! Rows are taken four at a time, and the four added as ((r0 + r1) + (r2 + r3)): sums per column stay in cache, and are
-//! loaded and stored once for four rows.
+//! Columns are independent of each other, so the bits do not depend on how a row is cut into vectors or strips. Rows are
+//! taken four at a time and added as ((r0 + r1) + (r2 + r3)): the sum of each column stays in cache, and is loaded and
+//! stored once for four rows.
 
 use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
 use super::{LANES, close};
@@ -11,13 +11,13 @@ use crate::simd::{Kernel, Lanes, Vectors, WIDTH};
 use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
 use std::array::from_fn;
 
-/// Rows that are added in one step: sums are loaded and stored once for all of them. Rows given in parts are summed in
-/// the same order if each part is whole steps.
+/// Number of rows that are added in one step: the sums are loaded and stored once for all of them. Rows that are given in
+/// parts are summed in the same order as if given at once, provided that each part is a multiple of this number.
 pub(crate) const ROWS: usize = 4;
-/// The least number of bytes by which memory is prefetched ahead of its use.
+/// Smallest distance, in bytes, by which memory is prefetched ahead of its use.
 const AHEAD: usize = 4096;
 
-/// Adds up to four rows in a fixed tree.
+/// Adds four rows in a fixed tree, or returns the one that is given.
 #[inline(always)]
 fn pairwise<V: Copy, const R: usize>(d: [V; R], add: impl Fn(V, V) -> V) -> V {
     if R == ROWS { add(add(d[0], d[1]), add(d[2], d[R - 1])) } else { d[0] }
@@ -40,8 +40,8 @@ fn add_to<L: Lanes>(sums: &mut [f64; WIDTH], terms: [L::D; 2]) {
     *sums = f64::store_wide::<L>(add_eight::<L>(f64::load_wide::<L>(*sums), terms));
 }
 
-/// How memory is prefetched. No processor foresees that four rows are read at a time. Adjacent rows are prefetched in
-/// memory order, which is three times faster than column by column.
+/// How memory is prefetched. The prefetchers of processors do not recognize that four rows are read at a time. Adjacent
+/// rows are prefetched in memory order, which is three times faster than column by column.
 #[derive(Clone, Copy)]
 struct Ahead {
     elements: usize,
@@ -55,7 +55,7 @@ impl Ahead {
         Self { elements: step.max(AHEAD / size_of::<T>()), adjacent: x.stride() == x.cols() }
     }
 
-    /// Prefetches as much as a step over columns `j .. j + 8` loads.
+    /// Prefetches as much memory as one step over columns `j .. j + 8` loads.
     #[inline(always)]
     fn prefetch<T: Element, const R: usize>(self, rows: &[Row<'_, T>; R], j: usize) {
         if R < ROWS {
@@ -82,7 +82,7 @@ pub(crate) struct MomentRows<'a, T: Element> {
 impl<T: Element> Kernel for MomentRows<'_, T> {
     type Output = ();
 
-    /// One pass over deviations from a pivot, as in [`super::MomentRuns`], and a second for columns where it was far off.
+    /// Sums deviations from a pivot, as in [`super::MomentRuns`], with a second pass for columns whose pivot was far off.
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let Self { x, mean, m2, sum } = self;
@@ -114,7 +114,7 @@ impl<T: Element> Kernel for MomentRows<'_, T> {
     }
 }
 
-/// The mean of each column's first rows: a power of two of them, scaled before they are added.
+/// The pivot of each column: the mean of its first 1, 2, 4 or 8 values, scaled before they are added.
 #[inline(always)]
 fn pivots<L: Lanes, T: Element>(x: Tile<'_, T>, pivot: &mut [f64]) {
     match x.rows() {
@@ -140,7 +140,7 @@ fn pivots_of<L: Lanes, T: Element, const R: usize>(x: Tile<'_, T>, pivot: &mut [
     }
 }
 
-/// Adds R = 2^k values in pairs, ((0+1)+(2+3)) + ((4+5)+(6+7)): equal values then add up without rounding.
+/// Adds R = 2^k values in pairs, ((0+1)+(2+3)) + ((4+5)+(6+7)), so that equal values add up without rounding.
 #[inline(always)]
 fn halves<V: Copy, const R: usize>(mut values: [V; R], add: impl Fn(V, V) -> V) -> V {
     let mut n = R;
@@ -191,7 +191,7 @@ fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
     }
 }
 
-/// The coefficients of sixteen columns from `j` on.
+/// The coefficients of columns `j .. j + 16`.
 #[inline(always)]
 fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
     column[j..j + LANES].as_chunks().0
@@ -201,8 +201,8 @@ fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
 pub(crate) struct NormalizeRows<'a, 'b, T: Element, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β of each column. Those of the first [`super::LANES`] columns stand again after
-    /// the last, so that a step may cross from one row to the next.
+    /// Mean (high and low part), s and β of each column. The first [`super::LANES`] are repeated after the last, so that
+    /// a step may cross from one row to the next.
     pub(crate) coefficients: [&'a [T::Wide]; 4],
     pub(crate) then: E,
 }
@@ -306,7 +306,7 @@ pub(crate) struct DxRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    /// Coefficients of each column. Those of the first [`super::LANES`] columns stand again after the last.
+    /// Coefficients of each column. The first [`super::LANES`] are repeated after the last.
     pub(crate) coefficients: DxCoefficients<&'a [f64]>,
 }
 

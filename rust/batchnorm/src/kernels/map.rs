@@ -1,4 +1,4 @@
-//! Kernels that compute each element from elements at the same place: the loop over rows, and what is computed in it.
+//! Elementwise kernels: the loop over rows, and the expressions that compute each element from inputs at the same place.
 
 use super::LANES;
 use crate::element::Element;
@@ -7,24 +7,25 @@ use crate::simd::{Kernel, Lanes, WIDTH};
 use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
 
-/// How the rows of a tile are computed, element by element.
+/// An elementwise computation of the rows of a tile.
 pub(super) trait Map<T: Element> {
-    /// What one row is computed from.
+    /// The inputs that one row is computed from.
     type Inputs: Copy;
 
-    /// What row `r` is computed from.
+    /// The inputs of row `r`.
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// Writes elements `i .. i + 16`, which lie in columns `j .. j + 16`.
+    /// Computes elements `i .. i + 16`, which lie in columns `j .. j + 16`, and writes them to `y`.
     fn sixteen<L: Lanes, const S: bool>(&self, inputs: Self::Inputs, i: usize, j: usize, y: ChunkMut<'_, T, LANES, S>);
-    /// Element `i`, which lies in column `j`.
+    /// Computes element `i`, which lies in column `j`.
     fn one(&self, inputs: Self::Inputs, i: usize, j: usize) -> T;
 }
 
-/// Bytes of the shortest row that is written with non-temporal stores. (The cache lines that two rows share never are.)
+/// Bytes from which a row is written with non-temporal stores. (Cache lines that two rows share are written ordinarily.)
 const STREAM_RUN: usize = 1024;
 
-/// Writes a tile; if `streaming`, with non-temporal stores of whole cache lines. Columns start again after `period`
-/// elements.
+/// Computes a tile, and if `streaming` writes its whole cache lines with non-temporal stores.
+///
+/// The column of element `i` of a row is `i % period`.
 #[inline(always)]
 pub(super) fn write<L: Lanes, T: Element, M: Map<T>>(y: &TileMut<'_, T>, period: usize, streaming: bool, map: &M) {
     for r in 0..y.rows() {
@@ -53,8 +54,8 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     }
     let first = if STREAMING { y.before_line() } else { 0 };
     let whole = (len - first) / LANES * LANES;
-    // The elements that whole steps leave over at either end are computed by steps that overlap them. These come first:
-    // in place, the whole steps overwrite what they read.
+    // Elements left over at either end are computed by steps that overlap the whole ones. These come first: if the kernel
+    // works in place, the whole steps overwrite what the overlapping ones read.
     let (mut head, mut tail) = (Buffer::<T, LANES>::new(), Buffer::<T, LANES>::new());
     let start = first / LANES * LANES; // a line has up to 32 elements
     if start < first {
@@ -75,7 +76,7 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
             j -= period;
         }
     }
-    // A cache line written by non-temporal stores is not written again: it would have to come back from memory.
+    // A cache line written by non-temporal stores must not be written again: it would have to come back from memory.
     match len - first - whole {
         0 => {}
         over if STREAMING => tail.copy_last(y, over),
@@ -83,7 +84,7 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     }
 }
 
-/// The expression that defines inference (contract 1), each operation rounded: v = (x − mean)·s + β.
+/// The expression that defines inference (contract 1): v = (x − mean)·s + β, each operation rounded.
 #[inline(always)]
 pub(super) fn normalize_one<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T::Wide {
     let d = x.widen() - high;
@@ -91,7 +92,7 @@ pub(super) fn normalize_one<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]
     d * s + beta
 }
 
-/// [`normalize_one`] of eight elements.
+/// [`normalize_one`] for eight elements.
 #[inline(always)]
 pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector<L>; 4]) -> T::Vector<L> {
     T::normalize::<L>(T::load::<L>(x), c)
@@ -99,26 +100,26 @@ pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector
 
 /// A result computed from the normalized value v: y, or the gradient that passes ReLU.
 pub(crate) trait FromNormalized<T: Element>: Copy {
-    /// What one row is computed from besides v.
+    /// The inputs, besides v, that one row is computed from.
     type Inputs: Copy;
 
-    /// What row `r` is computed from besides v.
+    /// The inputs of row `r`.
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// The inputs as one row, where their rows are adjacent.
+    /// This computation with inputs as one row if their rows are adjacent in memory, else unchanged.
     fn flat(&self) -> Self;
-    /// Elements `i .. i + 8`.
+    /// Computes elements `i .. i + 8`.
     fn eight<L: Lanes>(inputs: Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH];
-    /// Element `i`.
+    /// Computes element `i`.
     fn one(inputs: Self::Inputs, i: usize, v: T::Wide) -> T;
 }
 
-/// v + residual in the precision of v.
+/// v + residual, in the precision of v.
 #[inline(always)]
 fn plus_residual<T: Element>(v: T::Wide, residual: Option<Row<'_, T>>, i: usize) -> T::Wide {
     residual.map_or(v, |residual| v + residual.one(i).widen())
 }
 
-/// [`plus_residual`] of elements `i .. i + 8`.
+/// [`plus_residual`] for elements `i .. i + 8`.
 #[inline(always)]
 fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<Row<'_, T>>, i: usize) -> T::Vector<L> {
     match residual {
@@ -127,7 +128,7 @@ fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<R
     }
 }
 
-/// y: the epilogue applied to the normalized value.
+/// The epilogue applied to the normalized value: y = activation(v + residual).
 impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     type Inputs = Epilogue<Row<'a, T>>;
 
@@ -157,8 +158,9 @@ impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     }
 }
 
-/// The backward of ReLU: dy where y > 0, else 0. y is not read but told from v + residual: whether that rounds to more
-/// than 0.
+/// Backward of ReLU: dy where y > 0, else 0.
+///
+/// y itself is not needed: it is positive exactly where v + residual rounds to more than 0.
 #[derive(Clone, Copy)]
 pub(crate) struct ReluBackward<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
@@ -189,9 +191,9 @@ impl<'a, T: Element> FromNormalized<T> for ReluBackward<'a, T> {
     }
 }
 
-/// The coefficients of dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64.
+/// Coefficients of dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64.
 ///
-/// Each is the number of one channel, or a slice with a number per column.
+/// Each is the number of one channel, or a slice with a number for each column.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DxCoefficients<V> {
     pub(crate) mean: V,
@@ -211,7 +213,7 @@ impl DxCoefficients<f64> {
 }
 
 impl<V: Copy> DxCoefficients<V> {
-    /// Each coefficient mapped by `f`.
+    /// Applies `f` to each coefficient.
     #[inline(always)]
     pub(crate) fn map<W>(self, f: impl Fn(V) -> W) -> DxCoefficients<W> {
         DxCoefficients { mean: f(self.mean), offset: f(self.offset), slope: f(self.slope), scale: f(self.scale) }
@@ -229,7 +231,7 @@ impl<D: Copy> DxCoefficients<[D; 2]> {
     }
 }
 
-/// y = x.
+/// The map y = x.
 struct Copied<'a, T: Element>(Tile<'a, T>);
 
 impl<'a, T: Element> Map<T> for Copied<'a, T> {
@@ -251,7 +253,7 @@ impl<'a, T: Element> Map<T> for Copied<'a, T> {
     }
 }
 
-/// y = x + z, rounded.
+/// The map y = x + z, rounded.
 struct Added<'a, T: Element>(Tile<'a, T>, Tile<'a, T>);
 
 impl<'a, T: Element> Map<T> for Added<'a, T> {
@@ -279,7 +281,7 @@ fn plus<L: Lanes, T: Element>(a: [T; WIDTH], b: [T; WIDTH]) -> [T; WIDTH] {
     T::store_wide::<L>(from_fn(|h| L::add(a[h], b[h])))
 }
 
-/// y = x, or y = x + z: the least that a pass over memory costs.
+/// Copies x, or adds x + z: the least work that a pass over memory can do.
 pub(crate) struct Transfer<'a, 'b, T: Element> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) z: Option<Tile<'a, T>>,

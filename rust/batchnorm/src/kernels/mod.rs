@@ -1,4 +1,7 @@
-//! Kernels: the loops over tensor memory. Each is written once, over [`Lanes`], and runs through [`crate::simd::dispatch`].
+//! Kernels: the loops over tensor memory.
+//!
+//! Each is written once, over [`Lanes`], and runs through [`crate::simd::dispatch`]. *Planar* kernels work on runs of
+//! adjacent values of one channel, *interleaved* ones on rows in which every column is a channel.
 
 mod interleaved;
 mod map;
@@ -9,14 +12,14 @@ pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows,
 pub(crate) use map::{DxCoefficients, ReluBackward, Transfer};
 pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
 
-/// Lanes of every sum, whatever the register width: four AVX2 registers of float64, so that the latency of an addition
-/// is hidden.
+/// Number of lanes of every sum, whatever the register width. Sixteen are four AVX2 registers of float64, which hide the
+/// latency of an addition.
 pub(crate) const LANES: usize = 16;
 
-/// Sixteen lanes of a sum.
+/// The sixteen lanes of a sum, in vectors of four float64.
 type Sum<L> = [<L as Lanes>::D; LANES / 4];
 
-/// Adds up lanes in a fixed tree.
+/// Adds up the lanes of a sum in a fixed tree.
 #[inline(always)]
 fn total<L: Lanes>(sum: Sum<L>) -> f64 {
     let eight = [L::add(sum[0], sum[2]), L::add(sum[1], sum[3])];
@@ -24,12 +27,14 @@ fn total<L: Lanes>(sum: Sum<L>) -> f64 {
     (a + c) + (b + d)
 }
 
-/// Closes sums of deviations from a pivot: mean, M2, and whether M2 lost more than a factor of 3 in accuracy to
-/// cancellation, so that a pass about the mean itself is due.
+/// Turns sums of `n` deviations from a pivot, and of their squares, into mean and M2.
+///
+/// The third result says whether cancellation cost M2 more than a factor of 3 in accuracy: then a second pass, with the
+/// mean as pivot, is needed.
 #[inline(always)]
 fn close(pivot: f64, sum: f64, squares: f64, n: f64) -> (f64, f64, bool) {
     let square_of_sum = sum * sum / n;
     let m2 = squares - square_of_sum;
-    // Rounding may leave a sum of squares just below 0; a NaN stays one.
+    // Rounding may leave M2 just below 0; a NaN stays NaN.
     (pivot + sum / n, if m2 < 0.0 { 0.0 } else { m2 }, square_of_sum > 2.0 * m2)
 }

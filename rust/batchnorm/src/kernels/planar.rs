@@ -1,4 +1,4 @@
-//! Kernels over runs of adjacent values of one channel.
+//! Planar kernels: over runs of adjacent values of one channel.
 
 use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
 use super::{LANES, Sum, close, total};
@@ -7,7 +7,7 @@ use crate::simd::{Kernel, Lanes, WIDTH};
 use crate::view::{ChunkMut, Row, Tile, TileMut};
 use std::array::from_fn;
 
-/// Elements `i .. i + 16` in float64, in the lanes in which they are summed.
+/// Elements `i .. i + 16` in float64, as the sixteen lanes of a sum.
 #[inline(always)]
 fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
     let x = row.chunk::<LANES>(i);
@@ -15,7 +15,7 @@ fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
     [a, b, c, d]
 }
 
-/// The last elements of a row, up to 16, in the last lanes. A row shorter than 16 leaves 0 in the other lanes.
+/// The last 16 elements of a row as lanes. A shorter row stands in the last lanes, with 0 in the others.
 #[inline(always)]
 fn ending<L: Lanes, T: Element>(row: &Row<'_, T>) -> Sum<L> {
     if row.len() >= LANES {
@@ -29,7 +29,7 @@ fn ending<L: Lanes, T: Element>(row: &Row<'_, T>) -> Sum<L> {
     from_fn(|k| L::get(lanes[k]))
 }
 
-/// The last `count` lanes, with zeros, which change no sum, in the others.
+/// The last `count` lanes, with zeros in the others, which leave a sum unchanged.
 #[inline(always)]
 fn last<L: Lanes>(lanes: Sum<L>, count: usize) -> Sum<L> {
     const MASKS: [u64; 2 * LANES] = {
@@ -45,7 +45,7 @@ fn last<L: Lanes>(lanes: Sum<L>, count: usize) -> Sum<L> {
     from_fn(|k| L::keep(lanes[k], masks[k]))
 }
 
-/// Two sums that are being added up.
+/// Two running sums: of a, and of a·b.
 #[derive(Clone, Copy)]
 struct Sums<L: Lanes> {
     first: Sum<L>,
@@ -87,14 +87,14 @@ impl<L: Lanes> Sums<L> {
         *self = sums;
     }
 
-    /// Mean and M2 of the values whose deviations from `pivot` were added, and whether M2 cancelled.
+    /// Mean and M2 of the values whose deviations from `pivot` were added, and whether a second pass is needed.
     #[inline(always)]
     fn close(self, pivot: f64, n: f64) -> (f64, f64, bool) {
         let (sum, squares) = self.totals();
         close(pivot, sum, squares, n)
     }
 
-    /// Adds the dy of a run, and their products with the deviations of x from `mean`.
+    /// Adds dy, and dy·(x − mean), of each element of a run.
     #[inline(always)]
     fn add_products<T: Element>(&mut self, dy: &Row<'_, T>, x: &Row<'_, T>, mean: f64) {
         let (mut sums, about) = (*self, L::splat(mean));
@@ -111,11 +111,11 @@ impl<L: Lanes> Sums<L> {
     }
 }
 
-/// The most adjacent channels whose runs are summed together, so that memory is read in order. Their sums stay in the
-/// first-level cache.
+/// Largest number of adjacent channels whose runs are summed together, so that memory is read in order. Their sums still
+/// fit in the first-level cache.
 pub(crate) const TOGETHER: usize = 32;
 
-/// Count, mean and M2 of one block of each of some adjacent channels.
+/// Count, mean and M2 of one block in each of several adjacent channels.
 pub(crate) struct MomentRuns<'a, T: Element> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) channels: usize,
@@ -124,9 +124,10 @@ pub(crate) struct MomentRuns<'a, T: Element> {
 impl<T: Element> Kernel for MomentRuns<'_, T> {
     type Output = Vec<(f64, f64, f64)>;
 
-    /// One pass over deviations from a pivot p near the mean: with d = x − p, mean = p + Σd/n and
-    /// M2 = Σd² − (Σd)²/n. Where the pivot turns out to be far off, so that the difference would cancel, a second pass
-    /// takes the mean for pivot. Of equal values the pivot is that value exactly, so M2 is 0.
+    /// Sums deviations from a pivot p near the mean, in one pass: with d = x − p, mean = p + Σd/n and M2 = Σd² − (Σd)²/n.
+    ///
+    /// If the pivot turns out to be far from the mean, that difference would cancel, and a second pass takes the mean as
+    /// pivot. If all values are equal, the pivot is that value exactly, so M2 is 0.
     #[inline(always)]
     fn run<L: Lanes>(self) -> Self::Output {
         match self.channels {
@@ -137,7 +138,7 @@ impl<T: Element> Kernel for MomentRuns<'_, T> {
 }
 
 impl<T: Element> MomentRuns<'_, T> {
-    /// For at most `MOST` channels.
+    /// The moments of at most `MOST` channels.
     #[inline(always)]
     fn moments<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64, f64)> {
         let Self { x, channels } = self;
@@ -169,8 +170,10 @@ impl<T: Element> MomentRuns<'_, T> {
     }
 }
 
-/// The mean of the first values; a power of two of them and scaled before they are added, so that equal values give
-/// themselves and nothing overflows.
+/// The pivot of a run: the mean of its first 16 values, or its first value if it is shorter.
+///
+/// The number of values is a power of two, and they are scaled before they are added: so the mean of equal values is
+/// exact, and nothing overflows.
 #[inline(always)]
 fn pivot_of<L: Lanes, T: Element>(run: &Row<'_, T>) -> f64 {
     if run.len() < LANES {
@@ -180,7 +183,7 @@ fn pivot_of<L: Lanes, T: Element>(run: &Row<'_, T>) -> f64 {
     total::<L>(sixteen::<L, T>(run, 0).map(|v| L::mul(v, part)))
 }
 
-/// Normalizes rows that are each of one channel: `then` computes the result from v = (x − mean)·s + β.
+/// Normalizes rows of one channel each: `then` computes the result from v = (x − mean)·s + β.
 pub(crate) struct NormalizeRuns<'a, 'b, T: Element, F, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
@@ -223,7 +226,7 @@ impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Map<T> 
     }
 }
 
-/// Σdy and Σdy·(x − mean) of one block of each of some adjacent channels.
+/// Σdy and Σdy·(x − mean) of one block in each of several adjacent channels.
 pub(crate) struct GradientSumRuns<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
@@ -244,7 +247,7 @@ impl<T: Element> Kernel for GradientSumRuns<'_, T> {
 }
 
 impl<T: Element> GradientSumRuns<'_, T> {
-    /// For at most `MOST` channels.
+    /// The sums of at most `MOST` channels.
     #[inline(always)]
     fn sums<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64)> {
         let Self { dy, x, mean } = self;
@@ -265,7 +268,7 @@ impl<T: Element> GradientSumRuns<'_, T> {
     }
 }
 
-/// Computes dx from dy and x in rows that are each of one channel.
+/// Computes dx from dy and x in rows of one channel each.
 pub(crate) struct DxRuns<'a, 'b, T: Element, F> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,

@@ -1,4 +1,4 @@
-//! Threads of our own: a rayon pool for each process, never rayon's global one.
+//! The thread pool: one of our own for each process, never rayon's global one.
 
 use super::affinity::Places;
 use super::process::PerProcess;
@@ -8,16 +8,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 const MOST_THREADS: usize = 1024;
 
-/// The threads beside the callers'.
+/// The worker threads of the pool, which work beside the calling threads.
 pub(super) struct Workers {
     pub(super) pool: rayon::ThreadPool,
-    /// How many are not at work for some call.
+    /// Number of workers that are not reserved by a call.
     idle: AtomicUsize,
     places: Arc<Places>,
 }
 
 impl Workers {
-    /// Takes up to `most` idle workers. A call never waits for one that is at work for another call.
+    /// Reserves up to `most` idle workers. A call never waits for workers that are reserved by another call.
     pub(super) fn reserve(&self, most: usize) -> Reserved<'_> {
         let take = |idle: usize| Some(idle - idle.min(most));
         let idle = self.idle.fetch_update(Ordering::Acquire, Ordering::Relaxed, take);
@@ -29,7 +29,7 @@ impl Workers {
     }
 }
 
-/// Workers of one call, idle again when it is dropped.
+/// The workers that one call has reserved; they are idle again when this is dropped.
 pub(super) struct Reserved<'a> {
     workers: &'a Workers,
     pub(super) count: usize,
@@ -44,7 +44,7 @@ impl Drop for Reserved<'_> {
 #[derive(Clone)]
 pub(super) struct Pool {
     pub(super) threads: usize,
-    /// `None` where one thread is all there is.
+    /// `None` if the caller's thread is the only one.
     pub(super) workers: Option<Arc<Workers>>,
 }
 
@@ -68,10 +68,10 @@ fn build(threads: usize) -> Result<Pool, Error> {
     Ok(Pool { threads, workers })
 }
 
-/// `BATCHNORM_NUM_THREADS`, or the CPUs that the affinity mask and the cgroup quota leave to this process. A number is
-/// read once.
+/// The default number of threads: `BATCHNORM_NUM_THREADS`, or the number of CPUs that the affinity mask and the cgroup
+/// quota leave to this process. It is determined once.
 pub(super) fn default_threads() -> Result<usize, Error> {
-    /// 0 until it is read. (A `OnceLock` that another thread fills during a fork would block the child for ever.)
+    /// 0 until it is known. (A `OnceLock` that another thread fills during a fork would block the child for ever.)
     static DEFAULT: AtomicUsize = AtomicUsize::new(0);
     match DEFAULT.load(Ordering::Relaxed) {
         0 => read_default_threads().inspect(|&n| DEFAULT.store(n, Ordering::Relaxed)),
@@ -96,10 +96,10 @@ pub(super) fn pool() -> Result<Pool, Error> {
     Ok((**pool).clone())
 }
 
-/// Sets the number of threads that work on one call, the caller's own included. Results do not depend on it.
+/// Sets the number of threads that work on one call, including the caller's. Results do not depend on it.
 ///
 /// # Errors
-/// [`Error::Threads`] unless 1 ≤ `n` ≤ 1024 and the system gives that many.
+/// [`Error::Threads`] unless 1 ≤ `n` ≤ 1024 and the system can start that many.
 pub fn set_num_threads(n: usize) -> Result<(), Error> {
     if !(1..=MOST_THREADS).contains(&n) {
         return Err(Error::Threads { got: n.to_string() });
@@ -108,10 +108,10 @@ pub fn set_num_threads(n: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// The number of threads that work on one call.
+/// The number of threads that work on one call, including the caller's.
 ///
 /// # Errors
-/// [`Error::Threads`] where `BATCHNORM_NUM_THREADS` is not a number from 1 to 1024.
+/// [`Error::Threads`] if `BATCHNORM_NUM_THREADS` is not a number from 1 to 1024.
 pub fn get_num_threads() -> Result<usize, Error> {
     Ok(pool()?.threads)
 }

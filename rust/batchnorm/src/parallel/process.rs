@@ -1,14 +1,14 @@
-//! Values that a process makes for itself.
+//! Values that each process makes for itself, so that a forked child does not use its parent's.
 
 use arc_swap::{ArcSwapOption, Guard};
 use std::mem::forget;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// A value that each process makes at first use, a forked child too.
+/// A value that each process makes at first use, including a forked child.
 ///
-/// A child must not use its parent's value: it speaks of threads that the child does not have, and one of them may have
-/// held a lock in it at the moment of the fork, which then stays locked for ever. For the same reason the value itself is
+/// A child must not use its parent's value: the value may refer to threads that the child does not have, and one of them
+/// may have held a lock in it when the process forked, which then stays locked for ever. For the same reason the value is
 /// not behind a lock, but behind a pointer that is replaced atomically.
 pub struct PerProcess<T>(ArcSwapOption<Owned<T>>);
 
@@ -27,18 +27,19 @@ impl<T> Deref for Owned<T> {
 }
 
 impl<T> PerProcess<T> {
-    /// A place for a value, empty as yet.
+    /// An empty place; the value is made at first use.
     #[allow(clippy::new_without_default, reason = "only ever made in a static, by a constant function")]
     pub const fn new() -> Self {
         Self(ArcSwapOption::const_empty())
     }
 
-    /// The value of this process, made by `make` if there is none yet. In a forked child `make` is given the parent's
-    /// value, of which it may read what never changes, but take no lock. Of several threads that make it at the same time
-    /// all get the value of the first.
+    /// The value of this process, made by `make` if there is none yet.
+    ///
+    /// In a forked child, `make` is given the parent's value: it may read the parts that never change, but must not take a
+    /// lock. If several threads make the value at the same time, all get that of the first.
     ///
     /// # Errors
-    /// Those of `make`.
+    /// The errors of `make`.
     pub fn get<E>(&self, make: impl FnOnce(Option<&T>) -> Result<T, E>) -> Result<Arc<Owned<T>>, E> {
         let process = std::process::id();
         let found = self.0.load_full();
@@ -52,7 +53,7 @@ impl<T> PerProcess<T> {
         match Guard::into_inner(before) {
             Some(first) if first.process == process => Ok(first),
             of_parent => {
-                forget(of_parent); // to drop it would take its locks, and signal its threads
+                forget(of_parent); // dropping it would take its locks and signal its threads
                 Ok(made)
             }
         }

@@ -1,4 +1,4 @@
-//! Instruction-set levels.
+//! The table of instruction-set levels, and the choice of the one in use.
 
 use super::Kernel;
 #[cfg(target_arch = "x86_64")]
@@ -9,21 +9,21 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 /// An instruction-set level that kernels are compiled for.
 ///
-/// A level is added here and nowhere else: a variant, its place in `ALL`, its arms below, and its lanes in `lanes/`.
+/// To add a level, add a variant, its place in `ALL` and its arms below, and its lanes as a file in `lanes/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Level {
-    /// What the compiler's target has: SSE2 on x86-64, NEON on AArch64.
+    /// The instructions of the compiler's target: SSE2 on x86-64, NEON on AArch64.
     Baseline,
     /// AVX2 and F16C; FMA is not used.
     Avx2,
 }
 
 impl Level {
-    /// Every level, lowest first; the place is the variant's number.
+    /// Every level, lowest first; each stands at the index that is its variant's number.
     const ALL: [Self; 2] = [Self::Baseline, Self::Avx2];
 
-    /// The name by which a level is forced.
+    /// The name of the level, as [`set_simd_level`] and `BATCHNORM_SIMD` take it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Baseline => "baseline",
@@ -54,7 +54,7 @@ impl Level {
     }
 }
 
-/// The number of the level in use; `UNKNOWN` until it is chosen.
+/// The number of the level in use, or `UNKNOWN` before it is chosen.
 static CHOSEN: AtomicU8 = AtomicU8::new(UNKNOWN);
 const UNKNOWN: u8 = u8::MAX;
 
@@ -82,7 +82,7 @@ fn by_name(name: &str, source: &str) -> Result<Level, Error> {
 /// The level in use: the one that was set, else the one that `BATCHNORM_SIMD` names, else the highest.
 ///
 /// # Errors
-/// [`Error::Level`] where `BATCHNORM_SIMD` names a level that this machine cannot run.
+/// [`Error::Level`] if `BATCHNORM_SIMD` is not the name of a level that this machine can run.
 pub fn simd_level() -> Result<Level, Error> {
     match chosen() {
         Some(level) => Ok(level),
@@ -90,11 +90,12 @@ pub fn simd_level() -> Result<Level, Error> {
     }
 }
 
-/// Forces a level by name, or (`None`) goes back to the choice made at first use; gives the level now in use. Results
-/// do not depend on it.
+/// Forces a level by name, or with `None` makes the default choice again; returns the level now in use.
+///
+/// Results do not depend on the level.
 ///
 /// # Errors
-/// [`Error::Level`] where the name is none of [`simd_levels`].
+/// [`Error::Level`] if the name (or with `None`, that in `BATCHNORM_SIMD`) is not in [`simd_levels`].
 pub fn set_simd_level(name: Option<&str>) -> Result<Level, Error> {
     let level = match (name, std::env::var("BATCHNORM_SIMD")) {
         (Some(name), _) => by_name(name, "")?,
@@ -116,7 +117,7 @@ mod tests {
     use super::Level;
 
     #[test]
-    fn levels_stand_at_their_numbers() {
+    fn the_index_of_a_level_is_its_number() {
         for (i, level) in Level::ALL.into_iter().enumerate() {
             assert_eq!(level as usize, i);
         }

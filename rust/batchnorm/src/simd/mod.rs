@@ -1,7 +1,7 @@
-//! Instruction-set levels, the lanes that each computes with, and the choice between them.
+//! Instruction-set levels: the lanes that each computes with, and the choice between them.
 //!
-//! A kernel is written once, over [`Lanes`], and compiled once for each level. Since no level fuses a multiply with an add,
-//! and lanes are combined in an order that does not depend on the register width, all levels give the same bits (contract 3).
+//! A kernel is written once, over [`Lanes`], and compiled once for each level. All levels give the same bits (contract 3):
+//! none fuses a multiply with an add, and lanes are combined in an order that does not depend on the register width.
 
 #![allow(unsafe_code, reason = "instruction sets")]
 
@@ -14,9 +14,11 @@ pub(crate) use level::dispatch;
 pub use level::{Level, set_simd_level, simd_level, simd_levels};
 pub(crate) use vectors::{Vectors, WIDTH};
 
-/// A piece of work compiled once for each level.
+/// Work over tensor memory that is compiled once for each level.
 pub(crate) trait Kernel {
     type Output;
-    /// Must be `#[inline(always)]`, and so must all that it calls: only then is it compiled for the level.
+    /// Does the work with the lanes of a level.
+    ///
+    /// It and everything it calls must be `#[inline(always)]`: only then is the code compiled for the level.
     fn run<L: Lanes>(self) -> Self::Output;
 }

@@ -1,31 +1,32 @@
-//! Elements as vectors: how each type is loaded, computed with and stored, eight at a time.
+//! Vectors of eight elements: how each element type is loaded, computed with and stored.
 
 use super::lanes::Lanes;
 use half::{bf16, f16};
 
-/// Elements in a vector.
+/// Number of elements in a vector.
 pub(crate) const WIDTH: usize = 8;
 
-/// How elements of a type are loaded, computed with and stored by kernels.
+/// How kernels load, compute with and store elements of a type.
 pub trait Vectors: Copy + Sized {
     /// The precision in which x is normalized: float64, or float32 for 16-bit types.
     type Wide: Copy;
-    /// Eight elements in the precision in which x is normalized.
+    /// A vector of eight elements, in the precision in which x is normalized.
     type Vector<L: Lanes>: Copy;
 
-    /// The value in every lane.
+    /// One value in every lane.
     #[doc(hidden)]
     fn splat<L: Lanes>(value: Self::Wide) -> Self::Vector<L>;
-    /// Eight coefficients.
+    /// Loads the coefficients of eight columns.
     #[doc(hidden)]
     fn column<L: Lanes>(values: [Self::Wide; WIDTH]) -> Self::Vector<L>;
-    /// Eight elements, exactly.
+    /// Loads eight elements, exactly.
     #[doc(hidden)]
     fn load<L: Lanes>(values: [Self; WIDTH]) -> Self::Vector<L>;
-    /// Eight elements, rounded.
+    /// Rounds to eight elements.
     #[doc(hidden)]
     fn store<L: Lanes>(vector: Self::Vector<L>) -> [Self; WIDTH];
-    /// (x − mean)·s + β, each operation rounded. The mean is in two parts where one does not hold it.
+    /// (x − mean)·s + β, each operation rounded. Coefficients are mean (high and low part), s and β; the low part is used
+    /// only where [`crate::Element::SPLIT_MEAN`].
     #[doc(hidden)]
     fn normalize<L: Lanes>(x: Self::Vector<L>, coefficients: [Self::Vector<L>; 4]) -> Self::Vector<L>;
     /// a + b, rounded.
@@ -37,15 +38,15 @@ pub trait Vectors: Copy + Sized {
     /// d where v > floor, else 0.
     #[doc(hidden)]
     fn pass<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, floor: Self::Vector<L>) -> Self::Vector<L>;
-    /// Eight elements in float64, exactly.
+    /// Loads eight elements as float64, exactly.
     #[doc(hidden)]
     fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2];
-    /// Eight elements, rounded; 16-bit types by way of float32.
+    /// Rounds eight float64 to elements; 16-bit types are rounded to float32 first.
     #[doc(hidden)]
     fn store_wide<L: Lanes>(vector: [L::D; 2]) -> [Self; WIDTH];
 }
 
-/// The types that are normalized in float64.
+/// Implements [`Vectors`] for a type that is normalized in float64.
 macro_rules! in_float64 {
     ($T:ty, $load:expr, $store:expr) => {
         impl Vectors for $T {
@@ -102,7 +103,7 @@ macro_rules! in_float64 {
 in_float64!(f64, L::get, L::put);
 in_float64!(f32, L::of_f32, L::to_f32);
 
-/// The types that are normalized in float32.
+/// Implements [`Vectors`] for a type that is normalized in float32.
 macro_rules! in_float32 {
     ($T:ty, $load:expr, $store:expr) => {
         impl Vectors for $T {

@@ -1,4 +1,4 @@
-//! Rectangles of tensors, and the elements of their rows.
+//! Tiles: rectangles of tensors, their rows, and how elements are loaded from and stored to them.
 
 use super::Rect;
 use crate::element::Element;
@@ -6,14 +6,14 @@ use std::{marker::PhantomData, mem::MaybeUninit};
 
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
-/// Bytes of a vector that is written past the caches.
+/// Bytes that one non-temporal store writes.
 #[cfg(target_arch = "x86_64")]
 const VECTOR: usize = 16;
-/// Elsewhere there is no such store.
+/// On other machines there are no non-temporal stores here.
 #[cfg(not(target_arch = "x86_64"))]
 const VECTOR: usize = 1;
 
-/// A rectangle of a tensor to be read.
+/// A rectangle of a tensor that is read.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<'a, T: Copy> {
     pub(super) data: *const T,
@@ -34,7 +34,7 @@ impl<'a, T: Element> Tile<'a, T> {
         self.cols
     }
 
-    /// Elements from the beginning of a row to that of the next.
+    /// Elements from the start of a row to the start of the next.
     #[inline(always)]
     pub(crate) fn stride(&self) -> usize {
         self.stride
@@ -48,7 +48,7 @@ impl<'a, T: Element> Tile<'a, T> {
         Row { data, len: self.cols, memory: PhantomData }
     }
 
-    /// The same elements as one row, where rows are adjacent.
+    /// This rectangle as one row if its rows are adjacent in memory, else unchanged.
     #[inline(always)]
     pub(crate) fn flat(&self) -> Self {
         let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
@@ -64,7 +64,7 @@ impl<'a, T: Element> Tile<'a, T> {
         Self { data, rows: rows.len(), cols: cols.len(), ..*self }
     }
 
-    /// Row `r` as a rectangle of its own, of rows of `width` elements.
+    /// Row `r` as a rectangle with rows of `width` elements.
     #[inline(always)]
     pub(crate) fn split_row(&self, r: usize, width: usize) -> Self {
         assert!(r < self.rows && self.cols.is_multiple_of(width));
@@ -74,26 +74,26 @@ impl<'a, T: Element> Tile<'a, T> {
     }
 }
 
-/// A rectangle of a tensor to be written. It belongs to one thread (raw pointers are not `Sync`), so reading it through
-/// [`TileMut::as_tile`] between writes is no race.
+/// A rectangle of a tensor that is written. It belongs to one thread (raw pointers are not `Sync`), so reading it through
+/// [`TileMut::as_tile`] between writes is not a data race.
 pub(crate) struct TileMut<'a, T: Copy> {
     pub(super) data: *mut T,
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) stride: usize,
-    /// Whether the tensor is so large that what is written should not push out of the caches what is still to be read.
+    /// Whether the tensor is so large that non-temporal stores pay: ordinary ones would evict data still to be read.
     pub(super) streaming: bool,
     pub(super) memory: PhantomData<&'a mut [T]>,
 }
 
 impl<'a, T: Element> TileMut<'a, T> {
-    /// Rows of `cols` elements, one after the other, at the beginning of a slice.
+    /// `rows` adjacent rows of `cols` elements at the start of a slice.
     pub(crate) fn of(data: &'a mut [T], rows: usize, cols: usize) -> Self {
         assert!(rows * cols <= data.len());
         Self { data: data.as_mut_ptr(), rows, cols, stride: cols, streaming: false, memory: PhantomData }
     }
 
-    /// The same, to be written to the caches since it is read again at once.
+    /// This rectangle, written with ordinary stores because it is read again at once.
     #[inline(always)]
     pub(crate) fn cached(&self) -> TileMut<'_, T> {
         TileMut { streaming: false, ..*self }
@@ -109,26 +109,26 @@ impl<'a, T: Element> TileMut<'a, T> {
         self.cols
     }
 
-    /// The same elements as one row, where rows are adjacent.
+    /// This rectangle as one row if its rows are adjacent in memory, else unchanged.
     #[inline(always)]
     pub(crate) fn flat(&self) -> TileMut<'_, T> {
         let (rows, cols) = if self.cols == self.stride { (1, self.rows * self.cols) } else { (self.rows, self.cols) };
         TileMut { rows, cols, ..*self }
     }
 
-    /// The same elements as one row, where rows are adjacent in this rectangle and in `x`.
+    /// This rectangle as one row if rows are adjacent in memory both here and in `x`, else unchanged.
     #[inline(always)]
     pub(crate) fn flat_with(&self, x: &Tile<'_, T>) -> TileMut<'_, T> {
         if x.cols == x.stride { self.flat() } else { TileMut { ..*self } }
     }
 
-    /// Whether to write past the caches.
+    /// Whether to write with non-temporal stores.
     #[inline(always)]
     pub(crate) fn streaming(&self) -> bool {
         self.streaming && self.is_aligned()
     }
 
-    /// Whether elements are aligned, so that some begin a cache line.
+    /// Whether elements are aligned, so that cache lines begin with whole elements.
     #[inline(always)]
     pub(crate) fn is_aligned(&self) -> bool {
         (self.data as usize).is_multiple_of(size_of::<T>())
@@ -142,7 +142,7 @@ impl<'a, T: Element> TileMut<'a, T> {
         RowMut { data, len: self.cols, memory: PhantomData }
     }
 
-    /// Row `r` as a rectangle of its own, of rows of `width` elements.
+    /// Row `r` as a rectangle with rows of `width` elements.
     #[inline(always)]
     pub(crate) fn split_row(&self, r: usize, width: usize) -> TileMut<'_, T> {
         assert!(r < self.rows && self.cols.is_multiple_of(width));
@@ -151,14 +151,15 @@ impl<'a, T: Element> TileMut<'a, T> {
         TileMut { data, rows: self.cols / width, cols: width, stride: width, ..*self }
     }
 
-    /// The same memory to be read: the input of a kernel that works in place.
+    /// This rectangle as the input of a kernel that works in place.
     #[inline(always)]
     pub(crate) fn as_tile(&self) -> Tile<'_, T> {
         Tile { data: self.data, rows: self.rows, cols: self.cols, stride: self.stride, memory: PhantomData }
     }
 }
 
-/// Adjacent elements to be read. It holds a pointer and no slice, since in place the same elements are being written.
+/// Adjacent elements that are read. It holds a pointer and not a slice, because a kernel that works in place writes the
+/// same elements meanwhile.
 #[derive(Clone, Copy)]
 pub(crate) struct Row<'a, T: Copy> {
     data: *const T,
@@ -187,18 +188,18 @@ impl<'a, T: Element> Row<'a, T> {
         unsafe { self.data.add(i).read_unaligned() }
     }
 
-    /// Elements `i .. i + N`: checked here once, and not again where they are loaded.
+    /// Elements `i .. i + N`. Bounds are checked here once, and not again when they are loaded.
     #[inline(always)]
     pub(crate) fn chunk<const N: usize>(&self, i: usize) -> Chunk<'a, T, N> {
         assert!(N <= self.len && i <= self.len - N);
         Chunk { data: self.data.wrapping_add(i), memory: PhantomData }
     }
 
-    /// Asks for the cache line of element `i`, which need not be within the row.
+    /// Prefetches the cache line of element `i`, which may lie outside the row.
     #[inline(always)]
     pub(crate) fn prefetch(&self, i: usize) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch reads nothing that the program sees, and no address makes it fail.
+        // SAFETY: a prefetch has no effect that the program can see, and does not fail at any address.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             _mm_prefetch::<_MM_HINT_T0>(self.data.wrapping_add(i).cast());
@@ -206,7 +207,7 @@ impl<'a, T: Element> Row<'a, T> {
     }
 }
 
-/// `N` adjacent elements to be read.
+/// `N` adjacent elements that are read.
 #[derive(Clone, Copy)]
 pub(crate) struct Chunk<'a, T: Copy, const N: usize> {
     data: *const T,
@@ -218,12 +219,12 @@ impl<T: Element, const N: usize> Chunk<'_, T, N> {
     #[inline(always)]
     pub(crate) fn part<const M: usize>(&self, k: usize) -> [T; M] {
         assert!((k + 1) * M <= N); // of constants
-        // SAFETY: the part lies within the chunk, whose elements `Row::chunk` has found in its row.
+        // SAFETY: the part lies within the chunk, which `Row::chunk` has checked to lie within its row.
         unsafe { self.data.add(k * M).cast::<[T; M]>().read_unaligned() }
     }
 }
 
-/// Adjacent elements to be written.
+/// Adjacent elements that are written.
 pub(crate) struct RowMut<'a, T: Copy> {
     data: *mut T,
     len: usize,
@@ -244,14 +245,16 @@ impl<T: Element> RowMut<'_, T> {
         unsafe { self.data.add(i).write_unaligned(value) }
     }
 
-    /// Elements before the first that begins a cache line, of aligned elements.
+    /// Number of elements before the first that begins a cache line; elements must be aligned.
     #[inline(always)]
     pub(crate) fn before_line(&self) -> usize {
         self.len.min((self.data as usize).wrapping_neg() % LINE / size_of::<T>())
     }
 
-    /// Elements `i .. i + N`: checked here once, and not again where they are written. Of a `STREAMING` chunk whole
-    /// vectors are written past the caches; [`super::fence`] must follow before another thread reads them.
+    /// Elements `i .. i + N`. Bounds are checked here once, and not again when they are written.
+    ///
+    /// In a `STREAMING` chunk, whole vectors are written with non-temporal stores; [`super::fence`] must follow before
+    /// another thread reads them.
     #[inline(always)]
     pub(crate) fn chunk<const N: usize, const STREAMING: bool>(&self, i: usize) -> ChunkMut<'_, T, N, STREAMING> {
         assert!(N <= self.len && i <= self.len - N);
@@ -261,7 +264,7 @@ impl<T: Element> RowMut<'_, T> {
     }
 }
 
-/// `N` adjacent elements to be written.
+/// `N` adjacent elements that are written.
 pub(crate) struct ChunkMut<'a, T: Copy, const N: usize, const STREAMING: bool> {
     data: *mut T,
     memory: PhantomData<&'a mut [T]>,
@@ -277,8 +280,8 @@ impl<T: Element, const N: usize, const STREAMING: bool> ChunkMut<'_, T, N, STREA
             use std::arch::x86_64::{__m128i, _mm_stream_si128};
             const { assert!((M * size_of::<T>()).is_multiple_of(VECTOR)) };
             for v in 0..M * size_of::<T>() / VECTOR {
-                // SAFETY: the vector lies within `values` and within the part, which lies within the chunk, whose elements
-                // `RowMut::chunk` has found in its row and aligned.
+                // SAFETY: the vector lies within `values` and within the part, which lies within the chunk.
+                // `RowMut::chunk` has checked that the chunk is aligned and lies within its row.
                 unsafe {
                     let value = values.as_ptr().cast::<__m128i>().add(v).read_unaligned();
                     _mm_stream_si128(self.data.add(k * M).cast::<__m128i>().add(v), value);
@@ -286,12 +289,12 @@ impl<T: Element, const N: usize, const STREAMING: bool> ChunkMut<'_, T, N, STREA
             }
             return;
         }
-        // SAFETY: the part lies within the chunk, whose elements `RowMut::chunk` or `Buffer::chunk` has found.
+        // SAFETY: the part lies within the chunk, which lies within its row or buffer (see `RowMut::chunk`, `Buffer::chunk`).
         unsafe { self.data.add(k * M).cast::<[T; M]>().write_unaligned(values) }
     }
 }
 
-/// Elements that wait to be written.
+/// Elements that a kernel has computed and will write to a row later.
 pub(crate) struct Buffer<T: Copy, const N: usize>(MaybeUninit<[T; N]>);
 
 impl<T: Element, const N: usize> Buffer<T, N> {
@@ -305,13 +308,13 @@ impl<T: Element, const N: usize> Buffer<T, N> {
         ChunkMut { data: self.0.as_mut_ptr().cast(), memory: PhantomData }
     }
 
-    /// Writes its first `n` elements to elements `i .. i + n` of a row.
+    /// Writes the first `n` elements to elements `i .. i + n` of a row.
     #[inline(always)]
     pub(crate) fn copy_first(&self, row: &RowMut<'_, T>, i: usize, n: usize) {
         self.copy(0, row, i, n);
     }
 
-    /// Writes its last `n` elements to the last of a row.
+    /// Writes the last `n` elements to the last `n` elements of a row.
     #[inline(always)]
     pub(crate) fn copy_last(&self, row: &RowMut<'_, T>, n: usize) {
         self.copy(N - n, row, row.len - n, n);
@@ -320,8 +323,8 @@ impl<T: Element, const N: usize> Buffer<T, N> {
     #[inline(always)]
     fn copy(&self, from: usize, row: &RowMut<'_, T>, to: usize, n: usize) {
         assert!(from <= N && n <= N - from && to <= row.len && n <= row.len - to);
-        // SAFETY: both ranges lie where they should, as just checked. What of the buffer was not written is copied as it
-        // is, without being read as a value.
+        // SAFETY: both ranges lie within the buffer and the row, as just checked. Elements of the buffer that were never
+        // written are copied as bytes, without being read as values.
         unsafe {
             let from = self.0.as_ptr().cast::<MaybeUninit<T>>().add(from);
             std::ptr::copy_nonoverlapping(from.cast::<u8>(), row.data.add(to).cast::<u8>(), n * size_of::<T>());

@@ -5,21 +5,21 @@ use crate::simd::Kernel;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 
-/// Proof that this machine has AVX2 and F16C: only detection makes it.
+/// Proof that this machine has AVX2 and F16C: only [`Token::detect`] makes one.
 #[derive(Clone, Copy)]
 pub(in crate::simd) struct Token(());
 
 impl Token {
-    /// Looks for the instructions; the answer is kept by the standard library.
+    /// A token if this machine has the instructions; the standard library remembers the answer.
     #[inline]
     pub(in crate::simd) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")).then_some(Self(()))
     }
 
-    /// Runs a kernel on these instructions.
+    /// Runs a kernel with AVX2 and F16C.
     #[inline]
     pub(in crate::simd) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        // SAFETY: the token says that the instructions are there.
+        // SAFETY: the token proves that this machine has the instructions.
         unsafe { run(kernel) }
     }
 }
@@ -30,7 +30,7 @@ fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Avx2>()
 }
 
-/// Private, since its safe functions rely on the [`Token`] with which [`run`] was called.
+/// Lanes as AVX2 registers. Private, since its safe functions rely on the [`Token`] with which [`run`] was called.
 #[derive(Clone, Copy)]
 struct Avx2;
 
@@ -138,7 +138,8 @@ impl Lanes for Avx2 {
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
         })
     }
-    /// Adds half a unit of the last place that is kept, less one where that place is even; a NaN is made quiet instead.
+    /// Rounds to nearest, ties to even, by an addition of 0x7FFF + (lowest bit kept) before the low 16 bits are cut off. A
+    /// NaN is made quiet instead.
     #[inline(always)]
     fn to_bf16(s: __m256) -> [bf16; 8] {
         avx2!({

@@ -1,7 +1,8 @@
-//! Lanes: four float64 or eight float32 at a time, and what turns elements into them.
+//! Lanes: arithmetic on four float64 or eight float32 at a time, and conversions of elements to and from them.
 //!
-//! Kernels name these operations and not lane loops, since whether a compiler makes vectors of loops changes with every
-//! edit (measured: up to five times slower). No operation fuses a multiply with an add, so every level rounds alike.
+//! Kernels call these operations instead of writing loops over lanes, since whether a compiler vectorizes such a loop
+//! changes with every edit (measured: up to five times slower). No operation fuses a multiply with an add, so every level
+//! rounds alike.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;
@@ -11,16 +12,16 @@ use half::{bf16, f16};
 
 /// The vectors of an instruction-set level.
 pub trait Lanes: Copy + 'static {
-    /// Four float64.
+    /// A vector of four float64.
     type D: Copy;
-    /// Eight float32.
+    /// A vector of eight float32.
     type S: Copy;
 
-    /// The same value in all lanes.
+    /// One value in all lanes.
     fn splat(value: f64) -> Self::D;
-    /// Lanes from memory.
+    /// Loads four lanes.
     fn get(values: [f64; 4]) -> Self::D;
-    /// Lanes to memory.
+    /// Stores four lanes.
     fn put(d: Self::D) -> [f64; 4];
     /// a + b
     fn add(a: Self::D, b: Self::D) -> Self::D;
@@ -32,18 +33,18 @@ pub trait Lanes: Copy + 'static {
     fn relu(v: Self::D) -> Self::D;
     /// d where v > floor, else 0.
     fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D;
-    /// The bits that the mask has.
+    /// Bitwise AND of each lane with its mask.
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D;
-    /// Exact.
+    /// Converts four float32, exactly.
     fn of_f32(values: [f32; 4]) -> Self::D;
-    /// Rounds to nearest.
+    /// Rounds to float32, to nearest.
     fn to_f32(d: Self::D) -> [f32; 4];
 
-    /// The same value in all lanes.
+    /// One value in all lanes.
     fn splat_s(value: f32) -> Self::S;
-    /// Lanes from memory.
+    /// Loads eight lanes.
     fn get_s(values: [f32; 8]) -> Self::S;
-    /// Lanes to memory.
+    /// Stores eight lanes.
     fn put_s(s: Self::S) -> [f32; 8];
     /// a + b
     fn add_s(a: Self::S, b: Self::S) -> Self::S;
@@ -55,16 +56,16 @@ pub trait Lanes: Copy + 'static {
     fn relu_s(v: Self::S) -> Self::S;
     /// d where v > floor, else 0.
     fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S;
-    /// Exact.
+    /// Converts eight float16, exactly.
     fn of_f16(values: [f16; 8]) -> Self::S;
-    /// Rounds to nearest.
+    /// Rounds to float16, to nearest.
     fn to_f16(s: Self::S) -> [f16; 8];
-    /// Exact.
+    /// Converts eight bfloat16, exactly.
     fn of_bf16(values: [bf16; 8]) -> Self::S;
-    /// Rounds to nearest.
+    /// Rounds to bfloat16, to nearest.
     fn to_bf16(s: Self::S) -> [bf16; 8];
-    /// The low and the high four, exact.
+    /// Converts the low four and the high four lanes to float64, exactly.
     fn widen(s: Self::S) -> [Self::D; 2];
-    /// Low and high four to one, rounded to nearest.
+    /// Rounds the low four and the high four lanes to float32, to nearest.
     fn narrow(d: [Self::D; 2]) -> Self::S;
 }

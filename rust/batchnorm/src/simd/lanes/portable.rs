@@ -1,4 +1,4 @@
-//! Lanes as arrays, on every machine.
+//! Lanes as arrays, for every machine.
 
 use super::Lanes;
 use crate::simd::Kernel;
@@ -6,13 +6,13 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::array::from_fn;
 
-/// Runs a kernel on what the compiler's target has.
+/// Runs a kernel with the instructions of the compiler's target.
 #[inline(never)]
 pub(in crate::simd) fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<Portable>()
 }
 
-/// Arrays, for the compiler to vectorize as it can.
+/// Lanes as arrays, which the compiler vectorizes as it can.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
