@@ -177,14 +177,14 @@ class Coefficients:
     """The validated coefficients of a frozen layer: y = (x − mean)·s + β with s = γ/√(var + ε), in float64.
 
     Args:
-        mean: E[x], shape (channels,).
+        mean: E[x], shape (channels,) or a number.
         var: Var[x], shape (channels,) or a number; 0 or more.
         gamma: γ, shape (channels,) or a number; ones where absent.
         beta: β, shape (channels,) or a number; zeros where absent.
         eps: ε, finite, 0 or more; 0 only where every var is more than 0.
 
     Raises:
-        ValueError: A shape or value is not as said.
+        ValueError: A shape or value is not as described.
         TypeError: A parameter is not real.
     """
     def __new__(
@@ -224,12 +224,47 @@ class Coefficients:
 
 def json_cut_data(
     text: bytes | NDArray[np.uint8], max_elements: int, max_depth: int
-) -> tuple[bytes, list[tuple[NDArray[np.float32 | np.float64], list[int]]]]: ...
-def json_parse(text: bytes, max_depth: int) -> Any: ...
+) -> tuple[bytes, list[tuple[NDArray[np.float32 | np.float64], list[int]]]]:
+    """Takes the ``data`` arrays out of the JSON of an inference request.
+
+    NaN, Infinity and -Infinity are numbers too, and null is NaN in ``data``.
+
+    Args:
+        text: The request, as bytes or as an array of them.
+        max_elements: The most numbers that all these arrays may hold.
+        max_depth: How deep arrays and objects may be nested, up to 255.
+
+    Returns:
+        The text in which each array ``data`` of an object of ``inputs`` is [i], and the arrays, of which that is number
+        i: for each a flat array of its numbers, float32 where the object's ``datatype`` is FP32 and else float64, and the
+        shape of its nesting: of [[1, 2, 3]] that is (1, 3), and of [[], []] (2, 0).
+
+    Raises:
+        ValueError: The text is malformed or nested too deep; or an array holds something else than numbers, is ragged,
+            or holds a finite number beyond the range of its dtype.
+        OverflowError: There are more numbers than may be.
+    """
+
+def json_parse(text: bytes, max_depth: int) -> Any:
+    """Parses UTF-8 JSON.
+
+    NaN, Infinity and -Infinity are numbers too. Of two members of one name the last counts.
+
+    Args:
+        text: The text.
+        max_depth: How deep arrays and objects may be nested, up to 255.
+
+    Returns:
+        The value, of dict, list, str, int, float and bool, or None.
+
+    Raises:
+        ValueError: The text is malformed or nested too deep, or holds a finite number beyond the range of float64.
+    """
+
 def json_put_data(
     before: bytes, values: NDArray[np.float32 | np.float64], after: bytes, null: bool
 ) -> NDArray[np.uint8]:
-    """A JSON text with an array of floats in it, each printed shortest.
+    """Prints a JSON text with an array of floats in it, each with the fewest digits that give its bits back.
 
     Args:
         before: What precedes the array.
@@ -253,11 +288,11 @@ def moments(x: Any, *, channel_axis: int = 1) -> Moments:
         channel_axis: The axis of the channels; negative counts from the end.
 
     Returns:
-        Moments in float64. Of zero rows: the neutral element, count 0. Of values that are not finite, or that differ by
-        more than about 1e154 so that their squares overflow, the statistics are not finite.
+        Moments in float64. Those of zero rows are the neutral element, with count 0. They are not finite if values are
+        not finite, or differ by more than about 1e154, so that squares overflow.
 
     Raises:
-        ValueError: Rank, channel_axis or size are not as said.
+        ValueError: Rank, channel_axis or size are not as described.
         TypeError: x is no tensor of these dtypes.
     """
 
@@ -287,14 +322,14 @@ def normalize(
         eps: ε, finite and more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write y to; it shares no memory with x or residual.
-        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
-        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
         y, of x's shape, dtype and memory order, and the cache for the backward pass.
 
     Raises:
-        ValueError: A shape or value is not as said.
+        ValueError: A shape or value is not as described.
         TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
     """
 
@@ -320,22 +355,22 @@ def train_forward(
         eps: ε, finite and more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write y to; memory of its own, or x itself.
-        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
-        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
         y, of x's shape, dtype and memory order, and the cache for ``backward``, which holds x and residual by reference.
-        Where y was written over x there is none to hold, and ``backward`` needs a copy of x.
+        If y was written over x, the cache holds no x, and ``backward`` needs a copy of it.
 
     Raises:
-        ValueError: A shape or value is not as said.
+        ValueError: A shape or value is not as described.
         TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
     """
 
 def gradient_sums(dy: Any, cache: Cache, *, x: Any | None = None) -> GradientSums:
     """The sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3), before any division by m.
 
-    Where the forward pass ended in an activation, dy stands for dy where y > 0, else 0.
+    If the forward pass ended in an activation, dy stands for the gradient that passes it: dy where y > 0, else 0.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -361,7 +396,7 @@ def gradient_apply(
 ) -> NDArray[Any]:
     """The input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 
-    Where the forward pass ended in an activation, dy stands for dy where y > 0, else 0.
+    If the forward pass ended in an activation, dy stands for the gradient that passes it: dy where y > 0, else 0.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -369,14 +404,14 @@ def gradient_apply(
         sums: Sums over all values whose moments were merged; m is their count.
         x: A copy of x, where the forward pass wrote y over x.
         out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
+        dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
             that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
 
     Returns:
         dx, of x's shape, dtype and memory order.
 
     Raises:
-        ValueError: A shape is not as said, or the sums are over another number of values than the moments by which x was
+        ValueError: A shape is not as described, or the sums are over another number of values than the moments by which x was
             normalized.
         TypeError: dy or out has another dtype than x.
     """
@@ -391,24 +426,24 @@ def backward(
 ) -> Gradients:
     """The backward pass of training (section 3): ``gradient_apply`` with ``gradient_sums``, to the bit.
 
-    Where the forward pass ended in an activation, the gradient passes where the rounded y > 0. y is not needed for it, but
-    x and residual must be as they were.
+    If the forward pass ended in an activation, dy passes where the rounded y > 0. That is told from x and residual, which
+    must not have changed; y is not needed.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
         cache: What the forward pass returned.
         x: A copy of x, where the forward pass wrote y over x.
         out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
-        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
+        dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
             that passes the activation; memory of its own, or dy itself. Only where the forward pass had a residual.
 
     Returns:
         Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, also where γ, β were absent.
-        Its attribute dresidual is that array; without one it is dy where the forward pass had a residual and no activation
-        (and dx was not written over dy), else None.
+        Its attribute dresidual is the array given. Without one it is dy itself if the forward pass had a residual and no
+        activation (and dx was not written over dy), else None.
 
     Raises:
-        ValueError: A shape is not as said, or x was normalized by the moments of more than x: merge gradient sums then.
+        ValueError: A shape is not as described, or x was normalized by the moments of more than x: merge gradient sums then.
         TypeError: dy or out has another dtype than x.
     """
 
@@ -430,8 +465,8 @@ def infer(
     With ``residual`` and ``activation``, y = activation((x − mean)·s + β + residual), rounded once.
 
     Computed in float64 for 32- and 64-bit tensors, in float32 with a two-part mean for 16-bit ones; each operation
-    rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. Of 16-bit tensors
-    ``|x − mean|`` and s must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
+    rounded, none fused. The bits do not depend on the batch, on threads or on the instruction set. For 16-bit tensors,
+    |x − mean| must be in the range of float32 (up to 3.4e38); beyond it y is not finite.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
@@ -442,14 +477,14 @@ def infer(
         eps: ε, finite, 0 or more; 0 only where every var is more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write y to; x itself, or memory of its own.
-        activation: None or "relu", applied to the sum: max(·, 0), NaN stays NaN.
-        residual: Tensor of x's shape and dtype that is added before it; copied where its memory order is another.
+        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
         y, of x's shape, dtype and memory order.
 
     Raises:
-        ValueError: A shape or value is not as said.
+        ValueError: A shape or value is not as described.
         TypeError: x is no tensor of these dtypes, or out or a parameter is of a wrong type.
     """
 
@@ -470,8 +505,8 @@ def infer_backward(
 ) -> Gradients:
     """The backward pass with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 
-    With the ``activation`` of the forward pass, dy stands for dy where y > 0, else 0; that takes its ``beta`` and
-    ``residual``, which change nothing else.
+    With the ``activation`` of the forward pass, dy stands for the gradient that passes it: dy where y > 0, else 0. Only
+    that depends on ``beta`` and ``residual``.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -485,30 +520,30 @@ def infer_backward(
         out: Array of x's shape, dtype and memory order to write dx to; memory of its own, or dy itself.
         activation: None or "relu", as in the forward pass.
         residual: As in the forward pass.
-        dresidual: Array of x's shape, dtype and memory order to write the gradient of residual to, which is the gradient
+        dresidual: Array of x's shape, dtype and memory order to write the residual's gradient to, which is the gradient
             that passes the activation; memory of its own, or dy itself. Only with residual.
 
     Returns:
         Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64.
-        Its attribute dresidual is that array; without one it is dy where the forward pass had a residual and no activation
-        (and dx was not written over dy), else None.
+        Its attribute dresidual is the array given. Without one it is dy itself if the forward pass had a residual and no
+        activation (and dx was not written over dy), else None.
 
     Raises:
-        ValueError: A shape or value is not as said.
+        ValueError: A shape or value is not as described.
         TypeError: dy, x, out or a parameter is of a wrong type.
     """
 
 def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None:
-    """The floor that benchmarks compare with: out = x, or out = x + z, on the threads that every function here works on.
+    """Copies x to out, or adds z to it: the least that any function here costs, which benchmarks compare with.
 
     Args:
         x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
         out: Array like x, in memory of its own.
         z: Tensor like x.
-        streaming: Whether out is written past the caches.
+        streaming: Whether out is written with non-temporal stores.
 
     Raises:
-        ValueError: A shape is not as said.
+        ValueError: A shape is not as described.
         TypeError: out or z has another dtype than x.
     """
 
@@ -561,5 +596,24 @@ def set_simd_level(name: str | None) -> None:
 def simd_levels() -> list[str]:
     """Names of the instruction-set levels that this machine can run, lowest first."""
 
-def tensor(argument: str, value: Any) -> NDArray[Any]: ...
-def real_array(argument: str, value: ArrayLike) -> NDArray[Any]: ...
+def tensor(argument: str, value: Any) -> NDArray[Any]:
+    """The array of a tensor, whose memory it shares.
+
+    Args:
+        argument: What errors call it.
+        value: A NumPy array, or an object with ``__dlpack__`` (on the CPU) or ``__array__``.
+
+    Raises:
+        TypeError: It is none of these, has a mask, or requires grad.
+    """
+
+def real_array(argument: str, value: ArrayLike) -> NDArray[Any]:
+    """The array of real numbers that parameters are given as, of any shape.
+
+    Args:
+        argument: What errors call it.
+        value: What ``tensor`` takes, a number, or a sequence of numbers.
+
+    Raises:
+        TypeError: It is not real, has a mask, or requires grad.
+    """
