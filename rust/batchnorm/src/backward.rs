@@ -131,13 +131,13 @@ fn apply<T: Element>(
         }),
         Family::Interleaved(rows) => dx.map_tiles(&rows.tiles(elements), |rect, dx| {
             let (dy, cached) = (dy.tile(rows.width, rect, &dx), dx.cached());
-            let columns = pass.columns(&rows, rect.cols.clone());
+            let columns = pass.columns(&rows, rect.cols.clone())?;
             let dy = pass.through_rows(&rows, (columns.as_ref(), rect), dy, &cached);
             let x = pass.x.tile(rows.width, rect);
             let column =
                 |field: fn(DxCoefficients<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]));
-            let (mean, offset) = (column(|a| a.mean), column(|a| a.offset));
-            let (slope, scale) = (column(|a| a.slope), column(|a| a.scale));
+            let (mean, offset) = (column(|a| a.mean)?, column(|a| a.offset)?);
+            let (slope, scale) = (column(|a| a.slope)?, column(|a| a.scale)?);
             let coefficients =
                 DxCoefficients { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
             dispatch(DxRows { dy, x, dx: &dx, coefficients });
@@ -196,7 +196,7 @@ fn fused<T: Element>(
     dx.map_tiles(&planar.groups(group), |rect, dx| {
         let (dy, cached) = (dy.tile(width, rect, &dx), dx.cached());
         let (x, channels) = (pass.x.tile(width, rect), planar.channels_of(rect));
-        let dy = pass.through_runs(&planar, (&channels, rect), dy, &cached);
+        let dy = pass.through_runs(&planar, (&channels, rect), dy, &cached)?;
         let means = &coefficients.mean()[channels.clone()];
         let block = |channels: Range<usize>, block| {
             let rect = planar.rect(&channels, block);
@@ -206,7 +206,7 @@ fn fused<T: Element>(
         let of = |(c, sums): (usize, &OfChannel<SumAndProducts>)| {
             dx_coefficients(coefficients, c, sums.second * coefficients.invstd()[c], sums.first, count)
         };
-        let of_channels: Vec<DxCoefficients<f64>> = channels.clone().zip(&sums).map(of).collect();
+        let of_channels = collected(channels.clone().zip(&sums).map(of))?;
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (dy, x, dx) =

@@ -140,15 +140,19 @@ impl Coefficients {
     }
 
     /// The coefficients of some columns for the kernels.
-    pub(crate) fn of_columns<T: Element>(&self, rows: &Interleaved, columns: Range<usize>) -> Columns<T> {
+    pub(crate) fn of_columns<T: Element>(
+        &self,
+        rows: &Interleaved,
+        columns: Range<usize>,
+    ) -> Result<Columns<T>, Error> {
         let part = |values: &[f64]| rows.spread(columns.clone(), LANES, |c| T::Wide::from_f64(values[c]));
-        let high = part(&self.mean);
+        let high = part(&self.mean)?;
         // Where the mean is in one part, nothing reads the other; any numbers will do.
         let low = match T::SPLIT_MEAN {
-            true => rows.spread(columns.clone(), LANES, |c| self.of_channel::<T>(c)[1]),
-            false => high.clone(),
+            true => rows.spread(columns.clone(), LANES, |c| self.of_channel::<T>(c)[1])?,
+            false => part(&self.mean)?,
         };
-        Columns([high, low, part(&self.scale), part(&self.beta)])
+        Ok(Columns([high, low, part(&self.scale)?, part(&self.beta)?]))
     }
 }
 

@@ -8,6 +8,7 @@ use crate::error::Error;
 use crate::input::Input;
 use crate::kernels::{NormalizeRows, NormalizeRuns, ReluBackward};
 use crate::layout::Layout;
+use crate::memory::collected;
 use crate::partition::{Family, Interleaved, Planar, tile};
 use crate::simd::dispatch;
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
@@ -71,25 +72,25 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         (channels, rect): (&Range<usize>, &Rect),
         dy: Tile<'t, T>,
         to: &'t TileMut<'_, T>,
-    ) -> Tile<'t, T> {
+    ) -> Result<Tile<'t, T>, Error> {
         if !self.has_activation() {
-            return dy;
+            return Ok(dy);
         }
         let (x, residual) = self.tiles(planar.width(), rect);
         let run = x.cols() / channels.len();
-        let of_channels: Vec<_> = channels.clone().map(|c| self.coefficients.of_channel::<T>(c)).collect();
+        let of_channels = collected(channels.clone().map(|c| self.coefficients.of_channel::<T>(c)))?;
         let coefficients = |c: usize| of_channels[c];
         for r in 0..x.rows() {
             let residual = residual.map(|residual| residual.split_row(r, run));
             let then = ReluBackward { dy: dy.split_row(r, run), residual };
             dispatch(NormalizeRuns { x: x.split_row(r, run), y: &to.split_row(r, run), coefficients, then });
         }
-        to.as_tile()
+        Ok(to.as_tile())
     }
 
     /// The coefficients of some columns for [`ForwardPass::through_rows`], or `None` without an activation.
-    pub(crate) fn columns(&self, rows: &Interleaved, columns: Range<usize>) -> Option<Columns<T>> {
-        self.has_activation().then(|| self.coefficients.of_columns(rows, columns))
+    pub(crate) fn columns(&self, rows: &Interleaved, columns: Range<usize>) -> Result<Option<Columns<T>>, Error> {
+        self.has_activation().then(|| self.coefficients.of_columns(rows, columns)).transpose()
     }
 
     /// The gradient that passes the activation, in a rectangle whose columns are channels.
@@ -121,7 +122,7 @@ impl<'a, T: Element> ForwardPass<'a, T> {
                 Ok(())
             }),
             (Family::Interleaved(rows), _) => to.map_tiles(&rows.tiles(elements), |rect, to| {
-                let columns = self.columns(&rows, rect.cols.clone());
+                let columns = self.columns(&rows, rect.cols.clone())?;
                 self.through_rows(&rows, (columns.as_ref(), rect), dy.tile(rows.width, rect, &to), &to);
                 Ok(())
             }),

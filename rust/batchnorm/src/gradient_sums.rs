@@ -174,9 +174,9 @@ fn planar_sums<T: Element>(
         if !pass.has_activation() {
             return sums_of_block(dy, x, mean);
         }
-        let mut memory = vec![T::from_f64(0.0); dy.rows() * dy.cols()];
+        let mut memory = collected(repeat_n(T::from_f64(0.0), dy.rows() * dy.cols()))?;
         let passing = TileMut::of(&mut memory, dy.rows(), dy.cols());
-        sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing), x, mean)
+        sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing)?, x, mean)
     })?;
     collected(sums.into_iter().map(OfChannel::into_pair))
 }
@@ -186,9 +186,9 @@ pub(crate) fn sums_of_block<T: Element>(
     dy: Tile<'_, T>,
     x: Tile<'_, T>,
     mean: &[f64],
-) -> Vec<OfChannel<SumAndProducts>> {
+) -> Result<Vec<OfChannel<SumAndProducts>>, Error> {
     let count = (x.rows() * x.cols() / mean.len()) as f64;
-    dispatch(GradientSumRuns { dy, x, mean }).into_iter().map(|sums| OfChannel::new(count, sums)).collect()
+    collected(dispatch(GradientSumRuns { dy, x, mean }).into_iter().map(|sums| OfChannel::new(count, sums)))
 }
 
 fn interleaved_sums<T: Element>(
@@ -197,11 +197,12 @@ fn interleaved_sums<T: Element>(
     rows: Interleaved,
 ) -> Result<Vec<(f64, f64)>, Error> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
-        let mean = rows.spread(columns.clone(), 0, |c| pass.coefficients.mean()[c]);
-        let coefficients = pass.columns(&rows, columns.clone());
+        let mean = rows.spread(columns.clone(), 0, |c| pass.coefficients.mean()[c])?;
+        let coefficients = pass.columns(&rows, columns.clone())?;
         // The rows of a part are a multiple of those of a step of the sums; without an activation a block is one part.
         let step = if pass.has_activation() { (PART / columns.len()).max(ROWS) / ROWS * ROWS } else { rows.rows };
-        let mut memory = vec![T::from_f64(0.0); if pass.has_activation() { step * columns.len() } else { 0 }];
+        let elements = if pass.has_activation() { step * columns.len() } else { 0 };
+        let mut memory = collected(repeat_n(T::from_f64(0.0), elements))?;
         Tree::of(blocks.map(|b| {
             let block = rows.block(b);
             let mut sums = OfColumns::<SumAndProducts>::zeros(block.len(), columns.len())?;

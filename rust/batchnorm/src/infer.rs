@@ -39,7 +39,7 @@ pub fn infer<T: Element>(
         }),
         Family::Interleaved(rows) => y.map_tiles(&rows.tiles(elements), |rect, y| {
             let x = x.tile(rows.width, rect, &y);
-            let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone());
+            let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone())?;
             let then = epilogue.map(|residual| residual.tile(rows.width, rect));
             dispatch(NormalizeRows { x, y: &y, coefficients: columns.slices(), then });
             Ok(())

@@ -1,7 +1,7 @@
 //! Arrays whose length grows with the input. Where there is no memory for one, the verb fails, and the process lives.
 //!
-//! Arrays of a length that no input exceeds (a block of a few channels, columns of a tile, channels of a group: see
-//! [`crate::partition`]) come from the ordinary constructors.
+//! Only what kernels return of a block of a few channels (less than a KiB, whatever the input) comes from the ordinary
+//! constructors.
 
 use crate::error::Error;
 use std::iter::repeat_n;

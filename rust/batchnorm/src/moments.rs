@@ -216,9 +216,9 @@ fn planar_moments<T: Element>(x: View<'_, T>, planar: Planar) -> Result<Vec<(f64
     collected(channels.into_iter().map(OfChannel::into_pair))
 }
 
-fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Vec<OfChannel<MeanAndM2>> {
+fn moments_of_block<T: Element>(x: Tile<'_, T>, channels: usize) -> Result<Vec<OfChannel<MeanAndM2>>, Error> {
     let moments = dispatch(MomentRuns { x, channels });
-    moments.into_iter().map(|(count, mean, m2)| OfChannel::new(count, (mean, m2))).collect()
+    collected(moments.into_iter().map(|(count, mean, m2)| OfChannel::new(count, (mean, m2))))
 }
 
 /// Mean and M2 of each channel of a group that has at least one value, given as a tile of all its runs.
@@ -231,7 +231,7 @@ pub(crate) fn moments_of_group<T: Element>(planar: &Planar, group: Tile<'_, T>) 
 
 fn interleaved_moments<T: Element>(x: View<'_, T>, rows: Interleaved) -> Result<Vec<(f64, f64)>, Error> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
-        let mut sum = vec![0.0; columns.len()];
+        let mut sum = zeros(columns.len())?;
         Tree::of(blocks.map(|b| {
             let block = rows.block(b);
             let mut moments = OfColumns::<MeanAndM2>::zeros(block.len(), columns.len())?;

@@ -139,7 +139,7 @@ impl Planar {
         &self,
         channels: Range<usize>,
         blocks: Range<usize>,
-        f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Vec<P>,
+        f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Result<Vec<P>, Error>,
     ) -> Result<Vec<P>, Error> {
         let parts = self.parts();
         let mut trees: Vec<Tree<P>> = collected(channels.clone().map(|_| Tree::new()))?;
@@ -149,7 +149,7 @@ impl Planar {
             for (i, c) in (0..trees.len()).step_by(together).zip(channels.clone().step_by(together)) {
                 let trees = &mut trees[i..channels.len().min(i + together)];
                 for b in blocks.clone() {
-                    let leaves = f(c..c + trees.len(), self.block(b));
+                    let leaves = f(c..c + trees.len(), self.block(b))?;
                     trees.iter_mut().zip(leaves).try_for_each(|(tree, leaf)| tree.push(leaf))?;
                 }
             }
@@ -176,7 +176,7 @@ impl Planar {
     pub(crate) fn map_channels<P: Merge + Send + Sync>(
         &self,
         bytes: usize,
-        f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Vec<P> + Sync,
+        f: impl Fn(Range<usize>, (Range<usize>, Range<usize>)) -> Result<Vec<P>, Error> + Sync,
     ) -> Result<Vec<P>, Error> {
         let (blocks, group) = (self.blocks(), self.channels.div_ceil(TASKS));
         let span = span_of(blocks, TASKS / self.channels);
@@ -270,11 +270,15 @@ impl Interleaved {
             .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
     }
 
-    /// What is given once a channel, once a column; then that of the first `again` columns again. Columns are those of a
-    /// strip or tile: a few thousand, however wide the matrix is.
-    pub(crate) fn spread<V: Copy>(&self, columns: Range<usize>, again: usize, value: impl Fn(usize) -> V) -> Vec<V> {
+    /// What is given once a channel, once a column; then that of the first `again` columns again.
+    pub(crate) fn spread<V: Copy>(
+        &self,
+        columns: Range<usize>,
+        again: usize,
+        value: impl Fn(usize) -> V,
+    ) -> Result<Vec<V>, Error> {
         let n = columns.len();
-        let mut values = Vec::with_capacity(n + again);
+        let mut values = with_capacity(n + again)?;
         if self.inner == 1 {
             values.extend(columns.map(value)); // the same as below, and several times faster
         } else {
@@ -283,7 +287,7 @@ impl Interleaved {
         for i in 0..again {
             values.push(values[i]); // of fewer columns than `again`, those that stand again do so once more
         }
-        values
+        Ok(values)
     }
 }
 

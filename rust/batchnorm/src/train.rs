@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::infer::infer;
 use crate::input::Input;
 use crate::kernels::NormalizeRuns;
+use crate::memory::collected;
 use crate::moments::{Moments, moments, moments_of_group};
 use crate::pairs::Groups;
 use crate::parameters::Parameters;
@@ -88,9 +89,10 @@ fn fused<T: Element>(
         let x = x.tile(planar.width(), rect, &y);
         let epilogue = epilogue.map(|residual| residual.tile(planar.width(), rect));
         let (statistics, channels) = (moments_of_group(&planar, x)?, planar.channels_of(rect));
-        let coefficients: Vec<[T::Wide; 4]> = (channels.clone().zip(&statistics))
-            .map(|(c, &(mean, m2))| for_kernel::<T>(mean, parameters.scale(c, m2 / count as f64), parameters.shift(c)))
-            .collect();
+        let of_channel = |(c, &(mean, m2)): (usize, &(f64, f64))| {
+            for_kernel::<T>(mean, parameters.scale(c, m2 / count as f64), parameters.shift(c))
+        };
+        let coefficients = collected(channels.clone().zip(&statistics).map(of_channel))?;
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (x, y) = (x.split_row(r, planar.inner), y.split_row(r, planar.inner));
