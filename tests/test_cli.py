@@ -138,7 +138,7 @@ def test_demo_example():
 
 @pytest.mark.parametrize(("steps", "status"), [(200, 0), (10, 1)])
 def test_demo(monkeypatch, steps, status):
-    """All of it but the full number of steps. Ten do not train enough: a check fails, which is no misuse."""
+    """The whole demonstration with fewer steps. Ten do not train enough: a check fails, with status 1."""
     monkeypatch.setattr("batchnorm.demo.main", functools.partial(batchnorm.demo.main, steps=steps))
     result = CliRunner().invoke(main, ["demo", "--output", "shown"])
     assert result.exit_code == status, result.output

@@ -1,6 +1,6 @@
 """Hostile input: messages whose framing lies, HTTP that means two things, clients that leave.
 
-Whatever is sent, the answer is a refusal in its form, or the right tensor of that very message.
+Whatever is sent, the answer is an error in the documented form, or the right tensor for that very message.
 """
 
 from __future__ import annotations

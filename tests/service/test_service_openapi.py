@@ -18,7 +18,7 @@ import batchnorm as bn
 from batchnorm_service.http.app import create_app
 from batchnorm_service.settings import Settings
 
-# Of the routes, what describes the document itself, and another spelling of a path.
+# Routes that the document leaves out: those of the document itself, and another spelling of a path.
 UNDESCRIBED = {("get", "/openapi.json"), ("get", "/docs"), ("get", "/v2/")}
 
 
