@@ -1,4 +1,4 @@
-"""A residual and an activation in the pass that normalizes, and the way back through them."""
+"""A residual and an activation in the same pass as normalization, and their backward pass."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_relu_of_zeros_and_what_is_not_finite(dtype):
 
 
 def test_a_sum_is_rounded_once():
-    """What 1 + 2⁻²³ + 2⁻²⁴ has beyond float32 is still there when 1 is taken away."""
+    """The bits of 1 + 2⁻²³ + 2⁻²⁴ beyond float32 are still there after 1 is subtracted."""
     x = np.array([[1 + 2.0**-23]], np.float32)
     y = bn.infer(x, 0.0, 1.0, 1.0, 2.0**-24, eps=0.0, residual=np.array([[-1.0]], np.float32))
     assert y == np.float32(2.0**-23 + 2.0**-24)
@@ -120,7 +120,7 @@ def assert_gradients(got, wanted):
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("layout", FEW, ids=str)
 def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
-    """To the bit: the plain backward pass of dy·(y > 0)."""
+    """Gradients have the bits of the plain backward pass of dy·(y > 0)."""
     x, residual, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     residual = residual if with_residual else None
     y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis, activation="relu", residual=residual)
@@ -200,7 +200,7 @@ def test_without_an_activation_the_gradient_of_the_residual_is_dy(rng, dtype):
 
 
 def test_a_value_that_rounds_to_zero_passes_nothing():
-    """y > 0 is asked of the rounded y."""
+    """The gradient passes where the rounded y > 0."""
     for name, least in (("float32", 2.0**-149), ("float16", 2.0**-24)):
         x = np.array([[1], [2], [3], [4]], np.float64) * least
         x = x.astype(name)
@@ -355,7 +355,7 @@ def test_a_gradient_that_nothing_asks_for_is_refused():
 
 
 def test_a_refused_backward_pass_writes_nothing():
-    """Not even what comes before the sums are found to be over too few values."""
+    """Nothing is written before the sums are found to be over too few values."""
     dy = np.ones((4, 3, 5), np.float32)
     moments = bn.moments(X).merge(bn.moments(X))
     _, cache = bn.normalize(X, moments, activation="relu", residual=-X)

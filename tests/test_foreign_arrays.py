@@ -114,7 +114,7 @@ def ways_in(table):
 
 
 class Negated(Exporter):
-    """Memory whose signs are to be changed yet, which DLPack cannot say: as PyTorch's ``z.conj().imag``."""
+    """A lazily negated tensor, which DLPack cannot express, like PyTorch's `z.conj().imag`."""
 
     def __init__(self, array):
         super().__init__(array, array.shape, "float", 32)

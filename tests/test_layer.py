@@ -77,7 +77,7 @@ def test_eval_mode_is_the_frozen_layer(rng, layout, dtype):
 
 
 def test_eval_mode_follows_every_change(rng):
-    """It keeps what it froze last, so each thing that a freeze reads is changed behind its back."""
+    """Eval mode keeps the last frozen layer, so each value that freezing reads is changed in place here."""
     x = rng.normal(3, 2, (8, 3)).astype(np.float32)
     layer = bn.BatchNorm(3)
     layer(x)

@@ -1,4 +1,4 @@
-"""No temporary grows with x; few rows of many channels, a few values each, are what tempts to it."""
+"""No temporary memory grows with x, not even for few rows of many channels with a few values each."""
 
 import subprocess
 import sys

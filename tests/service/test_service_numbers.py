@@ -108,7 +108,7 @@ def test_the_number_of_elements_is_limited():
 
 
 def test_many_arrays_take_no_memory():
-    """Each once had room for as many numbers as might follow, which made a terabyte of 6 MB of text."""
+    """An array must not reserve memory for all numbers that might follow: 6 MB of text took a terabyte."""
     with pytest.raises(InvalidInputError, match="more than 64 arrays"):
         cut_data(b'{"inputs":[%b{}]}' % (b'{"data":[1]},' * 500_000), 10**9, 100)
 

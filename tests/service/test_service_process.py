@@ -1,4 +1,4 @@
-"""The process: command line, settings, body limit, workers, and clients that misbehave."""
+"""The process: command line, settings, body limit, workers, misbehaving clients."""
 
 from __future__ import annotations
 
