@@ -39,10 +39,10 @@ $(VENV)/.built: $(VENV)/.packages $(RUST_SOURCES) pyproject.toml service/pyproje
 	@touch $@
 
 .PHONY: setup
-setup: $(VENV)/.built ## Make .venv with both distributions and all that the tests need
+setup: $(VENV)/.built ## Create .venv with both distributions and all that the tests need
 
 .PHONY: demo
-demo: setup ## Train, freeze, export and serve on real data (writes demo-output/)
+demo: setup ## Train, freeze, export and serve a network on real data (writes demo-output/)
 	$(call step,Running the demonstration)
 	@$(BIN)/batchnorm demo --output demo-output
 
@@ -89,7 +89,7 @@ bench-rust: requirements
 	@cargo test -p batchnorm --locked --quiet --bench verbs
 
 .PHONY: test
-test: built test-rust ## Everything but the long forms (no root; at most 6 minutes on two cores)
+test: built test-rust ## All tests except the long ones (needs no root; at most 6 minutes on two cores)
 	$(call step,Testing Python ONNX Runtime and the service)
 	@$(BIN)/python -m pytest -q -m 'not long' --durations=5
 
@@ -98,7 +98,7 @@ pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k ora
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 .PHONY: test-all
-test-all: test bench-rust memcheck bench-check docs dist test-lowest ## What needs system packages or time as well
+test-all: test bench-rust memcheck bench-check docs dist test-lowest ## All tests, including those that take long or need system packages
 	$(call step,Testing the long forms)
 	@cargo test -p batchnorm-json --locked --quiet --test fuzz -- --ignored --show-output
 	@$(BIN)/python -m pytest -q -m long --durations=5
@@ -144,7 +144,7 @@ dist/.checked: $(VENV)/.built $(VENV)/.release $(SOURCES)
 dist: dist/.checked ## Build and check sdists and wheels of both distributions (writes dist/)
 
 .PHONY: lowest
-lowest: $(VENV)/.release ## Resolve the declared floors of all dependencies anew (writes tests/constraints-lowest.txt)
+lowest: $(VENV)/.release ## Resolve the lowest versions of all dependencies again (writes tests/constraints-lowest.txt)
 	@$(BIN)/python tests/lowest.py
 
 .venv-lowest/.packages: tests/constraints-lowest.txt
@@ -154,11 +154,11 @@ lowest: $(VENV)/.release ## Resolve the declared floors of all dependencies anew
 	@touch $@
 
 .PHONY: test-lowest
-test-lowest: dist ## The quick tests with every dependency at its declared floor (needs Python 3.11)
+test-lowest: dist ## The quick tests with every dependency at its lowest version (needs Python 3.11)
 	@if $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then $(MAKE) --no-print-directory tested-lowest; \
 	else echo "skipped: $(PYTHON) is not Python 3.11, the lowest that we support; name it with make PYTHON=..."; fi
 
-# Old packages may warn of what newer ones deprecate: that is nobody's fault here.
+# Old packages may give deprecation warnings, which are not errors of this project.
 .PHONY: tested-lowest
 tested-lowest: .venv-lowest/.packages
 	$(call step,Testing with every dependency at its declared floor)
@@ -166,7 +166,7 @@ tested-lowest: .venv-lowest/.packages
 	@.venv-lowest/bin/python -m pytest -q -m 'not long' -o filterwarnings=default --disable-warnings
 
 .PHONY: memcheck
-memcheck: requirements ## The core's tests of every width under Valgrind (skipped where that is absent)
+memcheck: requirements ## The core's tests of every width under Valgrind (skipped if that is not installed)
 	$(call step,Checking the memory of the Rust core with Valgrind)
 	@if command -v valgrind >/dev/null; then \
 	  runner='valgrind --quiet --error-exitcode=9 --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite'; \
@@ -176,16 +176,16 @@ memcheck: requirements ## The core's tests of every width under Valgrind (skippe
 	else echo "skipped: no valgrind (on Debian and Ubuntu: the package valgrind)"; fi
 
 .PHONY: bench
-bench: setup $(VENV)/.peers ## Time us, the floor of a copy and the peers (writes bench-output/; ONLY=56x56 for a part)
+bench: setup $(VENV)/.peers ## Time this package, a plain copy and other libraries (writes bench-output/; ONLY=56x56 for a part)
 	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(ONLY),--only "$(ONLY)")
 
 .PHONY: bench-check
-bench-check: setup ## Fail where we are far behind the goals over the floor of a copy
+bench-check: setup ## Fail if a pass takes far longer than its goal, as a multiple of a plain copy
 	$(call step,Checking speed against the floor of a copy)
 	@PYTHONPATH=tests $(BIN)/python -m bench.check
 
 .PHONY: accuracy
-accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours and the peers' (updates docs/accuracy.md)
+accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours and other libraries' (updates docs/accuracy.md)
 	@PYTHONPATH=tests $(BIN)/python -m accuracy docs/accuracy.md
 
 .PHONY: bench-service

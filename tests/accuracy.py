@@ -1,6 +1,6 @@
 """Errors against extended precision, ours and the peers', which `make accuracy` prints; tests bound ours.
 
-The judge is `oracle`: long double of 64 significant bits, pairwise sums, the mean corrected once.
+The reference is `oracle`: long double of 64 significant bits, pairwise sums, the mean corrected once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of the core run over: dtypes, layouts, sizes about lane, line and block widths."""
+"""Cases for the tests of the core: dtypes, layouts, and sizes near lane, cache-line and block widths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A DLPack exporter of any dtype, shape, strides, offset and device: what other libraries may hand us."""
+"""A DLPack exporter of any dtype, shape, strides, offset and device, as other libraries may export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every verb on memory that ends, or begins, at a page that may not be touched; run by test_guards.py.
+"""Every function of the core on memory that ends, or begins, at a guard page; run by test_guards.py.
 
 Reading or writing one byte too far ends this process; writing on the open side spoils a pattern. Prints how
 many calls it made.
@@ -24,7 +24,7 @@ LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Guarded:
-    """Room for an array between two pages that may not be touched."""
+    """Memory for an array between two guard pages."""
 
     def __init__(self, capacity: int):
         self.room = -(-capacity // PAGE) * PAGE
@@ -51,7 +51,7 @@ class Guarded:
 
 
 class Run:
-    """Calls every verb on guarded copies and compares with the bits on ordinary memory."""
+    """Calls every function on guarded copies, and compares the bits with those on ordinary memory."""
 
     def __init__(self, dtype: str, capacity: int):
         self.dtype = np.dtype(dtype)
@@ -111,7 +111,7 @@ def small(dtype: str) -> Run:
 
 
 def large(dtype: str, nbytes: int) -> Run:
-    """Odd lengths and widths of `nbytes` or a little more, which are written past the caches."""
+    """Odd lengths and widths of `nbytes` or a little more, which are written with non-temporal stores."""
     elements = -(-nbytes // np.dtype(dtype).itemsize)
     rows = ((67,), (64,), (5, 49), (3, 4099))
     shapes = [(-(-elements // int(np.prod(row))), *row) for row in rows]

@@ -1,6 +1,6 @@
-"""Docstrings of the compiled module, written into its stub: `python -m stub` (with `tests` on the path).
+"""Writes docstrings of the compiled module into its stub: `python -m stub` (with `tests` on the path).
 
-Editors read the stub only, so a hover shows what stands there.
+Editors read only the stub, so its docstrings are what a hover shows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 
 
 def with_docstrings(text: str, module: object) -> str:
-    """The text of a stub, with the docstring of each thing that it declares as `module` has it."""
+    """The text of a stub, with the docstring that `module` has for each class and function in it."""
     lines = text.splitlines()
     tree = ast.parse(text)
     found: list[tuple[Documented, str | None]] = [(tree, inspect.getdoc(module)), *documented(tree, module)]

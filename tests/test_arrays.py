@@ -1,4 +1,4 @@
-"""What a tensor may be: memory order, strides, byte order, alignment, DLPack, `__array__`; and what `out`."""
+"""Accepted tensors: memory orders, strides, byte orders, alignment, DLPack, `__array__`; and `out`."""
 
 from __future__ import annotations
 

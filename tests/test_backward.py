@@ -131,7 +131,7 @@ def test_absent_gamma_has_a_gradient_too(rng, dtype):
 
 
 def test_the_batch_feels_no_common_push(rng):
-    """y is the same for x + c, so Σ dx = 0; and, but for ε, for c·x, so Σ dx·(x−μ) ≈ 0."""
+    """y is the same for x + c, so Σ dx = 0; and up to ε for c·x, so Σ dx·(x−μ) ≈ 0."""
     x, dy = rng.standard_normal((2, 60, 8))
     dx = bn.backward(dy, bn.train_forward(x, 3.0, eps=1e-12)[1]).dx
     np.testing.assert_allclose(dx.sum(0), 0, atol=1e-12)

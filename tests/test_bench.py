@@ -23,7 +23,7 @@ SMALL = [
 
 @pytest.mark.parametrize("row", SMALL, ids=lambda row: row.name)
 def test_installed_peers_give_our_answer(row):
-    """Of the peers that the tests install anyway; the others are checked when they are timed."""
+    """Only peers that the tests install anyway; the others are checked when they are timed."""
     case = Case.of(row)
     case.answer_all()
     seen = 0

@@ -97,7 +97,7 @@ def workers():
 @pytest.mark.usefixtures("restore_execution")
 @pytest.mark.skipif(sys.platform != "linux", reason="sees threads in /proc, which is Linux")
 def test_threads_exist_when_asked_for(rng):
-    """More than a setting. The caller is one of the threads; those of an old pool take time to end."""
+    """Threads exist, not only the setting. The caller is one of them; old ones take time to end."""
     x = rng.standard_normal((300_000, 2))
     for threads in (8, 1, 3):
         bn.set_num_threads(threads)
@@ -198,7 +198,7 @@ def test_training_into_given_memory(rng, layout, dtype):
 
 @pytest.mark.usefixtures("restore_execution")
 def test_inference_of_a_part_with_other_threads(rng, dtype):
-    """Any split of a large batch, whatever the number of threads: rows do not know their neighbours."""
+    """Any split of a large batch, for any number of threads: a row does not depend on its neighbours."""
     layout = Layout((61, 40, 33, 31))
     x, _, _, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     whole = bn.infer(x, mean, var, gamma, beta)
@@ -233,7 +233,7 @@ def test_any_batch_split_in_inference(layout, dtype, data):
     ids=str,
 )
 def test_repeated_a_hundred_times(rng, layout, dtype):
-    """Whichever thread takes which part, and when."""
+    """The bits are the same whichever thread takes which part, and when."""
     x, dy, axis, parameters = setting(rng, layout, dtype)
     wanted = everything(x, dy, axis, parameters)
     for turn in range(100):

@@ -35,7 +35,7 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An own working directory with a table and the layer fitted to it."""
+    """A new working directory with a table and the layer fitted to it."""
     monkeypatch.chdir(tmp_path)
     Path("my.csv").write_text(CSV)
     bn.FrozenBatchNorm.from_moments(bn.moments(read_csv("my.csv"))).save("bn.safetensors")
@@ -47,7 +47,7 @@ def read_csv(path, dtype=np.float64):
 
 
 def run(*arguments):
-    """Run in this process; it must succeed in silence on standard error."""
+    """Run a command in this process; it must succeed, with nothing on standard error."""
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     return result.stdout
@@ -94,7 +94,7 @@ def test_example(name):
 
 
 def test_serve_example():
-    """With another port: 8080 may be taken. The request is that of docs/cli.md."""
+    """The example with another port, since 8080 may be in use. The request is that of docs/cli.md."""
     assert "--port 8080" in EXAMPLES["serve"]
     command = [sys.executable, "-m", *shlex.split(EXAMPLES["serve"].replace("8080", "0"))]
     environment = os.environ | {"BATCHNORM_SERVICE_DRAIN_SECONDS": "0"}
@@ -138,7 +138,7 @@ def test_demo_example():
 
 @pytest.mark.parametrize(("steps", "status"), [(200, 0), (10, 1)])
 def test_demo(monkeypatch, steps, status):
-    """All of it but the full number of steps. Ten do not train enough: a check fails, which is no misuse."""
+    """The whole demonstration with fewer steps. Ten do not train enough: a check fails, with status 1."""
     monkeypatch.setattr("batchnorm.demo.main", functools.partial(batchnorm.demo.main, steps=steps))
     result = CliRunner().invoke(main, ["demo", "--output", "shown"])
     assert result.exit_code == status, result.output
@@ -397,7 +397,7 @@ def test_a_bar_for_a_terminal_only(rng):
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_reader_that_has_left(options):
-    """As of `batchnorm inspect … | true`: no traceback, no complaint."""
+    """As in `batchnorm inspect … | true`: no traceback and no message."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "batchnorm", "inspect", "bn.safetensors", *options]

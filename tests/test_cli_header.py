@@ -1,4 +1,4 @@
-"""Whether the first line of a table names its columns; where it may be either, the user has to say it."""
+"""Whether the first line of a table is a header; if it is ambiguous, the user has to decide."""
 
 from __future__ import annotations
 

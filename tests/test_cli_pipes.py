@@ -1,4 +1,4 @@
-"""`fit` and `apply` read a pipe once, and give what they give for a file with the same bytes."""
+"""`fit` and `apply` read a pipe once, with the same result as for a file with the same bytes."""
 
 from __future__ import annotations
 
@@ -136,6 +136,6 @@ def test_a_standard_input_that_cannot_be_read():
 
 @pytest.mark.parametrize("line", ["inspect pipe", "export pipe -o x.onnx", "apply pipe my.csv -o y.csv"])
 def test_a_layer_is_no_pipe(line):
-    """It would be read more than once, and a pipe without a writer is waited for."""
+    """A layer is read more than once, and reading a pipe without a writer would hang."""
     os.mkfifo("pipe")
     assert "'pipe' is not a regular file" in error_of(*line.split())

@@ -1,4 +1,4 @@
-"""The demonstration as it runs for a stranger, with fewer training steps; and what it says to try next."""
+"""The demonstration with fewer training steps, and the code that it suggests to try next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A residual and an activation in the pass that normalizes, and the way back through them."""
+"""A residual and an activation in the same pass as normalization, and their backward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def setting(rng, layout, dtype):
     return x, layout.normal(rng, dtype), layout.normal(rng, dtype, 0, 2), layout.channel_axis, parameters
 
 
-def gate(dy, y):
+def relu_backward(dy, y):
     """What passes an activation: dy where y > 0."""
     return np.where(np.asarray(y, np.float64) > 0, dy, np.zeros((), dy.dtype))
 
@@ -73,7 +73,7 @@ def test_relu_of_zeros_and_what_is_not_finite(dtype):
 
 
 def test_a_sum_is_rounded_once():
-    """What 1 + 2⁻²³ + 2⁻²⁴ has beyond float32 is still there when 1 is taken away."""
+    """The bits of 1 + 2⁻²³ + 2⁻²⁴ beyond float32 are still there after 1 is subtracted."""
     x = np.array([[1 + 2.0**-23]], np.float32)
     y = bn.infer(x, 0.0, 1.0, 1.0, 2.0**-24, eps=0.0, residual=np.array([[-1.0]], np.float32))
     assert y == np.float32(2.0**-23 + 2.0**-24)
@@ -88,7 +88,7 @@ def test_a_residual_of_another_memory_order_is_copied(rng, dtype):
         assert bits(bn.infer(x, *p, activation="relu", residual=residual)) == bits(wanted)
         y, cache = bn.train_forward(x, activation="relu", residual=residual)
         buffer = np.empty_like(x)
-        assert bits(bn.backward(x, cache, dresidual=buffer).dresidual) == bits(gate(x, y))
+        assert bits(bn.backward(x, cache, dresidual=buffer).dresidual) == bits(relu_backward(x, y))
 
 
 @pytest.mark.parametrize(("activation", "with_residual"), FOLLOWS)
@@ -120,12 +120,12 @@ def assert_gradients(got, wanted):
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("layout", FEW, ids=str)
 def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
-    """To the bit: the plain backward pass of dy·(y > 0)."""
+    """Gradients have the bits of the plain backward pass of dy·(y > 0)."""
     x, residual, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     residual = residual if with_residual else None
     y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis, activation="relu", residual=residual)
     plain = bn.train_forward(x, gamma, beta, channel_axis=axis)[1]
-    through = gate(dy, y)
+    through = relu_backward(dy, y)
     wanted = bn.backward(through, plain)
     got = bn.backward(dy, cache)
     assert got.dresidual is None
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
 
     follows = {"activation": "relu", "residual": residual}
     y = bn.infer(x, mean, var, gamma, beta, channel_axis=axis, **follows)
-    frozen = bn.infer_backward(gate(dy, y), x, mean, var, gamma, channel_axis=axis)
+    frozen = bn.infer_backward(relu_backward(dy, y), x, mean, var, gamma, channel_axis=axis)
     arguments = x, mean, var, gamma
     assert_gradients(bn.infer_backward(dy, *arguments, beta=beta, channel_axis=axis, **follows), frozen)
     over = dy.copy(order="K")
@@ -155,7 +155,7 @@ def test_the_gradient_of_the_residual(rng, layout, dtype):
     x, residual, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     follows = {"activation": "relu", "residual": residual}
     y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis, **follows)
-    wanted, through = bn.backward(dy, cache), gate(dy, y)
+    wanted, through = bn.backward(dy, cache), relu_backward(dy, y)
     for out in (None, np.empty_like(x), "over dy"):
         for over_dy in (False, True):
             if over_dy and isinstance(out, str):
@@ -178,7 +178,7 @@ def test_the_gradient_of_the_residual(rng, layout, dtype):
         dy, x, mean, var, gamma, beta=beta, channel_axis=axis, dresidual=buffer, **follows
     )
     assert got.dresidual is buffer
-    assert bits(buffer) == bits(gate(dy, y))
+    assert bits(buffer) == bits(relu_backward(dy, y))
 
 
 def test_without_an_activation_the_gradient_of_the_residual_is_dy(rng, dtype):
@@ -200,7 +200,7 @@ def test_without_an_activation_the_gradient_of_the_residual_is_dy(rng, dtype):
 
 
 def test_a_value_that_rounds_to_zero_passes_nothing():
-    """y > 0 is asked of the rounded y."""
+    """The gradient passes where the rounded y > 0."""
     for name, least in (("float32", 2.0**-149), ("float16", 2.0**-24)):
         x = np.array([[1], [2], [3], [4]], np.float64) * least
         x = x.astype(name)
@@ -291,7 +291,7 @@ def test_the_layer(rng, training):
     assert layer.freeze().fingerprint == plain.freeze().fingerprint
     buffer = np.empty_like(x)
     dx = layer.backward(dy, dresidual=buffer)
-    assert bits(buffer) == bits(gate(dy, y))
+    assert bits(buffer) == bits(relu_backward(dy, y))
     assert bits(plain.backward(buffer)) == bits(dx)
     assert bits(plain.grad_gamma) == bits(layer.grad_gamma)
     assert bits(plain.grad_beta) == bits(layer.grad_beta)
@@ -355,7 +355,7 @@ def test_a_gradient_that_nothing_asks_for_is_refused():
 
 
 def test_a_refused_backward_pass_writes_nothing():
-    """Not even what comes before the sums are found to be over too few values."""
+    """Nothing is written before the sums are found to be over too few values."""
     dy = np.ones((4, 3, 5), np.float32)
     moments = bn.moments(X).merge(bn.moments(X))
     _, cache = bn.normalize(X, moments, activation="relu", residual=-X)

@@ -1,4 +1,4 @@
-"""Everything that is refused: cases for each kind of error of the core, and what the binding refuses.
+"""Errors: cases for each kind of error of the core, and for the errors that the binding raises itself.
 
 Each case makes the real call and checks the exception's type, its kind, and the words that name the argument,
 what it was and what was wanted. The core lists its kinds: none can be added without a case here.

@@ -1,4 +1,4 @@
-"""The floor that benchmarks compare with is a fair one: it copies, and no slower than NumPy does."""
+"""The copy that benchmarks compare with is fair: it copies correctly, and is not slower than NumPy."""
 
 import statistics
 import time

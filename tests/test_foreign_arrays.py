@@ -1,6 +1,6 @@
 """Arrays of other libraries, as tensors and as parameters: one rule on every path.
 
-Lazily negated tensors are resolved, masks and tensors that require grad are refused, bfloat16 is taken.
+Lazily negated tensors are resolved, masks and tensors that require grad raise TypeError, bfloat16 works.
 PyTorch and pandas are not needed: what their objects do is done by exporters of ours too.
 """
 
@@ -114,7 +114,7 @@ def ways_in(table):
 
 
 class Negated(Exporter):
-    """Memory whose signs are to be changed yet, which DLPack cannot say: as PyTorch's ``z.conj().imag``."""
+    """A lazily negated tensor, which DLPack cannot express, like PyTorch's `z.conj().imag`."""
 
     def __init__(self, array):
         super().__init__(array, array.shape, "float", 32)
@@ -182,7 +182,7 @@ def test_masked_tensors_of_torch(torch):
 
 
 class Series:
-    """Of pandas: an array by `__array__`, with a method `mask`."""
+    """A pandas Series is an array by `__array__`, and has a method `mask`, which is not a mask."""
 
     def __init__(self, values):
         self.values = values

@@ -1,4 +1,4 @@
-"""FrozenBatchNorm: what it computes, what it refuses, what it is equal to."""
+"""FrozenBatchNorm: its results, its errors, its equality."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No verb reads or writes beside its arrays, whose neighbouring pages may not be touched."""
+"""No function reads or writes outside its arrays, which lie next to guard pages."""
 
 import subprocess
 import sys

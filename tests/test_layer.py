@@ -1,4 +1,4 @@
-"""BatchNorm: its modes and gradients; what a refused call leaves unchanged."""
+"""BatchNorm: its modes and gradients, and that a call that raises changes nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def same(a, b):
 
 
 def snapshot(layer):
-    """All that a refused call must not change, as bytes."""
+    """All that a call that raises must not change, as bytes."""
     grads = (layer.grad_gamma, layer.grad_beta)
     state = {name: array.tobytes() for name, array in layer.state_dict().items()}
     return state, layer.training, [None if g is None else g.tobytes() for g in grads]
@@ -77,7 +77,7 @@ def test_eval_mode_is_the_frozen_layer(rng, layout, dtype):
 
 
 def test_eval_mode_follows_every_change(rng):
-    """It keeps what it froze last, so each thing that a freeze reads is changed behind its back."""
+    """Eval mode keeps the last frozen layer, so each value that freezing reads is changed in place here."""
     x = rng.normal(3, 2, (8, 3)).astype(np.float32)
     layer = bn.BatchNorm(3)
     layer(x)
@@ -142,7 +142,7 @@ def test_running_statistics_and_eval_outputs_of_torch(case):  # noqa: F811
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS[:4], ids=str)
 def test_gradients_by_finite_differences(rng, layout, training):
-    """Of ℓ = Σ dy·y with respect to every x, γ and β, by central differences in float64."""
+    """Gradients of ℓ = Σ dy·y with respect to every x, γ and β agree with central differences in float64."""
     x, dy = layout.normal(rng, np.float64, 1.0, 2.0), layout.normal(rng, np.float64)
     layer = layer_for(x, layout, rng)
     layer(x + 1)  # a population that is not that of x

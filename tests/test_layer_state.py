@@ -1,4 +1,4 @@
-"""What a BatchNorm holds: parameters, population, state, and what freezing makes of them."""
+"""The state of a BatchNorm: parameters, population, state dictionaries, and freezing."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_merge_returns_a_new_value(rng):
 
 
 def test_counts_may_differ_by_channel():
-    """As masks and lengths will make them; a channel without values is neutral in its own place."""
+    """Counts may differ by channel; a channel without values is neutral by itself."""
     a = bn.Moments([0, 2, 4], [0, 1.0, 5.0], [0, 0.5, 8.0])
     b = bn.Moments([3, 0, 4], [7.0, 0, 1.0], [6.0, 0, 0.0])
     c = a.merge(b)

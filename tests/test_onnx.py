@@ -227,7 +227,7 @@ def test_a_changed_byte_in_a_parameter_is_refused(mode, dtype, bit):
         ("format", "other", "format 'batchnorm-frozen' wanted, found 'other'"),
         ("version", "2", "version '1' wanted, found '2'"),
         ("channel_axis", "-1", "fingerprint is"),
-        ("eps", "0x0p+0", "eps is '0x0p.0', but the rest makes it"),
+        ("eps", "0x0p+0", "eps is '0x0p.0', but that of the layer is"),
         ("dtype", "float64", "fingerprint is"),
         ("fingerprint", "0" * 64, "fingerprint is '0+', but"),
     ],
@@ -263,7 +263,7 @@ def test_without_any_metadata_it_is_a_model_like_others():
 def test_a_changed_eps_is_refused():
     model = bn.FrozenBatchNorm([1.0], [2.0]).to_onnx()
     model.graph.node[0].attribute[0].f = 1e-3
-    with pytest.raises(ValueError, match=r"eps is .*, but the rest makes it"):
+    with pytest.raises(ValueError, match=r"eps is .*, but that of the layer is"):
         load_frozen(model)
 
 

@@ -1,4 +1,4 @@
-"""Where `load_frozen` finds the parameters in models of others, and where it must not look for them."""
+"""Where `load_frozen` finds parameters in models of other programs, and where it must not look for them."""
 
 from __future__ import annotations
 

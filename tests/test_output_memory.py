@@ -44,7 +44,7 @@ def nothing_kept():
     bn.release_memory()
 
 
-# Of a size that the C library maps afresh for every array. Prints page faults a call.
+# The arrays have a size that the C library maps afresh for each of them. Prints page faults per call.
 LOOP = """
 import resource
 import numpy as np

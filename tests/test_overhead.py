@@ -1,4 +1,4 @@
-"""What a call costs that has next to nothing to compute, in units of NumPy's smallest one."""
+"""The overhead of a call with almost nothing to compute, in units of NumPy's smallest call."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Per-channel parameters in whatever memory they lie: each works, or is refused by name."""
+"""Per-channel parameters in every kind of memory: each works, or raises an error that names it."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ X = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
 def packed(dtype):
-    """A field of packed records: its stride is no multiple of its size, and it is misaligned."""
+    """A field of packed records: its stride is not a multiple of its size, and it is misaligned."""
     records = np.zeros(3, [("w", "i1"), ("v", dtype), ("z", "i2")])
     records["v"] = VALUES
     return records["v"]

@@ -1,4 +1,4 @@
-"""Population estimators: their formulas, their bits, what they refuse and what survives a refusal."""
+"""Population estimators: their formulas, their bits, their errors, and that an error changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Coefficients beyond the range of float32: 16-bit tensors, which it normalizes, refuse them by name."""
+"""Coefficients beyond the range of float32: an error for 16-bit tensors, which are normalized in float32."""
 
 from __future__ import annotations
 

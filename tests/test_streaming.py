@@ -1,4 +1,4 @@
-"""Large outputs are written past the caches, with the bits of the same work in parts too small for that."""
+"""Large outputs are written with non-temporal stores, and have the bits of parts too small for these."""
 
 import re
 from pathlib import Path

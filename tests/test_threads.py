@@ -35,7 +35,7 @@ def succeeds(script, **environment):
 @pytest.mark.usefixtures("restore_execution")
 @pytest.mark.parametrize("call", ["moments", "train_forward", "backward", "infer", "infer_backward"])
 def test_another_thread_runs_during_a_call(rng, call):
-    """Were the lock held, no tick could fall well inside a call."""
+    """If the lock were held, no tick could fall well inside a call."""
     bn.set_num_threads(1)
     bn.set_simd_level(bn.simd_levels()[0])
     x = rng.standard_normal((400_000, 16))

@@ -78,10 +78,10 @@ def restore(
         raise ValueError(f"{where}: damaged: {error}") from error
     for name, value in {**parameters, "eps": eps}.items():
         if not np.array_equal(getattr(layer, name), value):
-            raise ValueError(f"{where}: damaged: {name} is finer than {dtype}")
+            raise ValueError(f"{where}: damaged: {name} is not rounded as the format requires")
     for key, value in metadata(layer, kind).items():
         if found[key] != value:
-            raise ValueError(f"{where}: damaged: {key} is {found[key]!r}, but the rest makes it {value!r}")
+            raise ValueError(f"{where}: damaged: {key} is {found[key]!r}, but that of the layer is {value!r}")
     return layer
 
 

@@ -341,7 +341,7 @@ def _npy_header(file: io.BufferedReader) -> tuple[tuple[int, ...], bool, np.dtyp
         raise ValueError(f"format version was {version}, wanted (1, 0) or (2, 0)")
     shape, fortran_order, dtype = readers[version](file)
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize >= 2**63:
-        raise ValueError(f"shape was {shape}, which no array has")
+        raise ValueError(f"shape was {shape}, which is not a valid shape")
     return shape, fortran_order, dtype
 
 

@@ -1,4 +1,4 @@
-"""`python -m batchnorm_service DIR`: serve a directory of models until SIGINT or SIGTERM."""
+"""`python -m batchnorm_service DIR`: serves a directory of models until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _options(command: _F) -> _F:
-    """Add an option for each setting but DIR."""
+    """Add an option for each setting except DIR."""
     for name, field in reversed(Settings.model_fields.items()):
         if name != "models":
             flag = f"--{name.replace('_', '-')}"
@@ -76,7 +76,7 @@ def _print_new_key(context: click.Context, _: click.Parameter, scopes: str | Non
 def main(**options: Any) -> None:
     """Serve the frozen layers in DIR over HTTP (Open Inference Protocol v2).
 
-    DIR holds NAME/VERSION/bn.safetensors or NAME.safetensors (version 1), or ONNX files in their place.
+    DIR has NAME/VERSION/bn.safetensors or NAME.safetensors (version 1), or ONNX files instead of these.
     Options that are not given are read from the environment: BATCHNORM_SERVICE_MODELS for DIR,
     BATCHNORM_SERVICE_PORT and so on. The bound address is logged to standard error.
 
@@ -103,7 +103,7 @@ def main(**options: Any) -> None:
 
 
 def _settings(given: dict[str, Any]) -> Settings:
-    """Return the settings, checked here so that a mistake is reported once and not by every worker."""
+    """Return the settings, checked here so that a mistake is reported once, and not by each worker."""
     try:
         settings = Settings(**given)
     except ValidationError as error:
@@ -136,7 +136,7 @@ def _run(settings: Settings, state: SharedState) -> int:
 
 
 def _listening(settings: Settings) -> socket.socket:
-    """Return a listening socket at the address; clients that connect before the service answers wait."""
+    """Return a socket that listens at the address; clients that connect before the service is up wait."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     address = settings.host, settings.port
     try:

@@ -29,8 +29,8 @@ class Context:
         repository: Models that the process serves.
         rows: Counters of this process, and their sums over all processes.
         statistics: Counters of each model.
-        keyring: Keys of clients; None where no key is needed.
-        lifecycle: Whether the process is about to end.
+        keyring: Keys of clients; None if no key is needed.
+        lifecycle: Whether the process is shutting down.
     """
 
     settings: Settings
@@ -52,7 +52,7 @@ def start(settings: Settings, state: SharedState | None = None) -> Context:
 
     Args:
         settings: Settings of the process.
-        state: What is shared, with its list of models; None for a process on its own, which makes both.
+        state: Shared state with its list of models; None for a single process, which makes both.
 
     Raises:
         OSError, ValueError: A shared file or the file of keys cannot be read.

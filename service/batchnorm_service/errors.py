@@ -10,10 +10,10 @@ from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Base of all errors that are answered to a client; only its subclasses are raised.
+    """Base class of all errors that a client gets as an answer; only its subclasses are raised.
 
     Attributes:
-        headers: Headers that the answer has beside the text.
+        headers: Headers of the answer, in addition to the error text.
     """
 
     headers: ClassVar[Mapping[str, str]] = {}
@@ -24,11 +24,11 @@ class InvalidInputError(ServiceError):
 
 
 class ModelNotFoundError(ServiceError):
-    """There is no model of that name, or no such version of it."""
+    """There is no model of that name, or it has no such version."""
 
 
 class NotReadyError(ServiceError):
-    """The model is known and could not be loaded, or no model is loaded at all."""
+    """The model is known but not loaded, or no model is loaded at all."""
 
 
 class BodyTooLargeError(ServiceError):
@@ -36,7 +36,7 @@ class BodyTooLargeError(ServiceError):
 
 
 class FingerprintMismatchError(ServiceError):
-    """The request demands another fingerprint than that of the model."""
+    """The request requires another fingerprint than that of the model."""
 
 
 class UnsupportedError(ServiceError):
@@ -50,7 +50,7 @@ class UnsupportedEncodingError(UnsupportedError):
 
 
 class LoadError(ServiceError):
-    """A model cannot be loaded; what was served before still is."""
+    """A model cannot be loaded; what was served before is still served."""
 
 
 class UnauthorizedError(ServiceError):
@@ -64,10 +64,10 @@ class ForbiddenError(ServiceError):
 
 
 class OverloadedError(ServiceError):
-    """As many requests or bytes are in flight as the settings allow."""
+    """The limits of requests or bytes in flight are reached."""
 
     headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class LaggingError(ServiceError):
-    """A change of the models is made, but not every worker has taken it over in time."""
+    """A change of the models is made, but not every worker has applied it in time."""

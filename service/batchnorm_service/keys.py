@@ -1,4 +1,4 @@
-"""Keys of clients, kept as a file of SHA-256 digests, which is of no use to a thief.
+"""Keys of clients, stored as a file of SHA-256 digests, from which the keys cannot be recovered.
 
 A line is `SCOPE[,SCOPE...]:DIGEST[:COMMENT]`; empty lines and lines that begin with # are ignored.
 """
@@ -34,7 +34,7 @@ def new_key(scopes: str) -> tuple[str, str]:
     """Return a random key of 256 bits and its line for the file.
 
     Raises:
-        ValueError: An unknown scope.
+        ValueError: A scope is unknown.
     """
     _scopes(scopes)
     key = f"bn_{secrets.token_urlsafe(32)}"
@@ -45,7 +45,7 @@ def parse(text: str) -> tuple[Key, ...]:
     """Return the keys of a file.
 
     Raises:
-        ValueError: A line is no key; the message names the first such line.
+        ValueError: A line is not a key; the message names the first such line.
     """
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -68,15 +68,15 @@ class Keyring:
         path: The file.
 
     Raises:
-        ValueError: A line of it is no key.
-        OSError: It cannot be read.
+        ValueError: A line of the file is not a key.
+        OSError: The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._mark = self._marked()
         self._keys = parse(path.read_text(encoding="utf-8"))
-        # Keys that were accepted: a digest takes a tenth of the time of a small inference.
+        # Keys that were accepted before: computing a digest takes a tenth of the time of a small inference.
         self._known: dict[bytes, Key] = {}
 
     def refresh(self) -> None:
@@ -96,7 +96,7 @@ class Keyring:
             logger.info("read %d keys", len(self._keys))
 
     def check(self, given: bytes | None, scope: str) -> None:
-        """Check that a request has a key of this scope.
+        """Raise an error unless a request has a key of this scope.
 
         Raises:
             UnauthorizedError: No key is given, or an unknown one.
@@ -111,7 +111,7 @@ class Keyring:
     def _find(self, given: bytes) -> Key:
         digest = hashlib.sha256(given).digest()
         found = None
-        for key in self._keys:  # all of them, so that the time does not depend on which one it is
+        for key in self._keys:  # compares all of them, so that the time does not depend on which one matches
             if hmac.compare_digest(digest, key.digest):
                 found = key
         if found is None:

@@ -1,4 +1,4 @@
-"""What a process does beside answering: it follows changes of models and keys."""
+"""The background work of a process: following changes of models and keys, and shutting down."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Lifecycle:
     """State of the process between start and end.
 
     Attributes:
-        stopping: Whether it is to end soon, so that new clients should go elsewhere.
+        stopping: Whether the process is shutting down, so that new clients should connect elsewhere.
     """
 
     stopping: bool = False
@@ -32,7 +32,7 @@ class Lifecycle:
 
 @asynccontextmanager
 async def watch(repository: Repository, keyring: Keyring | None) -> AsyncIterator[None]:
-    """Take over changes of the models and of the keys while the block runs."""
+    """Apply changes of the models and of the keys while the block runs."""
     task = asyncio.create_task(_watch(repository, keyring))
     try:
         yield
@@ -49,7 +49,7 @@ async def _watch(repository: Repository, keyring: Keyring | None) -> NoReturn:
         if repository.stale:
             try:
                 await to_thread.run_sync(repository.refresh)
-            # What was served still is, and the next round tries again; the error is logged once.
+            # The old models are still served, and the next round tries again; the error is logged once.
             except Exception as reason:
                 if str(reason) != said:
                     logger.error("the new list of models is not taken: %s", reason)

@@ -1,4 +1,4 @@
-"""Logs on standard error: one JSON object a line, with the id of the request where there is one."""
+"""Logs on standard error: one JSON object in each line, with the id of the request if there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 
 
 def safe_id(given: str) -> str:
-    """Return an id of a client as it may stand in logs and headers: cut, with `_` for unsafe characters."""
+    """Return a client's request id made safe for logs and headers: cut, with `_` for unsafe characters."""
     return _UNSAFE.sub("_", given[:MAX_ID])
 
 
@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a log record as one line of JSON; `extra={"fields": {...}}` adds members."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the record as one line of JSON."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

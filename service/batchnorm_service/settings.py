@@ -1,4 +1,4 @@
-"""Settings: from a keyword, else the environment variable `BATCHNORM_SERVICE_<NAME>`, else the default."""
+"""Settings: each by keyword, else by the environment variable `BATCHNORM_SERVICE_<NAME>`, else a default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     """Settings of a process; immutable.
 
     Raises:
-        pydantic.ValidationError: A value is missing, wrong or at odds with another; it is a ValueError.
+        pydantic.ValidationError: A value is missing, wrong or in conflict with another; it is a ValueError.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
@@ -33,22 +33,24 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to bind")
     port: int = Field(default=8080, ge=0, le=65535, description="Port to bind; 0 takes a free one")
-    keys: FilePath | None = Field(default=None, description="File of keys, of which every request needs one")
+    keys: FilePath | None = Field(default=None, description="File of keys; every request then needs a key")
     allow_anonymous: bool = Field(
-        default=False, description="Bind other addresses than loopback without keys"
+        default=False, description="Allow addresses other than loopback without keys"
     )
     tls_cert: FilePath | None = Field(default=None, description="Certificate chain (PEM); turns TLS on")
     tls_key: FilePath | None = Field(default=None, description="Private key of --tls-cert (PEM)")
     tls_client_ca: FilePath | None = Field(
-        default=None, description="CA (PEM) by which every client must have a certificate"
+        default=None, description="CA (PEM) that must have signed the certificate of every client"
     )
 
     workers: int = Field(default=1, ge=1, description="Number of processes")
     drain_seconds: float = Field(
-        default=5, ge=0, description="How long SIGTERM still lets requests in, while ready is false"
+        default=5,
+        ge=0,
+        description="How long requests are still accepted after SIGTERM, while ready is false",
     )
     run_dir: DirectoryPath | None = Field(
-        default=None, description="Where the processes share state; by default among temporary files"
+        default=None, description="Directory in which the processes share state; by default a temporary one"
     )
     access_log: bool = Field(default=False, description="Log every request")
 
@@ -59,14 +61,20 @@ class Settings(BaseSettings):
     max_body: ByteSize = Field(
         default=ByteSize(64 * MIB), ge=1, description="Largest body, compressed or not, in bytes or as 64MiB"
     )
-    max_elements: int = Field(default=2**24, ge=1, description="Most elements of a tensor")
-    max_requests: int = Field(default=256, ge=1, description="Most inference requests in flight, per process")
-    max_queued: ByteSize = Field(
-        default=ByteSize(256 * MIB), ge=1, description="Most bytes of their bodies, per process"
+    max_elements: int = Field(default=2**24, ge=1, description="Largest number of elements of a tensor")
+    max_requests: int = Field(
+        default=256, ge=1, description="Largest number of inference requests in flight, per process"
     )
-    max_connections: int = Field(default=1024, ge=1, description="Most connections, per process")
-    header_seconds: float = Field(default=10, gt=0, description="How long a client may take for its headers")
-    body_seconds: float = Field(default=60, gt=0, description="How long it may take for its body")
+    max_queued: ByteSize = Field(
+        default=ByteSize(256 * MIB),
+        ge=1,
+        description="Largest number of bytes of the bodies in flight, per process",
+    )
+    max_connections: int = Field(default=1024, ge=1, description="Largest number of connections, per process")
+    header_seconds: float = Field(
+        default=10, gt=0, description="How long a client may take to send the headers"
+    )
+    body_seconds: float = Field(default=60, gt=0, description="How long a client may take to send the body")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -81,7 +89,9 @@ class Settings(BaseSettings):
                 f"--model-name must match {NAME.pattern} and be none of {', '.join(RESERVED_NAMES)}"
             )
         if not (_is_loopback(self.host) or self.keys or self.allow_anonymous):
-            raise ValueError(f"--host {self.host} is no loopback address: give --keys or --allow-anonymous")
+            raise ValueError(
+                f"--host {self.host} is not a loopback address: give --keys or --allow-anonymous"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together")
         if self.tls_client_ca and not self.tls_cert:
@@ -93,7 +103,7 @@ class Settings(BaseSettings):
     def directory(self) -> Directory:
         """Return the directory of models."""
         root = self.models or self.model_dir
-        assert root is not None  # `_consistent` has seen to it
+        assert root is not None  # `_consistent` has checked it
         return Directory(root, self.model_name)
 
 

@@ -1,7 +1,7 @@
 """Times us, the floor and the peers that are installed; `make bench`, or `python -m bench --help`.
 
 The floor is what it costs to move the memory on the same threads: read x and write y, or for the backward
-pass read dy and x and write dx; the faster of ordinary stores and of stores past the caches.
+pass read dy and x and write dx; with ordinary or non-temporal stores, whichever is faster.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 from kserve.protocol.infer_type import RequestedOutput
 
-# Of a datatype, whether it goes as bytes, and whether it comes back so.
+# For each datatype, whether it is sent as bytes, and whether it comes back as bytes.
 CASES = [
     ("FP32", False, False),
     ("FP32", False, True),

@@ -1,4 +1,4 @@
-"""The unmodified client of Triton gets the very bits of the frozen layer, in both wire forms."""
+"""The unmodified client of Triton gets exactly the bits of the frozen layer, in both wire forms."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_every_form_in_every_coding(server, layers, datatype, binary_in, binary_
 
 @pytest.mark.parametrize(("datatype", "binary_in", "binary_out"), FORMS)
 def test_every_form_with_the_aio_client(server, layers, datatype, binary_in, binary_out):
-    """It announces br beside gzip and deflate, and reads none of them unasked."""
+    """The client sends br beside gzip and deflate in Accept-Encoding, but by default decodes none of them."""
 
     async def run():
         async with triton_aio.InferenceServerClient(server.address) as client:
@@ -133,7 +133,7 @@ def test_a_damaged_body(server, coding, damage, reason):
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
 @pytest.mark.parametrize("cuts", [(), (1,), (0, 0, 50), (10, 11, 12, 40), range(0, 200, 3)])
 def test_gzip_of_several_members(server, cuts, coding):
-    """RFC 1952: what they hold counts as one; parallel and blocked compressors write them."""
+    """RFC 1952: the contents of all members make one body; parallel and blocked compressors write several."""
     edges = [0, *cuts, len(TEXT)]
     body = b"".join(gzip.compress(TEXT[a:b]) for a, b in itertools.pairwise(edges))
     answer = server.infer("planar", body, headers={"Content-Encoding": coding})
@@ -144,7 +144,7 @@ def test_gzip_of_several_members(server, cuts, coding):
 
 
 def test_members_without_end():
-    """The limit holds for their sum, and time is bounded by their number."""
+    """The limit of size holds for all members together, and a limit on their number bounds the time."""
     member = gzip.compress(bytes(2**10))
     assert len(decompress(b"gzip", member * 64, 2**16)) == 2**16
     with pytest.raises(BodyTooLargeError, match="limit of 65535 bytes"):
@@ -159,7 +159,7 @@ def test_members_without_end():
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 def test_a_bomb(server, coding):
-    """64 MiB and one byte, in 64 KB; twice packed it is only what the first packing was."""
+    """64 MiB and one byte, compressed to 64 KB; compressed twice, only the outer layer is undone."""
     bomb = encode(coding, bytes(64 * 2**20 + 1))
     assert len(bomb) < 100_000
     answer = server.infer("planar", bomb, headers={"Content-Encoding": coding})

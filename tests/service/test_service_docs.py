@@ -86,7 +86,7 @@ def test_metrics_are_those_of_the_code(models):
     service = create_app(Settings(models=models)).state.context
     printed = Metrics(service).text("")[0].decode()
     families = set(re.findall(r"# TYPE (\S+)", printed))
-    section = PAGE.split("\n## Watch\n")[1].split("\n## ")[0]
+    section = PAGE.split("\n## Logs and metrics\n")[1].split("\n## ")[0]
     documented = set(re.findall(r"`((?:batchnorm|nv)_[a-z_]+)", section))
     assert documented == {name for name in families if not name.startswith("nv_")} | {
         "nv_inference_request_success", "nv_inference_count"

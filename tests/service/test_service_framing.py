@@ -1,4 +1,4 @@
-"""Where one request ends and the next begins: upgrades that are not taken, long heads, errors amid others."""
+"""Framing of requests: ignored upgrades, long heads, errors between requests."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_connect_ends_the_connection(server, target, fields):
 
 
 def test_an_error_waits_for_the_answers_before_it(server, expected):
-    """It would else be taken for the answer to another request, and that one would have none."""
+    """Otherwise a client would take it for the answer to another request, which would then have none."""
     garbage = b"\x16\x03\x01\x02\x00\x01\x00" * 9
     for end in (garbage, b"GET /v2 HTTP/7.7\r\n\r\n", chunked(BODY)[:200] + b"zz\r\n" + SMUGGLED):
         for pieces in ([post(BODY) * 3 + end], [post(BODY) * 3, end]):
@@ -158,7 +158,7 @@ def long_head(size: int, fields: int) -> bytes:
     ],
 )
 def test_the_limit_of_heads(server, size, status, fields):
-    """However they come: after other requests, after a large body, in pieces."""
+    """The limit holds however heads arrive: after other requests, after a large body, in pieces."""
     head = long_head(size, fields)
     large = post(b" " * 150_000, path="/v2/models")
     for pieces, before in (
@@ -174,7 +174,7 @@ def test_the_limit_of_heads(server, size, status, fields):
 
 
 def test_trailers_are_no_headers(server, expected):
-    """They change nothing, in the packet of the head too, and have no more room than headers."""
+    """Trailers change nothing, even in the packet of the head, and have the same limit of size as headers."""
     trailers = b"Inference-Header-Content-Length: 3\r\nContent-Encoding: br\r\nX-Request-Id: head\r\n"
     body = chunked(BODY).removesuffix(b"\r\n")
     head = body.index(b"\r\n\r\n") + 4

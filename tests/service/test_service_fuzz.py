@@ -1,6 +1,6 @@
-"""Hostile input: messages whose framing lies, HTTP that means two things, clients that leave.
+"""Hostile input: messages with wrong framing, ambiguous HTTP, clients that leave.
 
-Whatever is sent, the answer is a refusal in its form, or the right tensor of that very message.
+Whatever is sent, the answer is an error in the documented form, or the right tensor for that very message.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def mutated(rng, text, tail, length):
 
 @np.errstate(all="ignore")
 def assert_right(layer, body, length, answer, headers):
-    """A message that was accepted means what an independent reader takes it for."""
+    """The answer to an accepted message is right for the tensor that an independent parser reads from it."""
     if length == "0":
         x = np.frombuffer(body, layer.dtype).reshape(-1, CHANNELS)
     else:
@@ -166,7 +166,7 @@ SMUGGLED = b"GET /v2/models/stats HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
 def conversation(server, data, until=b"nothing ends it but the service"):
-    """What comes back until the connection ends, or holds the text."""
+    """The bytes received until the connection ends, or until they contain the text."""
     with socket.create_connection((server.host, server.port), timeout=20) as connection:
         connection.sendall(data)
         received = b""
@@ -217,7 +217,7 @@ def test_pipelined_requests_are_answered_in_turn(server, layers):
 
 
 def test_clients_that_leave(server, layers):
-    """At every byte of a message, by an end or a reset; who asks meanwhile gets his own answer."""
+    """Clients leave at every byte of a message, by an end or a reset; others still get their own answers."""
     head = INFER + b"Content-Length: %d\r\n\r\n" % len(GOOD)
     request = head + GOOD
     expected = server.infer("planar", GOOD).body

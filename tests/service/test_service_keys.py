@@ -1,4 +1,4 @@
-"""Who may ask for what: keys and their scopes, addresses, TLS and client certificates."""
+"""Access control: keys and their scopes, addresses, TLS and client certificates."""
 
 from __future__ import annotations
 

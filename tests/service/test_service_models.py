@@ -26,7 +26,7 @@ def root(tmp_path):
 
 
 def open_repository(root, name=None):
-    """What a process on its own does at its start."""
+    """The repository of a single process, as it is when the process has started."""
     shared = root.parent / "shared"
     shared.mkdir(exist_ok=True)
     repository = Repository(Directory(root, name), SharedState(shared))

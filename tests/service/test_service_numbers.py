@@ -1,4 +1,4 @@
-"""Arrays of numbers cut out of JSON: what is taken, what is refused, and that the rest of the text stays."""
+"""Arrays of numbers cut out of JSON: valid and invalid ones, and that the rest of the text stays."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_any_array_comes_through(x, flat):
          [[1, 2]]),
         # Names are compared as they read.
         (rb'{"in\u0070uts":[{"d\u0061ta":[1]}]}', rb'{"in\u0070uts":[{"d\u0061ta":[0]}]}', [[1]]),
-        # Of two members of a name the last is meant: both are cut, and each is known by its number.
+        # If two members have one name, the last counts: both are cut, and each is known by its number.
         (b'{"inputs":[{"data":[1],"data":[2]}],"inputs":[{"data":[3]}]}',
          b'{"inputs":[{"data":[0],"data":[1]}],"inputs":[{"data":[2]}]}', [[1], [2], [3]]),
         # Elsewhere nothing is cut.
@@ -70,7 +70,7 @@ def test_what_is_cut(text, rest, arrays):
      b"[" * 65 + b"]" * 65],
 )  # fmt: skip
 def test_ragged(data):
-    with pytest.raises(InvalidInputError, match="nested otherwise"):
+    with pytest.raises(InvalidInputError, match="nesting does not match"):
         cut(data)
 
 
@@ -108,7 +108,7 @@ def test_the_number_of_elements_is_limited():
 
 
 def test_many_arrays_take_no_memory():
-    """Each once had room for as many numbers as might follow, which made a terabyte of 6 MB of text."""
+    """An array must not reserve memory for all numbers that might follow: 6 MB of text took a terabyte."""
     with pytest.raises(InvalidInputError, match="more than 64 arrays"):
         cut_data(b'{"inputs":[%b{}]}' % (b'{"data":[1]},' * 500_000), 10**9, 100)
 

@@ -1,4 +1,4 @@
-"""What who runs the service relies on: its end, its logs, its metrics, over one process or several."""
+"""Operation of the service: shutdown, logs and metrics, with one process or several."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_without_room_for_counters_a_process_counts_for_itself(tmp_path, caplog)
 
 
 def test_a_model_may_be_named_infer(layers, tmp_path):
-    """Its metadata are no inference: they count under their own status, and the log has it."""
+    """Requests of its metadata do not count as inference, but under their own status, also in the log."""
     (tmp_path / "models").mkdir()
     layers["planar"].save(tmp_path / "models" / "infer.safetensors")
     with serve(tmp_path / "log", str(tmp_path / "models"), "--access-log") as server:

@@ -79,7 +79,7 @@ def test_what_mlserver_makes_of_nan(server, layers):
 
 
 def test_what_mlserver_makes_of_one_axis(server):
-    """It sends shape (N,) as (N, 1), which fits no layer of several channels: said so, not guessed."""
+    """MLServer sends shape (N,) as (N, 1), which does not fit several channels: that is an error."""
     body = PLAIN.replace("[2,5]", "[10,1]")
     answer = server.infer("planar", body.encode())
     assert answer.status == 400

@@ -1,4 +1,4 @@
-"""The process: command line, settings, body limit, workers, and clients that misbehave."""
+"""The process: command line, settings, body limit, workers, misbehaving clients."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_requests_share_a_connection_with_refusals(server, layers):
 
 
 def test_without_ml_dtypes(tmp_path, models, layers):
-    """BF16 is refused with its reason; the rest works."""
+    """BF16 is answered with an error that gives the reason; the rest works."""
     script = tmp_path / "bare.py"
     script.write_text(
         "import sys\nsys.modules['ml_dtypes'] = None\nfrom batchnorm_service.__main__ import main\nmain()\n"

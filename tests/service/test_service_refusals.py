@@ -1,4 +1,4 @@
-"""Every refusal: its status, its `{"error": text}`, and that nothing of the host shows in it."""
+"""Every error answer: its status, its `{"error": text}`, and that it shows nothing of the host."""
 
 from __future__ import annotations
 
@@ -151,11 +151,11 @@ CASES = [
     invalid("strings", "got a string", given(data=["0"] * X.size)),
     invalid("booleans", "got true or false", given(data=[True] * X.size)),
     invalid("objects", "got an object", given(data=[{}] * X.size)),
-    invalid("a list among numbers", "nested otherwise", given(data=[*[0.0] * (X.size - 1), [0.0]])),
-    invalid("numbers among lists", "nested otherwise", given(data=[[0.0] * CHANNELS, 0.0])),
-    invalid("ragged", "nested otherwise", given(data=[[0.0] * CHANNELS, [0.0]])),
-    invalid("nested transposed", "nested otherwise", given(data=[[0.0] * 2] * CHANNELS)),
-    invalid("nested too deep", "nested otherwise", given(data=[[[0.0]] * CHANNELS] * 2)),
+    invalid("a list among numbers", "nesting does not match", given(data=[*[0.0] * (X.size - 1), [0.0]])),
+    invalid("numbers among lists", "nesting does not match", given(data=[[0.0] * CHANNELS, 0.0])),
+    invalid("ragged", "nesting does not match", given(data=[[0.0] * CHANNELS, [0.0]])),
+    invalid("nested transposed", "nesting does not match", given(data=[[0.0] * 2] * CHANNELS)),
+    invalid("nested too deep", "nesting does not match", given(data=[[[0.0]] * CHANNELS] * 2)),
     invalid("beyond float64", "beyond the range", number("1e400")),
     invalid("integer beyond float64", "beyond the range", number("1" + "0" * 400)),
     invalid("integer of 5000 digits", "beyond the range", number("1" * 5000)),
@@ -324,7 +324,7 @@ def test_no_model_is_not_ready(tmp_path):
 
 
 def test_defects_and_bad_parameters(tmp_path, models):
-    """What no request can provoke: an unexpected exception, and a parameter that FastAPI refuses."""
+    """Errors that no request can provoke: an unexpected exception, and a parameter that FastAPI rejects."""
     script = tmp_path / "defect.py"
     script.write_text(
         "import sys, uvicorn\n"

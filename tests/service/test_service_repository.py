@@ -227,7 +227,7 @@ def test_onnx_models(root, caplog):
 
 
 def test_a_file_that_changes_while_it_is_served_does_no_harm(root):
-    """What is loaded is a copy: the file may be cut short, and a process that comes later still serves it."""
+    """A loaded model is a copy: the file may be cut, and a later process still serves it."""
     path = put(root, "a.safetensors", OLD)
     shared = root.parent / "state"
     shared.mkdir()
@@ -399,7 +399,7 @@ def test_strict_with_a_misplaced_file(root):
 
 
 def test_a_full_disk(root, tmp_path):
-    """What cannot be copied is not loaded; the rest is served, and a load that fails keeps it so."""
+    """A model that cannot be copied is not loaded; the others are served, also after a load that fails."""
     put(root, "small.safetensors", OLD)
     large = bn.FrozenBatchNorm(np.zeros(100_000), np.ones(100_000))
     put(root, "large.safetensors", large)
@@ -500,7 +500,7 @@ def test_two_workers_change_together(root, tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc names the workers")
 def test_a_worker_that_stands_still(root, tmp_path):
-    """The change stands, and the answer says after 5 seconds who lags."""
+    """The change is made, and after 5 seconds the answer says how many workers lag."""
     put(root, "a.safetensors", OLD)
     with serve(tmp_path / "log", str(root), "--workers", "2", "--control") as server:
         server.wait_for_log("Application startup complete", 2)

@@ -1,4 +1,4 @@
-"""The rooms of the service: which of its modules knows which, and which of them knows the web framework."""
+"""The folders of the service: the imports between its modules, and the one that imports the web framework."""
 
 from __future__ import annotations
 

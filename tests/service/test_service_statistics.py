@@ -1,4 +1,4 @@
-"""Statistics count what was asked, no more and no less; configurations are what Triton's tools need."""
+"""Statistics count every request exactly once; configurations have what Triton's tools need."""
 
 from __future__ import annotations
 

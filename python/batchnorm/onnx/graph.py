@@ -191,7 +191,7 @@ class Graph:
                 offset = int(entries.get("offset", 0))
                 length = int(entries.get("length", size - offset))
             except ValueError as error:
-                raise ValueError(f"{there}, but where in it is damaged: {error}") from error
+                raise ValueError(f"{there}, but the place in it is damaged: {error}") from error
             if not 0 <= offset <= offset + length <= size:
                 raise ValueError(f"{there}, {length} bytes from {offset} on, but it has {size}")
             file.seek(offset)

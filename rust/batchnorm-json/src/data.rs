@@ -1,29 +1,29 @@
-//! The `data` arrays of a request.
+//! Reading of the `data` arrays of a request.
 
 use crate::reader::Reader;
 use crate::{Error, Float, Numbers};
 
-/// The most nested arrays, which is NumPy's limit.
+/// Largest depth of nested arrays in `data`, which is NumPy's largest rank.
 const MAX_RANK: usize = 64;
 
-/// More `data` arrays than this are not worth telling apart: a request has one.
+/// Largest number of `data` arrays; a valid request has one.
 const MAX_ARRAYS: usize = 64;
 
-/// What a request may hold at most.
+/// The limits of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// How deep arrays and objects may be nested.
+    /// Largest depth of nested arrays and objects.
     pub depth: u8,
-    /// How many numbers all `data` arrays may hold.
+    /// Largest number of elements of all `data` arrays together.
     pub numbers: usize,
 }
 
-/// A request whose `data` arrays are taken out.
+/// A request with its `data` arrays taken out.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// The text, in which each array `data` of an object of `inputs` is `[i]`, i its place in `arrays`.
+    /// The text, with `[i]` in place of the i-th `data` array of the objects in `inputs`.
     pub head: Vec<u8>,
-    /// The arrays.
+    /// The `data` arrays.
     pub arrays: Vec<Array>,
 }
 
@@ -32,17 +32,17 @@ pub struct Request {
 pub struct Array {
     /// The numbers, row-major.
     pub numbers: Numbers,
-    /// The length of the nested arrays, outermost first: of `[[1, 2, 3]]` it is 1, 3, and of `[[], []]` 2, 0.
+    /// The lengths of the nested arrays, outermost first: 1, 3 for `[[1, 2, 3]]`, and 2, 0 for `[[], []]`.
     pub shape: Vec<usize>,
 }
 
-/// Takes the `data` arrays out of a request, and checks the grammar of all of it.
+/// Takes the `data` arrays out of a request, and checks the grammar of the whole text.
 ///
-/// `null` is NaN in them. Two members of one name are read both; the head tells which array counts.
+/// `null` in an array is read as NaN. If an object has two members `data`, both are read; the head shows which one counts.
 ///
 /// # Errors
-/// The text is malformed or beyond a limit; an array holds something else than numbers, is ragged, or holds a finite
-/// number beyond the range of its type; or there is no memory.
+/// The text is malformed or exceeds a limit; an array holds anything but numbers, is ragged, or holds a finite number
+/// beyond the range of its type; or there is no memory.
 pub fn cut_data(text: &[u8], limits: Limits) -> Result<Request, Error> {
     let mut reader = Reader::new(text, limits.depth)?;
     let mut cut = Cut { text, done: 0, head: Vec::new(), arrays: Vec::new(), left: limits.numbers };
@@ -62,12 +62,12 @@ pub fn cut_data(text: &[u8], limits: Limits) -> Result<Request, Error> {
 
 struct Cut<'a> {
     text: &'a [u8],
-    /// How much of the text is in `head`.
+    /// Number of bytes of the text that have been copied to `head`.
     done: usize,
     head: Vec<u8>,
-    /// Each array, and the reader that stood before it.
+    /// Each array, and the reader at its start.
     arrays: Vec<(Reader<'a>, Array)>,
-    /// How many numbers may still come.
+    /// Number of elements that are still allowed.
     left: usize,
 }
 
@@ -116,7 +116,7 @@ impl<'a> Cut<'a> {
         Ok(())
     }
 
-    /// Copies the text up to `end` to the head.
+    /// Copies the text from where the last copy ended, up to `end`, to the head.
     fn copy_head(&mut self, end: usize) -> Result<(), Error> {
         let part = &self.text[self.done..end];
         self.head.try_reserve(part.len())?;
@@ -125,7 +125,7 @@ impl<'a> Cut<'a> {
     }
 }
 
-/// Reads the array that comes next, of at most so many numbers.
+/// Reads the array that comes next, with a limit on the number of elements.
 fn array<T: Float>(reader: &mut Reader<'_>, limit: usize) -> Result<Array, Error> {
     let mut found = Found::<T> { values: Vec::new(), limit, shape: Vec::new(), numbers_at: None };
     found.array(reader, 0)?;
@@ -135,7 +135,7 @@ fn array<T: Float>(reader: &mut Reader<'_>, limit: usize) -> Result<Array, Error
     Ok(Array { numbers: T::numbers(found.values), shape: found.shape.into_iter().flatten().collect() })
 }
 
-/// What an array holds, as far as it is read.
+/// The contents of an array, as far as it has been read.
 struct Found<T> {
     values: Vec<T>,
     limit: usize,
@@ -146,7 +146,7 @@ struct Found<T> {
 }
 
 impl<T: Float> Found<T> {
-    /// Reads an array; `depth` others are open around it.
+    /// Reads an array inside `depth` open ones.
     fn array(&mut self, reader: &mut Reader<'_>, depth: usize) -> Result<(), Error> {
         if depth == MAX_RANK {
             return Err(Error::Ragged);

@@ -1,13 +1,13 @@
-//! Decimal numbers to float64, correctly rounded.
+//! Conversion of decimal numbers to float64, correctly rounded.
 
 /// A number at the start of a text.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Decimal {
     /// The nearest float64; infinite if the number is beyond its range.
     pub(crate) value: f64,
-    /// How many bytes the number takes.
+    /// Number of bytes of the number's text.
     pub(crate) length: usize,
-    /// Whether it has neither a fraction nor an exponent.
+    /// Whether the number has neither a fraction nor an exponent.
     pub(crate) integer: bool,
 }
 
@@ -17,7 +17,7 @@ const TENS: [f64; 23] = [
     1e21, 1e22,
 ];
 
-/// Powers of five that 64 bits hold.
+/// Powers of five that fit 64 bits.
 const FIVES: [u64; 28] = {
     let mut fives = [1; 28];
     let mut power = 1;
@@ -28,13 +28,13 @@ const FIVES: [u64; 28] = {
     fives
 };
 
-/// Powers of ten by which up to eight digits move a number on.
+/// Powers of ten that a number is multiplied by when up to eight digits are appended.
 const SHIFTS: [u64; 9] = [1, 10, 100, 1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000];
 
-/// So many digits always fit 64 bits.
+/// Number of decimal digits that always fit 64 bits.
 const MAX_DIGITS: usize = 19;
 
-/// Reads the number at the start of `text`, by the grammar of JSON (no tokens), or returns where it breaks off.
+/// Reads the number at the start of `text`, by the grammar of JSON (no tokens), or returns where the text violates it.
 #[inline]
 pub(crate) fn decimal(text: &[u8]) -> Result<Decimal, usize> {
     let negative = text.first() == Some(&b'-');
@@ -77,7 +77,7 @@ pub(crate) fn decimal(text: &[u8]) -> Result<Decimal, usize> {
     Ok(Decimal { value, length: at, integer })
 }
 
-/// Reads digits from `at` on; returns their number, modulo 2^64, and where they end.
+/// Reads digits from `at` on; returns their value, modulo 2^64, and where they end.
 #[inline]
 fn whole_digits(text: &[u8], mut at: usize) -> (u64, usize) {
     let mut number: u64 = 0;
@@ -90,9 +90,9 @@ fn whole_digits(text: &[u8], mut at: usize) -> (u64, usize) {
     (number, at)
 }
 
-/// Reads digits from `at` on; returns the number that they continue, modulo 2^64, and where they end.
+/// Appends the digits from `at` on to a number; returns its value, modulo 2^64, and where they end.
 ///
-/// How many there are is hard to foresee, so the usual numbers take one way, without a branch.
+/// Processors predict the number of digits badly, so numbers of usual length take one path without a branch.
 #[inline]
 fn fraction_digits(text: &[u8], mut at: usize, mut number: u64) -> (u64, usize) {
     while let Some(chunk) = text[at..].first_chunk::<16>() {
@@ -116,26 +116,26 @@ fn fraction_digits(text: &[u8], mut at: usize, mut number: u64) -> (u64, usize) 
     (number, at)
 }
 
-/// The values of eight digits, the first in the lowest byte, and how many are digits before the first that is none.
+/// The values of eight bytes as digits, the first in the lowest byte, and the number of digits before the first other byte.
 #[inline]
 fn leading_digits(text: u64) -> (u64, usize) {
     let values = text ^ 0x3030_3030_3030_3030;
-    // A carry out of a byte that is no digit disturbs only bytes after it.
+    // A carry out of a byte that is not a digit changes only bytes after it.
     let others = (values.wrapping_add(0x0606_0606_0606_0606) | values) & 0xF0F0_F0F0_F0F0_F0F0;
     (values, (others.trailing_zeros() / 8) as usize)
 }
 
-/// The number of the first `count` of eight digits, the first in the lowest byte.
+/// The value of the first `count` of eight digits, of which the first is in the lowest byte.
 #[inline]
 fn eight(digits: u64, count: usize) -> u64 {
-    // What follows them is shifted out, zeros before them in.
+    // Shifts out the bytes after the digits, and shifts in zeros before them.
     let digits = digits.checked_shl(64 - 8 * count as u32).unwrap_or(0);
     let pairs = (digits.wrapping_mul(10 * 256 + 1) >> 8) & 0x00FF_00FF_00FF_00FF;
     let fours = (pairs.wrapping_mul(100 * 65536 + 1) >> 16) & 0x0000_FFFF_0000_FFFF;
     fours.wrapping_mul((10_000 << 32) + 1) >> 32
 }
 
-/// The float64 that is nearest to a number over a power of ten, up to 10^27.
+/// The float64 nearest to a number divided by a power of ten, up to 10^27.
 #[inline]
 fn quotient(number: u64, power: usize) -> f64 {
     if number == 0 {
@@ -152,7 +152,7 @@ fn quotient(number: u64, power: usize) -> f64 {
     bits as i64 as f64 * f64::from_bits(((1023 + exponent) as u64) << 52)
 }
 
-/// Reads what follows an `e`: the exponent, cut to where every number is 0 or infinite, and where it ends.
+/// Reads the exponent after an `e`; returns it, limited to where every number is 0 or infinite, and where it ends.
 fn exponent_at(text: &[u8], mut at: usize) -> Result<(i64, usize), usize> {
     let negative = text.get(at) == Some(&b'-');
     if let Some(b'-' | b'+') = text.get(at) {
@@ -169,7 +169,7 @@ fn exponent_at(text: &[u8], mut at: usize) -> Result<(i64, usize), usize> {
     if at == start { Err(at) } else { Ok((if negative { -value } else { value }, at)) }
 }
 
-/// Reads a number of the grammar, whatever its length.
+/// Reads a valid number of any length.
 #[cold]
 #[inline(never)]
 fn by_the_standard_library(number: &[u8]) -> f64 {

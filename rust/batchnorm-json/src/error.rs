@@ -1,36 +1,36 @@
-//! Why a text is not taken.
+//! The errors of reading and printing.
 
 use std::collections::TryReserveError;
 use std::fmt;
 
-/// Why a text is not taken, or not printed.
+/// Why a text cannot be read or printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
     /// The text begins with the byte-order mark of UTF-8.
     ByteOrderMark,
-    /// The text breaks the grammar of JSON, or has a number that no reader takes.
+    /// The text is not JSON, or has an integer with too many digits.
     Malformed {
-        /// What the grammar wants, or what is wrong.
+        /// What was expected, or what is wrong.
         reason: &'static str,
         /// The line, counted from 1.
         line: usize,
         /// The byte within the line, counted from 1.
         column: usize,
     },
-    /// Arrays and objects are nested deeper than this.
+    /// Arrays and objects are nested deeper than this limit.
     TooDeep(u8),
-    /// A `data` array holds this in place of a number.
+    /// A `data` array holds something other than a number: this.
     NotANumber(&'static str),
     /// A finite number of a `data` array is beyond the range of this type.
     OutOfRange(&'static str),
     /// A `data` array has parts of different lengths or depths.
     Ragged,
-    /// The `data` arrays hold more numbers than may be.
+    /// The `data` arrays hold more numbers than the limit.
     TooManyNumbers,
-    /// There are more `data` arrays than this.
+    /// There are more `data` arrays than this limit.
     TooManyArrays(usize),
-    /// There is no memory for what the text holds.
+    /// There is not enough memory for the contents of the text.
     NoMemory,
 }
 
@@ -46,8 +46,8 @@ impl fmt::Display for Error {
             Self::TooDeep(limit) => write!(f, "the JSON of the request is nested deeper than {limit} levels"),
             Self::NotANumber(found) => write!(f, "data: numbers or null wanted, got {found}"),
             Self::OutOfRange(datatype) => write!(f, "data: a finite number is beyond the range of {datatype}"),
-            Self::Ragged => f.write_str("data: nested otherwise than the shape says"),
-            Self::TooManyNumbers => f.write_str("data: more numbers than the service takes"),
+            Self::Ragged => f.write_str("data: the nesting does not match the shape"),
+            Self::TooManyNumbers => f.write_str("data: more numbers than the limit of the service"),
             Self::TooManyArrays(limit) => write!(f, "data: more than {limit} arrays, where one is wanted"),
             Self::NoMemory => f.write_str("no memory for the numbers or the text of a message"),
         }

@@ -1,22 +1,22 @@
-//! The two types of numbers that travel as JSON.
+//! The two float types that are sent as JSON numbers.
 
-/// A type of numbers that travels as JSON: float32 or float64.
+/// A float type that is sent as JSON numbers: float32 or float64.
 pub trait Float: private::Sealed {}
 
 impl Float for f32 {}
 impl Float for f64 {}
 
-/// Numbers of a `data` array, in the type that the tensor says.
+/// The numbers of a `data` array, in the type of the tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Numbers {
-    /// Those of a tensor whose datatype is FP32, rounded to float64 and from there to float32.
+    /// Numbers of a tensor of datatype FP32, rounded to float64 and then to float32.
     F32(Vec<f32>),
-    /// Those of every other tensor, rounded to float64.
+    /// Numbers of any other tensor, rounded to float64.
     F64(Vec<f64>),
 }
 
 impl Numbers {
-    /// How many there are.
+    /// Number of elements.
     #[must_use]
     pub fn len(&self) -> usize {
         match self {
@@ -25,7 +25,7 @@ impl Numbers {
         }
     }
 
-    /// Whether there is none.
+    /// Whether there are no elements.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -35,20 +35,20 @@ impl Numbers {
 pub(crate) mod private {
     use super::{MISREAD, Numbers};
 
-    /// What reading and printing need to know of a type.
+    /// The operations on a type that reading and printing need.
     pub trait Sealed: Copy {
-        /// Its name in errors.
+        /// The name of the type in errors.
         const NAME: &'static str;
-        /// About the length of its usual numbers in JSON, with the comma.
+        /// The typical length of a number in JSON, with its comma.
         const USUAL: usize;
 
         /// The nearest value of this type.
         fn rounded(wide: f64) -> Self;
-        /// The same value in float64.
+        /// Converts to float64, exactly.
         fn wide(self) -> f64;
-        /// The shortest text of a finite value that gives it back.
+        /// The shortest text that reads back as this finite value.
         fn shortest(self, buffer: &mut zmij::Buffer) -> &str;
-        /// Numbers of this type.
+        /// Wraps numbers of this type in a [`Numbers`].
         fn numbers(values: Vec<Self>) -> Numbers;
     }
 
@@ -99,6 +99,8 @@ pub(crate) mod private {
     }
 }
 
-/// Readers of JSON round to float64 and then to float32. Of all float32 (all were tried) this one and its negative
-/// alone have a shortest text, 7.038531e-26, which so becomes a neighbour; a float64 has more digits.
+/// The one float32 (with its negative) whose shortest text, 7.038531e-26, does not read back as itself.
+///
+/// Readers of JSON round to float64 and then to float32, which makes its neighbour of that text. All float32 were tried. It
+/// is therefore printed with the digits of float64.
 const MISREAD: u32 = 0x15AE_43FD;

@@ -1,9 +1,9 @@
-//! JSON of the inference protocol, without Python.
+//! JSON of the inference protocol, independent of Python.
 //!
-//! [`cut_data`] takes the `data` arrays out of a request and reads their numbers into float buffers; [`parse`] reads
-//! what is left, the head, into the values of a [`Build`]; [`put_data`] prints the numbers of an answer. All of it is
-//! for text from anybody: whatever the bytes are, the result is a value or an [`Error`], depth and sizes are bounded,
-//! and memory that cannot be had is an error too.
+//! [`cut_data`] takes the `data` arrays out of a request and reads their numbers into float buffers. [`parse`] reads
+//! the rest of the request, its head, into the values of a [`Build`]. [`put_data`] prints the numbers of an answer. All
+//! three accept untrusted text: whatever the bytes are, the result is a value or an [`Error`], depth and sizes are
+//! bounded, and lack of memory is an error too.
 //!
 //! The grammar is that of RFC 8259, with the tokens `NaN`, `Infinity` and `-Infinity` as numbers.
 

@@ -1,20 +1,20 @@
-//! Floats to text.
+//! Printing of floats as JSON.
 
 use crate::{Error, Float};
 
 /// How NaN and infinities are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NonFinite {
-    /// As `NaN`, `Infinity` and `-Infinity`, which many readers of JSON take for numbers.
+    /// As `NaN`, `Infinity` and `-Infinity`, which many readers of JSON accept as numbers.
     Tokens,
     /// As `null`.
     Null,
 }
 
-/// How many numbers are printed to the stack before they are copied to the text.
+/// Number of elements that are printed to the stack before they are copied to the text.
 const BLOCK: usize = 64;
 
-/// The longest text of a number and a comma: -2.2250738585072014e-308 has 24 bytes.
+/// Bytes of the longest number and its comma: -2.2250738585072014e-308 has 24 bytes.
 const LONGEST: usize = 25;
 
 /// Prints an array of numbers between two texts, each with the fewest digits that give its bits back.
@@ -56,7 +56,7 @@ pub fn put_data<T: Float>(before: &[u8], values: &[T], after: &[u8], non_finite:
     Ok(text)
 }
 
-/// Copies a text to the start of another: two pieces of a fixed length, which may overlap, take no call of `memcpy`.
+/// Copies a short text to the start of another, as two pieces of a fixed length that may overlap, which avoids `memcpy`.
 #[inline]
 fn copy(from: &[u8], to: &mut [u8]) {
     fn pieces<const N: usize>(from: &[u8], to: &mut [u8]) -> bool {

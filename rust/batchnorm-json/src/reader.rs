@@ -1,32 +1,32 @@
-//! The grammar of JSON.
+//! The JSON reader: the grammar, and the interface to what builds values.
 
 use crate::Error;
 use crate::decimal::{Decimal, decimal};
 use std::borrow::Cow;
 
-/// As Python, which reads no longer integers from text.
+/// Largest number of digits of an integer: Python does not convert longer ones from text.
 const MAX_INTEGER: usize = 4300;
 
-/// Makes values of what a text holds.
+/// Builds values from the contents of a JSON text.
 pub trait Build {
-    /// A value of JSON.
+    /// A JSON value.
     type Value;
-    /// Why a text is not taken, or why a value cannot be made.
+    /// Why a text cannot be read, or a value cannot be made.
     type Error: From<Error>;
 
     /// Makes a value that has no parts, or returns why it cannot be made.
     fn scalar(&mut self, scalar: Scalar<'_>) -> Result<Self::Value, Self::Error>;
     /// Makes an empty array, or returns why it cannot be made.
     fn array(&mut self) -> Result<Self::Value, Self::Error>;
-    /// Appends an item to an array, or returns why it cannot be done.
+    /// Appends an item to an array, or returns why that is not possible.
     fn push(&mut self, array: &mut Self::Value, item: Self::Value) -> Result<(), Self::Error>;
     /// Makes an empty object, or returns why it cannot be made.
     fn object(&mut self) -> Result<Self::Value, Self::Error>;
-    /// Sets a member of an object, or returns why it cannot be done; of two with one name the last counts.
+    /// Sets a member of an object, or returns why that is not possible; if two have one name, the last counts.
     fn insert(&mut self, object: &mut Self::Value, name: &str, value: Self::Value) -> Result<(), Self::Error>;
 }
 
-/// A value without parts.
+/// A JSON value without parts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scalar<'a> {
     /// The literal `null`.
@@ -35,13 +35,13 @@ pub enum Scalar<'a> {
     Boolean(bool),
     /// A number without fraction and exponent: up to 4300 digits, after a minus sign if it is negative.
     Integer(&'a str),
-    /// Another number, rounded to float64; infinite or NaN only where the text has such a token.
+    /// Any other number, rounded to float64; infinite or NaN only if the text has such a token.
     Float(f64),
     /// A string, without its quotes and escapes.
     String(&'a str),
 }
 
-/// Reads a whole text.
+/// Reads a whole JSON text.
 ///
 /// # Errors
 /// The text is malformed or nested deeper than `max_depth`, or a value cannot be made.
@@ -52,7 +52,7 @@ pub fn parse<B: Build>(text: &[u8], max_depth: u8, build: &mut B) -> Result<B::V
     Ok(value)
 }
 
-/// A place in a text.
+/// A reader at a position in a text.
 #[derive(Clone)]
 pub(crate) struct Reader<'a> {
     text: &'a [u8],
@@ -69,12 +69,12 @@ impl<'a> Reader<'a> {
         Ok(Self { text, at: 0, depth: 0, max_depth })
     }
 
-    /// How much of the text has been read.
+    /// Number of bytes of the text that have been read.
     pub(crate) fn position(&self) -> usize {
         self.at
     }
 
-    /// Passes over blanks; returns the byte after them.
+    /// Skips blanks; returns the byte after them.
     #[inline]
     pub(crate) fn peek(&mut self) -> Option<u8> {
         while let Some(&byte) = self.text.get(self.at) {
@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
         if self.peek().is_some() { Err(self.malformed("something follows the end of it")) } else { Ok(()) }
     }
 
-    /// Passes over the next value.
+    /// Skips the next value.
     pub(crate) fn skip(&mut self) -> Result<(), Error> {
         self.value(&mut Nothing)
     }
@@ -137,7 +137,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the object that comes next; `each` is to read the value of each member, whose name it is told.
+    /// Reads the object that comes next; `each` gets the name of each member and must read its value.
     pub(crate) fn object<E: From<Error>>(
         &mut self,
         mut each: impl FnMut(&mut Self, Cow<'a, str>) -> Result<(), E>,
@@ -168,7 +168,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the array that comes next; `each` is to read each item.
+    /// Reads the array that comes next; `each` must read each item.
     #[inline]
     pub(crate) fn array<E: From<Error>>(&mut self, mut each: impl FnMut(&mut Self) -> Result<(), E>) -> Result<(), E> {
         self.open()?;
@@ -230,7 +230,7 @@ impl<'a> Reader<'a> {
         Ok(string)
     }
 
-    /// A string without its escapes; it starts at `start` of the text.
+    /// Decodes the escapes of the string that starts at `start` of the text.
     fn unescaped(&mut self, raw: &str, start: usize) -> Result<String, Error> {
         let mut string = String::new();
         string.try_reserve_exact(raw.len())?; // no escape is shorter than what it stands for
@@ -249,7 +249,7 @@ impl<'a> Reader<'a> {
         Ok(string)
     }
 
-    /// Passes over a word; it must be this one.
+    /// Skips the given word, which must come next.
     pub(crate) fn literal(&mut self, word: &'static str) -> Result<(), Error> {
         if !self.text[self.at..].starts_with(word.as_bytes()) {
             return Err(self.malformed("a value is expected"));
@@ -258,7 +258,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Reads the number that comes next, which is infinite if it is beyond the range of float64 or a token says so.
+    /// Reads the number that comes next; it is infinite if it is beyond the range of float64 or the token `Infinity`.
     #[inline]
     pub(crate) fn number(&mut self) -> Result<f64, Error> {
         match decimal(&self.text[self.at..]) {
@@ -270,12 +270,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Whether what has just been read ended in a token: no other number has letters at its end.
+    /// Whether the number just read is a token: no other number ends with a letter.
     pub(crate) fn ended_in_token(&self) -> bool {
         self.at.checked_sub(1).and_then(|last| self.text.get(last)).is_some_and(u8::is_ascii_alphabetic)
     }
 
-    /// Reads the token of a number that is not finite, where a finite one breaks off at `end`.
+    /// Reads the token of a number that is not finite; `end` is where reading it as a finite one failed.
     #[cold]
     fn token(&mut self, end: usize) -> Result<f64, Error> {
         const TOKENS: [(&[u8], f64); 3] =
@@ -315,7 +315,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The error that something is wrong here.
+    /// The error that the text is malformed at this position.
     #[cold]
     pub(crate) fn malformed(&self, reason: &'static str) -> Error {
         let before = &self.text[..self.at.min(self.text.len())];
@@ -360,7 +360,7 @@ fn four_hexadecimals(text: &str) -> Option<(u32, &str)> {
     Some((u32::from_str_radix(digits, 16).ok()?, after))
 }
 
-/// Makes nothing.
+/// A [`Build`] that discards all values.
 struct Nothing;
 
 impl Build for Nothing {

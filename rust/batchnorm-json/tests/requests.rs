@@ -1,4 +1,4 @@
-//! Requests: what is taken out of them, in which type, and what is refused with which reason.
+//! Requests: the arrays that are taken out of them, their types, and the errors of invalid ones.
 
 #![allow(clippy::panic, clippy::expect_used, reason = "a test may fail")]
 
@@ -76,7 +76,7 @@ fn numbers_have_the_type_of_their_tensor() {
         types(r#""data":[0.1],"datatype":"FP32","data":[0.1]"#),
         [Numbers::F32(vec![0.1]), Numbers::F32(vec![0.1])]
     );
-    // Of each object its own.
+    // The datatype of each object applies to its own array.
     let text = r#"{"inputs":[{"datatype":"FP32"},{"data":[0.1]}]}"#;
     assert_eq!(cut(text).expect("it is good").arrays[0].numbers, Numbers::F64(vec![0.1]));
 }

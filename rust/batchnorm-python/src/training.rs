@@ -268,7 +268,7 @@ fn cached<'py>(
         (Some(copy), _) => Tensor::read("x", copy, cache.channel_axis),
         (None, Some(x)) => Tensor::read("x", x.bind(py).as_any(), cache.channel_axis),
         (None, None) => Err(PyValueError::new_err(
-            "x is needed: the forward pass wrote y over x (out=x); wanted x=, a copy of what x was",
+            "x is needed: the forward pass wrote y over x (out=x); wanted x=, a copy of the original x",
         )),
     }?;
     let residual = cache.residual.as_ref().map(|residual| x.read_like("residual", residual.bind(py))).transpose()?;

@@ -1,7 +1,7 @@
-//! Every verb on the two families and all types, beside the floor of a copy: `cargo bench -p batchnorm`. Without
+//! Times every pass on the two families and all types, beside a plain copy: `cargo bench -p batchnorm`. Without
 //! `--bench`, which `cargo bench` passes, each runs once on small tensors, so that `cargo test` keeps this alive.
 //!
-//! An argument is a part of the names to run: `cargo bench -p batchnorm -- f16`.
+//! With an argument, only rows whose name contains it run: `cargo bench -p batchnorm -- f16`.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that fails should stop")]
 

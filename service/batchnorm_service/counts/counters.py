@@ -19,14 +19,14 @@ from batchnorm_service.models.shared_state import SharedState
 
 logger = logging.getLogger(__name__)
 
-# Of a process: what is in flight now, then inference requests by duration, then answers by status.
+# Counters of a process: what is in flight now, then inference requests by duration, then answers by status.
 IN_FLIGHT, BYTES_IN_FLIGHT, SECONDS_NS, DURATIONS = range(4)
-# Upper bounds in seconds; a last count is of what took longer.
+# Upper bounds in seconds; one more counter has the requests that took longer.
 BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 STATUSES: Final = DURATIONS + len(BOUNDS) + 1
 PROCESS_LENGTH: Final = STATUSES + 600
 
-# No name of a model begins so.
+# Not the beginning of any model's name.
 _PROCESS: Final = "@process"
 
 

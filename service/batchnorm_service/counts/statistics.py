@@ -1,6 +1,6 @@
 """Statistics of inference in the form of the protocol's statistics extension.
 
-A model's counters are one row of integers; whoever keeps the rows sums them over processes.
+A model's counters are one row of integers; the storage of the rows (`Rows`) sums them over processes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, Final, Protocol
 
 from batchnorm_service.models.model import Model
 
-# Sizes of batches that are listed one by one; larger ones count in the sums alone, so that a row stays a row.
+# Batch sizes that are listed one by one; larger ones are counted in the sums only, so that rows are finite.
 BATCH_SIZES: Final = 128
 
-# What a row holds, in this order; times in nanoseconds, `LAST` in milliseconds since 1970. From `BATCHES` on
-# there are four numbers for each size of a batch: executions, input, infer, output.
+# The numbers in a row, in this order; times in nanoseconds, `LAST` in milliseconds since 1970. From `BATCHES`
+# on there are four numbers for each batch size: executions, input, infer, output.
 LAST, ROWS, SUCCESSES, FAILURES, SUCCESS_NS, FAILURE_NS, QUEUE_NS, INPUT_NS, INFER_NS, OUTPUT_NS, BATCHES = (
     range(11)
 )

@@ -1,6 +1,6 @@
 """Admission of requests before the routes: keys, limits of what is in flight, and counters.
 
-It is plain ASGI, because every request spends the time that is spent here.
+It is plain ASGI, because its time is added to every request.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Admission:
                 self._log(scope, status, began)
 
     def _admitted(self, headers: Mapping[bytes, bytes]) -> int:
-        """Return how many bytes of memory a request is counted with: the limit where its length is unknown.
+        """Return the number of bytes that a request counts as: its length, or the limit if that is unknown.
 
         Raises:
             OverloadedError: As many requests or bytes are in flight as the limits allow.
@@ -116,9 +116,9 @@ class Admission:
 
 
 def _watched(scope: Scope, given: bytes | None, send: Send) -> Send:
-    """Return a `send` that notes the status, and adds the id of the request to the answer if there is one.
+    """Return a `send` that records the status, and adds the id of the request to the answer if there is one.
 
-    The endpoint of infer notes the status itself, so that most of its requests do without this.
+    The endpoint of infer records the status itself, so most of its requests do not need this.
     """
     identity = None
     if given is not None:

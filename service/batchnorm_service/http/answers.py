@@ -1,4 +1,4 @@
-"""Forms of the JSON answers, but for those of infer: the OpenAPI document takes their schemas."""
+"""Models of all JSON answers except those of infer; the OpenAPI document uses their schemas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Size: TypeAlias = Annotated[int, Field(ge=-1)]
 
 
 class Error(BaseModel):
-    """Every answer but 200."""
+    """The answer of every request that fails."""
 
     error: str
 
@@ -59,7 +59,7 @@ class Tensor(BaseModel):
 
 
 class ModelParameters(BaseModel):
-    """What a fixed datatype and shape do not say of a model."""
+    """Parameters of a model that a fixed datatype and shape do not express."""
 
     fingerprint: str
     datatypes: str
@@ -99,7 +99,7 @@ class Configuration(BaseModel):
 
 
 class Duration(BaseModel):
-    """How often something was done, and the nanoseconds that it took in all."""
+    """How often something was done, and the nanoseconds that it took in total."""
 
     count: Count
     ns: Count
@@ -148,7 +148,7 @@ class Statistics(BaseModel):
 
 
 class IndexEntry(BaseModel):
-    """One version of a model in the index; a folder that holds no version has none."""
+    """One version of a model in the index; the version is empty for a folder that has no valid version."""
 
     name: str
     version: str = ""
@@ -157,12 +157,12 @@ class IndexEntry(BaseModel):
 
 
 class IndexRequest(BaseModel):
-    """What the index is asked for: all models, or those that are served."""
+    """Request of the index: all models, or only those that are served."""
 
     ready: bool = False
 
 
 class ControlRequest(BaseModel):
-    """What a load or an unload is asked for; no parameter is supported."""
+    """Request of a load or an unload; no parameter is supported."""
 
     parameters: dict[str, Any] = {}

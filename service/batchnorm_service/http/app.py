@@ -1,6 +1,6 @@
 """The web application: the table of routes, and the dispatch of a request to its endpoint.
 
-Every answer but 200 is `{"error": text}`.
+Every answer with another status than 200 is `{"error": text}`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def create_app(settings: Settings | None = None, state: SharedState | None = Non
 class Application(FastAPI):
     """The web application, with a shortcut to the endpoint of infer.
 
-    A request to infer goes from `LAYERS` straight to its endpoint: FastAPI's middleware and its search for
-    the route take longer than the inference of a small tensor.
+    A request to infer goes from `LAYERS` directly to its endpoint, because FastAPI's middleware and routing
+    take longer than the inference of a small tensor.
     """
 
     def __init__(self, context: Context) -> None:
@@ -81,7 +81,7 @@ class Application(FastAPI):
             self._way = layer(context, self._way)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; what it asks for is put into its scope once."""
+        """Answer one request; `paths.classify` is called once, and its result put into the scope."""
         if scope["type"] == "http":
             scope["asked"] = classify(scope["method"], scope["path"])
         await self._way(scope, receive, send)
@@ -118,7 +118,7 @@ class Application(FastAPI):
             self._get(path + "/config", endpoints.model_configuration, answers.Configuration, text)
             text = "What was answered for the model, and how fast"
             self._get(path + "/stats", endpoints.model_statistics, answers.Statistics, text)
-            # Not FastAPI's: the body is read there, whatever its Content-Type (tritonclient has none).
+            # Not FastAPI's: the endpoint reads the body, whatever its Content-Type (tritonclient sends none).
             self.router.routes.append(Route(path + "/infer", self._infer, methods=["POST"]))
 
     def _get(
@@ -147,7 +147,7 @@ class _Endpoints:
 
     async def ready(self) -> dict[str, Any]:
         if self._lifecycle.stopping:
-            raise NotReadyError("the service is about to end")
+            raise NotReadyError("the service is shutting down")
         if not self._repository.ready:
             raise NotReadyError("no model is loaded")
         # The text of the specification says "live" here, its servers and clients say "ready".
@@ -181,7 +181,7 @@ class _Endpoints:
         return self._repository.get(**request.path_params)
 
     def _versions(self, name: str, version: str | None = None) -> list[Model]:
-        """Return the model of that version; all loaded versions where none is named."""
+        """Return the model of that version, or all loaded versions if none is named."""
         if version is not None:
             return [self._repository.get(name, version)]
         self._repository.get(name)  # raises if there is none

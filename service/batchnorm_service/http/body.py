@@ -1,4 +1,4 @@
-"""Reading bodies into one piece of memory, and the content codings gzip and deflate."""
+"""Reading of bodies into one block of memory, and the content codings gzip and deflate."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from batchnorm_service.protocol.tensors import Bytes
 
 # zlib's window sizes: the format `deflate` of HTTP is that of zlib, and x-gzip is another name of gzip.
 CODINGS: Final = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
-# A body may be several gzip files in a row, called members; one that holds nothing still takes time.
+# A body may be several gzip files in a row, called members; even an empty one takes time.
 MAX_MEMBERS: Final = 2**16
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _WINDOW: Final = 1024
-# The low bits of tensors are noise: higher levels make them hardly smaller.
+# The low bits of tensors are noise: higher levels compress them hardly better.
 _LEVEL: Final = 1
 
 
-# Freeing a block of this size, glibc learns to keep what is freed up to it (its largest threshold is 32 MiB).
+# After a block of this size is freed, glibc keeps freed blocks up to it (its largest threshold is 32 MiB).
 _KEPT: Final = 31 * 2**20
 
 
@@ -33,22 +33,22 @@ class DisconnectedError(Exception):
 def keep_memory() -> None:
     """Make the C library keep freed memory for the next message.
 
-    It would else return blocks of the size of tensors to the kernel, which clears them for the next request;
-    that takes as long as to normalize them. If the library is not glibc, this does nothing.
+    Otherwise it returns blocks of the size of tensors to the kernel, which clears them for the next request,
+    and that takes as long as normalizing them. If the library is not glibc, this does nothing.
     """
     np.empty(_KEPT, np.uint8)
 
 
 async def read(length: int | None, receive: Receive, limit: int) -> Bytes:
-    """Return a body: the received bytes if they came in one piece, else writable memory that holds them once.
+    """Return a body: the received bytes if they came in one piece, else in writable memory.
 
     Args:
         length: The announced length; None for a chunked body.
         receive: ASGI's receive.
-        limit: The most bytes that are taken.
+        limit: Largest number of bytes that is accepted.
 
     Raises:
-        BodyTooLargeError: It exceeds the limit; raised before it is read if its length is announced.
+        BodyTooLargeError: The body exceeds the limit; raised before reading if its length is announced.
         DisconnectedError: The client disconnected.
     """
     if length is not None and length > limit:
@@ -79,13 +79,14 @@ def decompress(coding: bytes, body: Bytes, limit: int) -> bytes:
     """Return a compressed body, decompressed.
 
     Raises:
-        InvalidInputError: It is damaged, cut short, or longer than its contents.
-        BodyTooLargeError: It holds more than `limit` bytes (no more are ever made), or too many members.
+        InvalidInputError: The body is damaged, cut short, or followed by other bytes.
+        BodyTooLargeError: Decompressed, it exceeds `limit` bytes (no more are ever made), or has too many
+            members.
     """
     parts: list[bytes] = []
     room = limit
     whole = rest = memoryview(body)
-    # What follows a member is copied at its end: the first is given all, later ones little more than theirs.
+    # zlib copies what follows a member: the first gets all bytes, later ones little more than their own.
     window = len(whole)
     for _ in range(MAX_MEMBERS):
         machine = zlib.decompressobj(CODINGS[coding])

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, summed over all processes, by our own names and by Triton's."""
+"""Metrics for Prometheus, summed over all processes, under our own names and Triton's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STAGES: Final = {
     "infer": statistics.INFER_NS,
     "output": statistics.OUTPUT_NS,
 }
-# Triton's names and units. It calls them counters, and without the ending _total only unknown ones may be so.
+# Triton's names and units. Triton has them as counters; without the ending _total the type must be unknown.
 _TRITON: Final = {
     "nv_inference_request_success": (statistics.SUCCESSES, 1, "Successful inference requests"),
     "nv_inference_request_failure": (statistics.FAILURES, 1, "Failed inference requests"),
@@ -53,7 +53,7 @@ _TRITON: Final = {
 
 
 class Metrics:
-    """A collector of the metrics of a service, from the counters that `/stats` reports too."""
+    """Collector of the metrics of a service, from the same counters as `/stats`."""
 
     def __init__(self, context: Context) -> None:
         self._rows = context.rows

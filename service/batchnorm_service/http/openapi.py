@@ -1,6 +1,6 @@
-"""The OpenAPI document: FastAPI's, with examples, and with infer, which is no route of FastAPI, by hand.
+"""The OpenAPI document: FastAPI's own, with examples added, and with infer, which is not a route of FastAPI.
 
-Every operation has an example: the real answer for the model of `docs/service.md`. A test sends them.
+Every operation has an example, the real answer for the model of `docs/service.md`; a test sends them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _ref(name: str) -> dict[str, str]:
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an optional member of a request, where null stands for absence."""
+    """Return the schema of an optional member of a request; null means that it is absent."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
@@ -198,7 +198,7 @@ _Y: Final = struct.pack("<3I", 0x3F7FFFAC, 0x3F7FFFEB, 0x3F7FFEB0)
 
 
 def _bytes(head: dict[str, Any], tail: bytes, multiple: int = 1) -> dict[str, Any]:
-    """Return an example that is not JSON, for which OpenAPI has no form: in base64, with its header."""
+    """Return an example that is not JSON, in base64 with its header, since OpenAPI has no form for bytes."""
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % multiple)
     headers = {_LENGTH: str(len(text))}
@@ -225,7 +225,7 @@ def document(generated: dict[str, Any]) -> dict[str, Any]:
     """Return the document of the service.
 
     Args:
-        generated: FastAPI's own: its summaries and the schemas of its answers are taken.
+        generated: FastAPI's own document, of which the summaries and the schemas of answers are used.
     """
     paths = {}
     for path, operations in generated["paths"].items():

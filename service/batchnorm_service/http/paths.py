@@ -26,11 +26,11 @@ class Kind(Enum):
 
 
 class Asked(NamedTuple):
-    """What a request asks for.
+    """The result of `classify`: what a request asks for.
 
     Attributes:
         kind: Kind of the request.
-        scope: Scope of the key that it needs; None where none is needed.
+        scope: Scope of the key that the request needs; None if it needs none.
         model: For inference, `name` and `version` of the model; the version may be None.
     """
 
@@ -45,7 +45,7 @@ _CONTROL: Final = Asked(Kind.CONTROL, "control", {})
 
 
 def classify(method: str, path: str) -> Asked:
-    """Return what a request asks for, whether or not there is such a model or path."""
+    """Return what a request asks for, without a check that the model or path exists."""
     if method == "POST" and (found := _INFER(path)):
         return Asked(Kind.INFER, "infer", found.groupdict())
     if path in _HEALTH_PATHS:

@@ -1,8 +1,8 @@
 """Endpoints of the repository of models (the protocol's extension `model_repository`) and of metrics.
 
-POST /v2/repository/index                     what there is, and what is wrong with it
-POST /v2/repository/models/{name}/load        take what the directory holds of a model now
-POST /v2/repository/models/{name}/unload      serve it no longer
+POST /v2/repository/index                     list all models, and why some are not served
+POST /v2/repository/models/{name}/load        load the versions that the directory has now
+POST /v2/repository/models/{name}/unload      stop serving the model
 GET  /metrics
 """
 
@@ -87,7 +87,7 @@ class RepositoryEndpoints:
         return Response()
 
     async def named_repository(self) -> Response:
-        """Answer 501: there is one repository, without a name."""
+        """Answer 501: there is only one repository, and it has no name."""
         raise UnsupportedError("named repositories are not supported: there is one, without a name")
 
     def metrics(self, request: Request) -> Response:
@@ -102,7 +102,7 @@ class RepositoryEndpoints:
     async def _all_take(self, generation: int) -> None:
         """Wait until every live process serves this generation of the list or a newer one."""
         deadline = asyncio.get_running_loop().time() + PATIENCE_SECONDS
-        with suppress(OSError, ValueError):  # the watch tries again, and says why it cannot be
+        with suppress(OSError, ValueError):  # `Lifecycle.watch` tries again, and logs the reason
             await to_thread.run_sync(self._repository.refresh)
         while True:
             live = self._state.live().values()
@@ -111,8 +111,8 @@ class RepositoryEndpoints:
                 return
             if asyncio.get_running_loop().time() > deadline:
                 raise LaggingError(
-                    f"{lagging} of {len(live)} workers have not taken the change after "
-                    f"{PATIENCE_SECONDS:g} s; it stands, and they take it when they can"
+                    f"{lagging} of {len(live)} workers have not applied the change after "
+                    f"{PATIENCE_SECONDS:g} s; the change is made, and they will apply it later"
                 )
             await asyncio.sleep(0.02)
 

@@ -1,11 +1,12 @@
-"""A directory of models: which file is which model, and how a file becomes a layer.
+"""A directory of models: which file is which model, and how a layer is read from a file.
 
     DIR/NAME/VERSION/bn.safetensors     or bn.onnx, model.onnx
     DIR/NAME.safetensors                or NAME.onnx: version 1
 
-Where DIR is one model, its name is given: DIR/VERSION/bn.safetensors, or DIR/bn.safetensors for version 1.
-Whatever else looks like a model (by its suffix, in any case, or as a folder that is named as a version) is a
-source with a problem, so that nothing is left out without a word.
+If DIR is a single model, its name is given, and its files are DIR/VERSION/bn.safetensors, or
+DIR/bn.safetensors for version 1. Anything else that looks like a model (it has such a suffix, in upper or
+lower case, or is a folder named like a version) is a source with a problem, so that nothing is ignored
+silently.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 RESERVED_NAMES: Final = frozenset({"stats"})
 # No leading zero, so that a version has one spelling.
 VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
-# In a folder of its own a model has one of these names; Triton's repositories have the last.
+# File names of a model in a version's folder; Triton's repositories use the last.
 FILES: Final = ("bn.safetensors", "bn.onnx", "model.onnx")
 SUFFIXES: Final = (".safetensors", ".onnx")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that is to be a version of a model, or a file or folder that is wrongly in the place of one.
+    """A file that should be a version of a model, or a file or folder that only looks like one.
 
     Attributes:
         name: Name of the model.
-        version: Its version; empty where the problem is that of a whole folder.
+        version: Version of the model; empty if a whole folder has a problem.
         path: The file.
-        problem: Why it cannot be loaded, where that is known without opening it.
+        problem: Why it cannot be loaded, if that is known without opening it.
     """
 
     name: str
@@ -53,8 +54,8 @@ class Directory:
     """A directory of models, or of a single model.
 
     Args:
-        root: The directory. Nothing outside it is opened, whatever symbolic links say.
-        name: Name of the model that the whole directory is; None for a directory of models.
+        root: The directory. Nothing outside it is opened, not even through symbolic links.
+        name: Name of the model if the whole directory is one model; None for a directory of models.
 
     Raises:
         OSError: The directory does not exist.
@@ -65,9 +66,9 @@ class Directory:
         self._name = name
 
     def sources(self, name: str | None = None) -> list[Source]:
-        """Return the sources that the directory holds now, of one model or of all.
+        """Return the sources that the directory has now, of one model or of all.
 
-        Names are compared, never made into paths.
+        Names from outside are compared with entries of the directory, never made into paths.
 
         Raises:
             OSError: The directory cannot be listed.
@@ -84,16 +85,16 @@ class Directory:
     def read(self, source: Source, scratch: Path) -> FrozenBatchNorm:
         """Return the layer of a source.
 
-        The file is copied first and then read once, so that whoever writes to it meanwhile does no harm.
+        The file is copied first, and the copy read, so that a change of the file meanwhile does no harm.
 
         Args:
             source: One of `sources()`.
-            scratch: A path that may be written to.
+            scratch: Path of a temporary file that may be written.
 
         Raises:
-            ValueError: It is no whole file of a frozen layer, or not in the directory.
-            OSError: It cannot be read, or not be copied.
-            ImportError: It is an ONNX model, and the package onnx is not there.
+            ValueError: The source is not a complete file of a frozen layer, or not in the directory.
+            OSError: It cannot be read or copied.
+            ImportError: It is an ONNX model, and the package onnx is not installed.
         """
         if source.problem:
             raise ValueError(source.problem)
@@ -108,7 +109,7 @@ class Directory:
         return layer
 
     def explain(self, source: Source, scratch: Path, reason: Exception) -> str:
-        """Return the text of an error of `read`, with paths below the directory only."""
+        """Return the text of an error of `read`, with paths relative to the directory."""
         text = f"{reason.strerror}" if isinstance(reason, OSError) and reason.strerror else str(reason)
         shown = str(source.path.relative_to(self._root))
         for path in (str(scratch), str(source.path), str(self._root)):
@@ -180,7 +181,7 @@ class Directory:
 
 
 def _listed(folder: Path) -> list[Path]:
-    # Of two sources of one version the first counts: folders before files, and right suffixes before others.
+    # If two sources are of one version, the first counts: folders before files, right suffixes first.
     def order(path: Path) -> tuple[bool, bool, str]:
         return _is_model_file(path), path.suffix not in SUFFIXES, path.name
 
@@ -200,7 +201,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 
 def _unfollowed(path: str, flags: int) -> int:
-    # Should a link or a pipe have taken the file's place since it was looked at.
+    # In case a link or a pipe has replaced the file since it was checked.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 

@@ -38,14 +38,14 @@ class Model:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of x at the lowest rank that the layer takes, -1 for any size; higher ranks are taken too."""
+        """Shape of x at the lowest rank that the layer takes, -1 for any size; higher ranks are allowed."""
         axis = self.layer.channel_axis
         sizes = [-1] * max(2, axis + 1 if axis >= 0 else -axis)
         sizes[axis] = self.layer.channels
         return tuple(sizes)
 
     def infer(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Return `layer(x)`, written to `out` where given.
+        """Return `layer(x)`, written to `out` if that is given.
 
         Raises:
             InvalidInputError: The layer does not take the dtype or shape of x; the text says why.

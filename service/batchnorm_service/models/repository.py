@@ -1,4 +1,4 @@
-"""The models that this process serves, and changes of them for all processes of the service."""
+"""The models that this process serves, and how they are changed for all processes of the service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNLOADED: Final = "unloaded"
 
 @dataclass(frozen=True)
 class _Served:
-    """The models being served, replaced as a whole; a request keeps the model that it has begun with."""
+    """The models that are served, replaced as a whole; a request keeps the model that it began with."""
 
     listing: Listing = field(default_factory=lambda: Listing(0))
     mark: tuple[int, int] | None = None
@@ -33,11 +33,11 @@ class _Served:
 class Repository:
     """The models of a directory, as this process serves them.
 
-    Lookups are of memory alone. `load`, `unload` and `refresh` read files and may be called from any thread.
+    Lookups read memory only. `load`, `unload` and `refresh` read files and may be called from any thread.
 
     Args:
-        directory: Where models come from.
-        state: What is shared with the other processes of the service.
+        directory: The directory that models come from.
+        state: State shared with the other processes of the service.
     """
 
     def __init__(self, directory: Directory, state: SharedState) -> None:
@@ -72,12 +72,12 @@ class Repository:
         return list(self._served.models.get(name, {}))
 
     def get(self, name: str, version: str | None = None) -> Model:
-        """Return a loaded model, of the highest loaded version if none is named.
+        """Return a loaded model; if no version is named, the highest loaded one.
 
         The lookup is in memory: a name from outside never becomes a path.
 
         Raises:
-            NotReadyError: The model is known and not loaded.
+            NotReadyError: The model is known but not loaded.
             ModelNotFoundError: There is no such model or version.
         """
         served = self._served
@@ -114,7 +114,8 @@ class Repository:
         """Serve the newest list from now on, and acknowledge it to the other processes.
 
         Raises:
-            OSError, ValueError: A layer of the list cannot be read; what was served before still is.
+            OSError, ValueError: A layer of the list cannot be read; the models served before are still
+                served.
         """
         with self._refreshing:
             mark = self._state.mark()
@@ -141,7 +142,7 @@ class Repository:
         """List all models of the directory; return those that cannot be loaded, listed with the reason.
 
         Raises:
-            LoadError: The directory cannot be listed, or the list not be written.
+            LoadError: The directory cannot be listed, or the list cannot be written.
         """
         with self._changing():
             entries = self._read(self._directory.sources())
@@ -154,11 +155,11 @@ class Repository:
         """List all versions of one model in the directory, or change nothing if one cannot be loaded.
 
         Returns:
-            The generation of the list, which each process takes by `refresh`.
+            The generation of the new list, which each process applies by `refresh`.
 
         Raises:
-            ModelNotFoundError: The directory holds nothing of that name.
-            LoadError: A version cannot be loaded (its reason is listed too), or the list not be written.
+            ModelNotFoundError: The directory has nothing of that name.
+            LoadError: A version cannot be loaded (the list has the reason), or the list cannot be written.
             LaggingError: Another change took too long.
         """
         with self._changing():
@@ -177,13 +178,13 @@ class Repository:
             ]
             reasons = "; ".join(_reason(entry) for entry in read if not entry.fingerprint)
             self._state.publish((*others, *kept, *failed.values()))
-        raise LoadError(f"model {name!r} is not loaded anew, and what was loaded is kept: {reasons}")
+        raise LoadError(f"model {name!r} cannot be loaded; the versions loaded before are kept: {reasons}")
 
     def unload(self, name: str) -> int:
         """List a model as unloaded until it is loaded again or the service restarts.
 
         Returns:
-            The generation of the list, which each process takes by `refresh`.
+            The generation of the new list, which each process applies by `refresh`.
 
         Raises:
             ModelNotFoundError: There is no such model.
@@ -213,7 +214,7 @@ class Repository:
             raise LoadError(f"nothing was changed: {reason.strerror}") from reason
 
     def _read(self, sources: Iterable[Source]) -> list[Entry]:
-        """Put the layers of sources into the shared state; the first of a name and version counts."""
+        """Put the layers of sources into the shared state; the first of each name and version counts."""
         entries: dict[tuple[str, str], Entry] = {}
         for source in sources:
             entry = self._read_one(source)
@@ -225,7 +226,7 @@ class Repository:
         return list(entries.values())
 
     def _read_one(self, source: Source) -> Entry:
-        # A name from the disk may hold what UTF-8 cannot.
+        # A file name may have bytes that are not UTF-8.
         name, version = (
             text.encode(errors="backslashreplace").decode() for text in (source.name, source.version)
         )

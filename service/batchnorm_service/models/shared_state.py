@@ -1,12 +1,12 @@
-"""State that the processes of a service share: a directory with the list of models and who has taken it over.
+"""State that the processes of a service share: a directory with the list of models, layers and workers.
 
     models.json            the list, replaced as a whole; its generation is a number that only grows
-    layers/FINGERPRINT     the layers in it, each as a file of its own, named by what it holds
-    workers/ID             one file a worker, locked while it lives; it holds the generation that it serves
+    layers/FINGERPRINT     the layers in the list, one file for each, named by its fingerprint
+    workers/ID             a file for each worker, locked while it lives, with the generation that it serves
     lock                   held by the process that changes the list
 
-The directory of models is the truth that the list is made from, on start and by each load. Workers take
-layers from here and not from there, so that all of them, and those started later, serve the same bytes.
+The list is made from the directory of models, on start and by each load. Workers read layers from the shared
+state and not from that directory, so that all of them, and those started later, serve the same bytes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Entry:
 
     Attributes:
         name: Name of the model.
-        version: Its version; empty where a whole folder has a problem.
-        fingerprint: Of the layer that is served; None where none is.
-        reason: Why none is, or why the last load changed nothing; else empty.
+        version: Version of the model; empty if a whole folder has a problem.
+        fingerprint: Fingerprint of the layer that is served; None if none is.
+        reason: Why no layer is served, or why the last load changed nothing; else empty.
     """
 
     name: str
@@ -61,7 +61,7 @@ class SharedState:
         path: The directory; it exists, and belongs to this service alone.
 
     Attributes:
-        identity: Name of this process in it, once it is registered.
+        identity: Name of this process in the shared state, once it is registered.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +82,7 @@ class SharedState:
     # The list
 
     def mark(self) -> tuple[int, int] | None:
-        """Return a value that differs whenever the list was replaced; None before there is a list."""
+        """Return a value that changes whenever the list is replaced; None before there is a list."""
         try:
             status = self._list.stat()
         except FileNotFoundError:
@@ -90,7 +90,7 @@ class SharedState:
         return status.st_mtime_ns, status.st_ino
 
     def listing(self) -> Listing:
-        """Return the list of models; before there is one, an empty list of generation 0."""
+        """Return the list of models, or an empty list of generation 0 before there is one."""
         try:
             found = json.loads(self._list.read_bytes())
         except FileNotFoundError:
@@ -102,7 +102,7 @@ class SharedState:
         """Hold the lock under which `publish` may be called.
 
         Raises:
-            LaggingError: Another process held it for too long.
+            LaggingError: Another process held the lock for too long.
         """
         with (self._path / "lock").open("w") as file:
             deadline = time.monotonic() + PATIENCE_SECONDS
@@ -130,7 +130,7 @@ class SharedState:
         return self._path / f"copy-{secrets.token_hex(8)}"
 
     def put(self, layer: FrozenBatchNorm) -> None:
-        """Save a layer under its fingerprint, until a list without it is published.
+        """Save a layer under its fingerprint; it is kept until a list without it is published.
 
         Raises:
             OSError: The file cannot be written.
@@ -143,8 +143,8 @@ class SharedState:
         """Return a saved layer.
 
         Raises:
-            OSError: It is not here any more.
-            ValueError: The file is not what was written.
+            OSError: The file is not there any more.
+            ValueError: The file has changed since it was written.
         """
         layer = FrozenBatchNorm.load(self._layers / fingerprint)
         if layer.fingerprint != fingerprint:
@@ -154,13 +154,13 @@ class SharedState:
     # The workers
 
     def register(self) -> None:
-        """Register this process as a worker; to be called before the list is first read."""
+        """Register this process as a worker; call it before the list is first read."""
         self.identity = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._own = os.open(self._workers / self.identity, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._own, fcntl.LOCK_EX)
 
     def leave(self) -> None:
-        """Unregister this process; its end does so too."""
+        """Unregister this process, which also happens when it ends."""
         if self._own is not None:
             os.close(self._own)
             self._own = None

@@ -1,1 +1,1 @@
-"""Processes: a server with an orderly end, its supervisor, and the workers."""
+"""Processes: a server with a graceful shutdown, its supervisor, and the workers."""

@@ -1,6 +1,6 @@
 """One connection: uvicorn's, with limits, and with a framing of requests that no header can change.
 
-Whatever is wrong on a connection is answered after the answers that come before it, and ends the connection.
+An error on a connection is answered after the answers to earlier requests, and then closes the connection.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from batchnorm_service.settings import Settings
 
 # As much as most servers allow; the parser itself has no limit.
 MAX_HEAD: Final = 64 * 1024
-# How long a connection that ends with an error still reads what the client sends, without a look at it.
+# How long a connection that ends with an error still reads and discards what the client sends.
 LINGER_SECONDS: Final = 1.0
 _TOO_LONG: Final = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"headers exceed {MAX_HEAD} bytes"
-_CONNECT: Final = HTTPStatus.NOT_IMPLEMENTED, "CONNECT is not supported: the service is no proxy"
+_CONNECT: Final = HTTPStatus.NOT_IMPLEMENTED, "CONNECT is not supported: the service is not a proxy"
 
 
 class Connection(HttpToolsProtocol):
-    """One of a limited number of connections, with limited time and room for each request.
+    """A connection with limits: of the number of connections, and of time and size for each request.
 
-    What is called for each request calls its base by name, which is faster than by super().
+    Methods that are called for each request call the base class by name, which is faster than super().
     """
 
     limits: Settings  # of the class that `server` makes
@@ -36,9 +36,9 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._since: float | None = time.monotonic()  # when the request that is not yet complete began
         self._error: tuple[HTTPStatus, str] | None = None
-        self._close_at: float | None = None  # where nothing more is answered
+        self._close_at: float | None = None  # set once nothing more is answered
         self._piece = 0  # size of the piece of data that is being parsed
-        self._fresh = True  # whether it begins with a new request, of which nothing was parsed yet
+        self._fresh = True  # whether that piece begins with a new request
         self._head_bytes = 0  # size of all earlier pieces since the head began
         self._before = 0  # how much of them may belong to earlier requests
         self._no_body = 0  # size of what came after the head since the last bytes of the body: trailers
@@ -48,8 +48,8 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse a piece of data.
 
-        The parser ends a request that asks for an upgrade after its head, and would take the body for the
-        next request. No upgrade is offered, so such a head is parsed again without the question.
+        If a request asks for an upgrade, the parser ends it after its head, and would read the body as the
+        next request. Upgrades are not supported, so such a head is parsed again without the upgrade.
         """
         self._unset_keepalive_if_required()
         if self._error is not None:
@@ -71,7 +71,7 @@ class Connection(HttpToolsProtocol):
                 self._fail(*_TOO_LONG)
 
     def _go_on(self, data: memoryview) -> None:
-        """Parse what follows a head that asks for an upgrade, after that head without the question."""
+        """Parse a head that asks for an upgrade again without the upgrade, and then what follows it."""
         while True:
             head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.scope["http_version"].encode()]
             for name, value in self.headers:
@@ -87,7 +87,7 @@ class Connection(HttpToolsProtocol):
                 data = data[upgrade.args[0] :]
 
     def on_message_begin(self) -> None:
-        """Note when a request began."""
+        """Record the time at which a request began."""
         HttpToolsProtocol.on_message_begin(self)
         self._head_bytes = 0
         self._before = 0 if self._fresh else self._piece
@@ -95,12 +95,12 @@ class Connection(HttpToolsProtocol):
         self._since = time.monotonic()
 
     def on_headers_complete(self) -> None:
-        """Begin to answer, unless the head is too long or is to be parsed again without its upgrade."""
-        if self._head_bytes + self._piece > MAX_HEAD:  # may count earlier requests too: measure
+        """Begin to answer, unless the head is too long or must be parsed again without its upgrade."""
+        if self._head_bytes + self._piece > MAX_HEAD:  # may include earlier requests, so measure exactly
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > MAX_HEAD:
                 self._error = _TOO_LONG
-                raise ValueError  # through the parser, which then takes no more
+                raise ValueError  # raised through the parser, which then parses no more
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 self._error = _CONNECT
@@ -108,17 +108,17 @@ class Connection(HttpToolsProtocol):
             self.scope["http_version"] = self.parser.get_http_version()
         else:
             HttpToolsProtocol.on_headers_complete(self)
-            # Trailers go here: a proxy that sets or removes headers does not look at them.
+            # Trailers are dropped here: a proxy that sets or removes headers does not check them.
             self.headers = []
             self._no_body = -self._piece
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
+        """Receive a part of the body."""
         self._no_body = -self._piece
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
-        """Note that a request is complete."""
+        """Record that a request is complete."""
         if not self.parser.should_upgrade():
             self._since = None
             HttpToolsProtocol.on_message_complete(self)
@@ -133,7 +133,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _behind(self) -> bool:
-        """Whether answers to earlier requests are to come first."""
+        """Whether earlier requests must be answered first."""
         return bool(self.pipeline) or (self._answering and (self._in_head or self._since is None))
 
     def check(self, now: float) -> None:
@@ -172,7 +172,7 @@ class Connection(HttpToolsProtocol):
         if status == HTTPStatus.SERVICE_UNAVAILABLE or not self.transport.can_write_eof():
             self.transport.close()
         else:
-            # To close with data unread is a reset, which can overtake the answer.
+            # Closing while data are unread sends a reset, which can overtake the answer.
             self.transport.write_eof()
             self.flow.resume_reading()
             self._close_at = time.monotonic() + LINGER_SECONDS

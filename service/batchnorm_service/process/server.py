@@ -1,4 +1,4 @@
-"""One process that serves: uvicorn, with an orderly end."""
+"""One process that serves: uvicorn with a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHUTDOWN_SECONDS: Final = 20
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; after SIGTERM it is not ready, answers for a while, and ends with status 0."""
+    """uvicorn's server, which after SIGTERM is not ready, answers for a while, and ends with status 0."""
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, drain_seconds: float) -> None:
         super().__init__(config)
@@ -39,11 +39,11 @@ class Server(uvicorn.Server):
         self._stop_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On SIGTERM begin to drain; on SIGINT or a second signal shut down; on a third end at once."""
+        """Begin to drain on SIGTERM, shut down on SIGINT or a second signal, and end at once on a third."""
         if sig == signal.SIGTERM and self._stop_at is None and not self.should_exit:
             self._lifecycle.stopping = True
             self._stop_at = time.monotonic() + self._drain_seconds
-            # Clients are to connect elsewhere.
+            # Tells clients to connect again, elsewhere.
             self.config.encoded_headers.append((b"connection", b"close"))
         elif self.should_exit:
             self.force_exit = True
@@ -65,7 +65,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     """Return the TLS context of the settings; None without TLS.
 
     Raises:
-        OSError: A file is no certificate or no key, or they do not fit; ssl.SSLError is one.
+        OSError: A file is not a certificate or key, or the two do not match; ssl.SSLError is an OSError.
     """
     if settings.tls_cert is None:
         return None

@@ -1,6 +1,6 @@
-"""The supervisor of several processes on one socket, which starts, replaces and ends them.
+"""The supervisor, which starts, replaces and ends several processes that share one socket.
 
-uvicorn's own supervisor neither waits for a drain nor ends its workers when it is killed itself.
+uvicorn's own supervisor does not wait for a drain, and does not end its workers when it is killed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from batchnorm_service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# A worker that dies at once is not replaced before this time is over.
+# A worker that dies soon after its start is not replaced before this time is over.
 RESTART_SECONDS: Final = 1.0
 
 
 def supervise(settings: Settings, state: SharedState, listener: socket.socket) -> int:
     """Run `settings.workers` processes until SIGTERM or SIGINT, and return the status to exit with."""
-    # Workers hold the reading end, and see it close when this process is gone, however it ended.
+    # Workers hold the reading end, which closes when this process is gone, however it ended.
     reader, writer = os.pipe()
     try:
         return asyncio.run(_Supervisor(settings, state, listener, reader).run())
@@ -56,7 +56,7 @@ class _Supervisor:
             loop.add_signal_handler(sig, self._stop, sig)
         slots = [asyncio.create_task(self._keep_one()) for _ in range(self._settings.workers)]
         await self._stopping.wait()
-        self._listener.close()  # else clients could still connect when the last worker has closed its own
+        self._listener.close()  # else clients could still connect after the last worker has closed its own
         patience = self._settings.drain_seconds + SHUTDOWN_SECONDS + 5
         await asyncio.wait(slots, timeout=patience)
         for process in self._running:

@@ -1,4 +1,4 @@
-"""`python -m batchnorm_service.process.worker STATE SOCKET ALIVE`: one worker, started by the supervisor."""
+"""`python -m batchnorm_service.process.worker STATE SOCKET ALIVE`: one worker of the supervisor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The protocol layer: one inference message of the Open Inference Protocol v2 <-> one call of a model.
+"""One inference by the Open Inference Protocol v2: a request, a call of the model, an answer.
 
-A request is JSON, or JSON followed by the bytes of the tensor, the length of the JSON given beside it (binary
-tensor extension), or with a length of 0 the bytes alone (its raw form).
+A request is JSON; or JSON followed by the bytes of the tensor, with the length of the JSON given in a header
+(binary tensor extension); or, if that length is 0, bytes alone (the extension's raw form).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from batchnorm_service.protocol.tensors import (
 )
 
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
-# No text has them: a body with one is no JSON alone.
+# No text has these bytes: a body with one is not JSON alone.
 _NOT_TEXT: Final = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What every message must keep to, and what every answer does.
+    """Limits of messages, and the form of answers.
 
     Attributes:
-        max_elements: The most elements that a tensor may have.
-        max_depth: How deep JSON may be nested.
-        null: Whether NaN and infinities are null in JSON; else they are tokens, as Triton's.
+        max_elements: Largest number of elements of a tensor.
+        max_depth: Largest depth of nested JSON.
+        null: Whether NaN and infinities are null in JSON; else they are tokens, as in Triton.
     """
 
     max_elements: int = 2**62
@@ -50,11 +50,11 @@ class Rules:
 
 
 class Reply(NamedTuple):
-    """An inference response, and what it took.
+    """An inference response, and the time that it took.
 
     Attributes:
-        parts: The message.
-        json_length: Length of its JSON part where bytes follow, else None.
+        parts: The parts of the message.
+        json_length: Length of its JSON part if bytes follow, else None.
         rows: Size of the batch.
         read: Nanoseconds that parsing took.
         compute: Nanoseconds that the layer took.
@@ -74,15 +74,15 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
 
     Args:
         model: The model that computes.
-        body: The request; in writable memory the output takes the place of the input.
-        json_length: Length of its JSON part as the client gave it; None means that all of it is JSON.
+        body: The request; if its memory is writable, the output overwrites the input.
+        json_length: Length of the JSON part as the client gave it; None if all of it is JSON.
         rules: The limits, and the form of the answer.
 
     Raises:
         InvalidInputError: The message is malformed or does not fit the model.
         BodyTooLargeError: The tensor has too many elements.
-        FingerprintMismatchError: The message demands another model.
-        UnsupportedError: It asks for an extension or a datatype that is not there.
+        FingerprintMismatchError: The message requires another fingerprint than that of the model.
+        UnsupportedError: The message needs an extension or a datatype that is not supported.
     """
     began = perf_counter_ns()
     head, arrays, length = _read(model, body, json_length, rules)
@@ -102,7 +102,7 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
     computed = perf_counter_ns()
     text = f'"model_name":"{model.name}","model_version":"{model.version}",'.encode().join(head.answer)
     if head.binary:
-        # Blanks after JSON are JSON: the tensor starts at a multiple of the largest element.
+        # Blanks may follow JSON: they align the tensor to the largest element.
         text += b" " * (-len(text) % 8)
         parts: list[bytes | bytearray | memoryview] = [text, memory]
     else:
@@ -118,7 +118,7 @@ def infer(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
 
 
 def _read(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) -> tuple[Head, list[Data], int]:
-    """Return the head of a message, the arrays in it, and where the bytes of the tensor begin."""
+    """Return the head of a message, the arrays in its JSON, and the offset of the tensor's bytes."""
     length = len(body) if json_length is None else _json_length(json_length, len(body))
     if length == 0 and json_length is not None:
         return request.raw(model, len(body)), [], 0
@@ -141,7 +141,7 @@ def _read(model: Model, body: Bytes, json_length: bytes | None, rules: Rules) ->
 
 
 def _hint(body: bytes) -> str:
-    """Return why a body that was read as JSON may be none; empty where nothing shows it."""
+    """Return a hint why a body that was read as JSON is not JSON; empty if there is none."""
     if not body:
         return "the body is empty"
     if b"binary_data_size" in body or _NOT_TEXT.search(body):
@@ -170,7 +170,7 @@ def _check(model: Model, head: Head) -> None:
 
 
 def _memory(head: Head, body: Bytes, start: int) -> bytearray | memoryview:
-    """Return writable memory with the bytes of the tensor: those of the body, if they can be written."""
+    """Return writable memory with the bytes of the tensor: the body's own, if it is writable."""
     given = memoryview(body)[start:]
     if len(given) != head.nbytes:
         raise InvalidInputError(
@@ -180,5 +180,5 @@ def _memory(head: Head, body: Bytes, start: int) -> bytearray | memoryview:
 
 
 def _rows(model: Model, shape: tuple[int, ...]) -> int:
-    """Size of the batch, which is the first axis unless that is the channels'."""
+    """Return the size of the batch, which is that of the first axis unless that is the channel axis."""
     return 1 if model.layer.channel_axis in (0, -len(shape)) else shape[0]

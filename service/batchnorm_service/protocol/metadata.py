@@ -1,4 +1,4 @@
-"""What the service says of itself and of its models: metadata and model configurations."""
+"""Metadata of the service and of its models, and model configurations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def server() -> dict[str, Any]:
 
 
 def of_model(model: Model, versions: list[str]) -> dict[str, Any]:
-    """Return the metadata of a model; `parameters` says what a fixed datatype and shape cannot."""
+    """Return the metadata of a model; `parameters` has what a fixed datatype and shape cannot express."""
     datatypes = [DATATYPES[dtype] for dtype in model.dtypes]
     tensor = {"datatype": datatypes[0], "shape": model.shape}
     return {
@@ -38,7 +38,7 @@ def of_model(model: Model, versions: list[str]) -> dict[str, Any]:
 
 
 def configuration(model: Model) -> dict[str, Any]:
-    """Return the model configuration, as much of it as tools ask for; batching is the client's affair."""
+    """Return the part of the model configuration that tools ask for; batching is left to the client."""
     datatype = DATATYPES[model.dtypes[0]]
     tensor = {"data_type": f"TYPE_{datatype}", "dims": model.shape}
     return {

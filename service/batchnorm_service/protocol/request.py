@@ -1,4 +1,4 @@
-"""The JSON of an inference request: what it says of the tensor, and what answer it asks for."""
+"""The JSON of an inference request: the description of the tensor, and the kind of answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTPUT: Final = "y"
 _KINDS: Final[dict[type, str]] = {
     dict: "an object", list: "an array", str: "a string", int: "an integer", bool: "true or false"
 }  # fmt: skip
-# Clients send the same text again and again, and reading it takes longer than a small tensor does.
+# Clients send the same text again and again, and parsing it takes longer than normalizing a small tensor.
 _REMEMBERED: Final = 256
 _REMEMBERED_BYTES: Final = 1024
 _T = TypeVar("_T")
@@ -34,11 +34,11 @@ class Head:
     Attributes:
         shape: Shape of the input.
         datatype: The protocol's name of its dtype, and of the output's.
-        size: Bytes of the input that follow the JSON; None where it is in the JSON.
+        size: Number of bytes of the input that follow the JSON; None if the input is in the JSON.
         binary: Whether the output is wanted as bytes.
         id: The client's name of the request, if any.
-        fingerprint: That the model must have, if any.
-        array: Which of the arrays that were cut out of the JSON is the input, where none follows as bytes.
+        fingerprint: The fingerprint that the model must have, if any.
+        array: Index of the input among the arrays that were cut out of the JSON, if it is in the JSON.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Head:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype that `datatype` names."""
+        """NumPy dtype of `datatype`."""
         return numpy_dtype(self.datatype)
 
     @cached_property
@@ -66,7 +66,7 @@ class Head:
 
     @cached_property
     def answer(self) -> tuple[bytes, bytes]:
-        """The JSON of the answer around the name of the model, up to the numbers if they are in it."""
+        """JSON of the answer before and after the name of the model, up to the numbers if it has them."""
         opening = f'{{"id":{json.dumps(self.id)},' if self.id else "{"
         output: dict[str, Any] = {"name": OUTPUT, "datatype": self.datatype, "shape": self.shape}
         if self.binary:
@@ -76,9 +76,9 @@ class Head:
 
 
 def raw(model: Model, size: int) -> Head:
-    """Return the head that a request of bytes alone stands for.
+    """Return the head that is equivalent to a request of bytes alone.
 
-    Datatype and shape are those of the metadata, whose one free size follows from the number of bytes.
+    Datatype and shape are those of the metadata; the one free size follows from the number of bytes.
 
     Raises:
         InvalidInputError: The metadata have more than one free size, or the bytes do not fill the shape.
@@ -97,11 +97,11 @@ def parse(text: bytes, max_depth: int) -> Head:
 
     Args:
         text: The JSON, or that of `tensors.cut_data`.
-        max_depth: How deep it may be nested.
+        max_depth: Largest depth of nested JSON.
 
     Raises:
-        InvalidInputError: It is malformed, or asks for what no model has.
-        UnsupportedError: It asks for an extension or a datatype that is not there.
+        InvalidInputError: The JSON is malformed, or has inputs or outputs that no model has.
+        UnsupportedError: The request needs an extension or a datatype that is not supported.
     """
     return _remembered(text, max_depth) if len(text) <= _REMEMBERED_BYTES else _parse(text, max_depth)
 
@@ -142,7 +142,7 @@ _remembered = lru_cache(_REMEMBERED)(_parse)
 
 
 def _field(owner: dict[str, Any], key: str, kind: type[_T], where: str) -> _T | None:
-    """Return a member of an object, None where it is absent or null; true is not an integer here."""
+    """Return a member of an object, or None if it is absent or null; true does not count as an integer."""
     value = owner.get(key)
     if value is None:
         return None
@@ -152,7 +152,7 @@ def _field(owner: dict[str, Any], key: str, kind: type[_T], where: str) -> _T | 
 
 
 def _only(tensors: list[Any] | None, name: str, what: str) -> dict[str, Any]:
-    """Return the one tensor of a list, which must have this name."""
+    """Return the only tensor of a list, which must have this name."""
     if tensors is None or len(tensors) != 1 or type(tensors[0]) is not dict:
         raise InvalidInputError(f"request: {what}s must be an array of one object, for {what} {name!r}")
     tensor: dict[str, Any] = tensors[0]
@@ -172,7 +172,7 @@ def _parameters(owner: dict[str, Any], where: str, *unsupported: str) -> dict[st
 
 def _shape(tensor: dict[str, Any], where: str) -> tuple[int, ...]:
     shape = _field(tensor, "shape", list, where)
-    # The bounds keep the product of the sizes, which errors print, a number of bounded length.
+    # These bounds limit the length of the product of the sizes, which errors print.
     if (
         shape is None
         or len(shape) > MAX_RANK
@@ -185,7 +185,7 @@ def _shape(tensor: dict[str, Any], where: str) -> tuple[int, ...]:
 
 
 def _binary_output(message: dict[str, Any], parameters: dict[str, Any]) -> bool:
-    """Whether the output goes as bytes: the flag of the output, else that of the request, else not."""
+    """Return whether the output is bytes: by the output's flag, else by the request's flag, else false."""
     wanted = _field(parameters, "binary_data_output", bool, "request")
     outputs = _field(message, "outputs", list, "request")
     if outputs:

@@ -1,4 +1,4 @@
-"""Tensors as the protocol writes them: names of datatypes, JSON numbers, bytes (on little-endian hosts)."""
+"""Tensors in the protocol's forms: names of datatypes, JSON numbers, bytes (on little-endian hosts)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from batchnorm._core import json_cut_data, json_parse, json_put_data
 from batchnorm_service.errors import BodyTooLargeError, InvalidInputError, UnsupportedError
 
-# A message, in memory that cannot be written or that can.
+# A message, in read-only or in writable memory.
 Bytes: TypeAlias = bytes | memoryview
 
 DTYPES: Final = {"FP32": "float32", "FP64": "float64", "FP16": "float16", "BF16": "bfloat16"}
 DATATYPES: Final = {dtype: datatype for datatype, dtype in DTYPES.items()}
-# As in Triton: 16-bit numbers travel as bytes alone.
+# As in Triton, 16-bit numbers are sent as bytes only.
 JSON_DATATYPES: Final = frozenset({"FP32", "FP64"})
 
 # The numbers of a `data` array, flat, and the lengths of its nested arrays, outermost first.
@@ -45,22 +45,23 @@ def view(
     """Return an array over the memory of `buffer`, without a copy; it may be misaligned.
 
     Raises:
-        InvalidInputError: NumPy has no array of that shape (it holds no element, but its sizes are absurd).
+        InvalidInputError: NumPy cannot make an array of that shape (it has no elements, but other sizes are
+            too large).
     """
     try:
         return np.ndarray(shape, dtype, buffer)
-    except ValueError as refusal:
-        raise InvalidInputError(f"shape {list(shape)}: {refusal}") from refusal
+    except ValueError as reason:
+        raise InvalidInputError(f"shape {list(shape)}: {reason}") from reason
 
 
 def cut_data(text: Bytes, max_elements: int, max_depth: int) -> tuple[bytes, list[Data]]:
-    """Take the `data` arrays out of the JSON of a request: their numbers never become objects.
+    """Take the `data` arrays out of the JSON of a request, without making Python objects of their numbers.
 
-    NaN, Infinity and -Infinity are numbers too, and null is NaN.
+    NaN, Infinity and -Infinity are read as numbers, and null is read as NaN.
 
     Returns:
-        The text in which each array is `[i]`, and the arrays, of which it is the one of that index: of
-        float32 where the datatype of their object is FP32, else of float64.
+        The text with `[i]` in place of the i-th array, and the arrays: float32 if the datatype of their
+        object is FP32, else float64.
 
     Raises:
         InvalidInputError: The text is malformed or deeper than `max_depth`; or an array has other items than
@@ -70,45 +71,45 @@ def cut_data(text: Bytes, max_elements: int, max_depth: int) -> tuple[bytes, lis
     try:
         given = text if type(text) is bytes else np.frombuffer(text, np.uint8)
         return json_cut_data(given, max_elements, max_depth)
-    except ValueError as refusal:
-        raise InvalidInputError(str(refusal)) from refusal
-    except OverflowError as refusal:
-        raise BodyTooLargeError(str(refusal)) from refusal
+    except ValueError as reason:
+        raise InvalidInputError(str(reason)) from reason
+    except OverflowError as reason:
+        raise BodyTooLargeError(str(reason)) from reason
 
 
 def parse_json(text: bytes, max_depth: int) -> Any:
-    """Parse UTF-8 JSON, in which NaN, Infinity and -Infinity are numbers too.
+    """Parse UTF-8 JSON; NaN, Infinity and -Infinity are read as numbers.
 
     Raises:
         InvalidInputError: The text is malformed or deeper than `max_depth`, or has a number beyond float64.
     """
     try:
         return json_parse(text, max_depth)
-    except ValueError as refusal:
-        raise InvalidInputError(str(refusal)) from refusal
+    except ValueError as reason:
+        raise InvalidInputError(str(reason)) from reason
 
 
 def shaped(data: Data, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return the numbers of a `data` array, flat or nested as `shape` says, in this shape.
+    """Return the numbers of a `data` array, which is flat or nested like `shape`, in this shape.
 
     Raises:
-        InvalidInputError: Another count or nesting than `shape`.
+        InvalidInputError: The number of elements or the nesting does not match `shape`.
     """
     x, lengths = data
     nesting = tuple(lengths)
-    # Where a size is 0, nothing shows the sizes after it.
+    # If a size is 0, the nesting does not show the sizes after it.
     nested = nesting == shape or (nesting[-1] == 0 and nesting == shape[: len(nesting)])
     if len(nesting) > 1 and not nested:
-        raise InvalidInputError("data: nested otherwise than the shape says")
+        raise InvalidInputError("data: the nesting does not match the shape")
     if x.size != math.prod(shape):
         raise InvalidInputError(f"data: {math.prod(shape)} numbers wanted for the shape, got {x.size}")
     return view(x, shape, x.dtype)
 
 
 def put_data(before: bytes, y: NDArray[Any], after: bytes, null: bool = False) -> memoryview:
-    """Return a JSON text with the elements of y, row-major, as a flat array that gives their bits back.
+    """Return a JSON text with the elements of y, row-major, as a flat array of numbers.
 
-    Each has its shortest text. NaN and infinities are the tokens NaN, Infinity and -Infinity, which Triton's
-    clients read, or null.
+    Each number has the fewest digits that give its bits back. NaN and infinities are null, or the tokens NaN,
+    Infinity and -Infinity, which Triton's clients read.
     """
     return json_put_data(before, y.reshape(-1), after, null).data

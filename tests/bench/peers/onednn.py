@@ -54,7 +54,7 @@ def version() -> str:
 
 
 def made(function: str, *arguments: object) -> c_void_p:
-    """What `function` writes into its first argument; raises where it refuses."""
+    """What `function` writes into its first argument; raises if that returns an error."""
     result = c_void_p()
     status = getattr(LIBRARY, function)(byref(result), *arguments)
     if status:

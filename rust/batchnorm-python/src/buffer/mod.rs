@@ -179,8 +179,8 @@ impl<'py> Tensor<'py> {
         }
         let plural = if values == 1 { "" } else { "s" };
         Err(PyValueError::new_err(format!(
-            "x has shape {shape:?}, {values} value{plural} in each channel; training wants 2 or more, for it normalizes by \
-             their variance"
+            "x has shape {shape:?}, {values} value{plural} in each channel; training wants 2 or more, because it normalizes \
+             by their variance"
         )))
     }
 

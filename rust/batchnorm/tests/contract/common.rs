@@ -1,4 +1,4 @@
-//! What the tests of the contract share: seeded tensors, and the bits of everything that a layer computes.
+//! Shared code of the contract tests: seeded tensors, and the bits of everything that a layer computes.
 
 #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
 
@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) const EPS: f64 = 1e-5;
 
-/// Held by tests that set the number of threads or the level, which belong to the process.
+/// A lock for tests that set the number of threads or the level, which are settings of the whole process.
 pub(crate) fn own_settings() -> MutexGuard<'static, ()> {
     static SETTINGS: Mutex<()> = Mutex::new(());
     SETTINGS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -40,7 +40,7 @@ fn bits<T: Element>(values: &[T]) -> Vec<u64> {
     values.iter().map(|v| v.to_f64().to_bits()).collect()
 }
 
-/// A backward pass into dresidual, where that is asked for, and dx.
+/// A backward pass that writes dx, and dresidual if that is asked for.
 type Backward<'c, T> = &'c mut dyn FnMut(Option<&mut ViewMut<'_, T>>, &mut ViewMut<'_, T>);
 
 /// Everything that a layer computes, as bits: alone, and with a residual and an activation.

@@ -13,7 +13,7 @@ use batchnorm::{
 };
 use common::{EPS, everything, own_settings, parameters, tensor};
 
-/// (outer, channels, inner) on either side of lane, line, block and family widths.
+/// Layouts (outer, channels, inner) just below and above lane, cache-line, block and family widths.
 const LAYOUTS: [(usize, usize, usize); 16] = [
     (2, 1, 1),
     (3, 5, 1),
@@ -135,8 +135,9 @@ fn statistics_are_accurate_at_any_mean() {
     }
 }
 
-/// The first values of a block, whose mean is its pivot, lie far from all others: one pass about the pivot loses up to as
-/// many times the accuracy as the block has values for each of the pivot. The second pass, about the mean, must save it.
+/// The pivot of a block is the mean of its first values. Here these lie far from all others, so one pass about the pivot
+/// loses accuracy, by a factor of up to the block's length over the number of those values. The second pass, about the
+/// mean, must prevent that.
 #[test]
 fn outliers_at_the_start_of_a_block_cost_no_accuracy() {
     // One block each: long runs of one channel, short runs of channels that are summed together, columns.
@@ -245,7 +246,7 @@ fn moments_and_sums_merge_and_travel() {
     assert_eq!(GradientSums::from_bytes(&twice.to_bytes().unwrap()), Ok(twice));
 }
 
-/// Errors that callers from Python cannot meet, since the binding makes buffers and layouts agree.
+/// Errors that cannot occur from Python, since the binding makes buffers and layouts agree.
 #[test]
 fn mismatched_buffers_are_errors() {
     let (layout, other) = (Layout::new(4, 2, 1).unwrap(), Layout::new(2, 4, 1).unwrap());

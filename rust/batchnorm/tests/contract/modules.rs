@@ -1,4 +1,4 @@
-//! No module of a crate of the workspace needs one that needs it, folder by folder.
+//! The modules of each crate, with each folder as one, have no cycle of imports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -1,4 +1,4 @@
-//! Every verb at every length about lanes and lines, at every level: small enough for `make memcheck`, which runs these
+//! Every pass at every length near lanes and cache lines, at every level: small enough for `make memcheck`, which runs these
 //! tests under Valgrind, where each tensor has an allocation of its own.
 
 use crate::common::{everything, own_settings};
