@@ -8,7 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from serving import CHANNELS, serve
+from serving import CHANNELS, make_layer, serve
+
+from batchnorm_service.models.model import Model
+from batchnorm_service.protocol.exchange import Rules, infer
 
 KINDS = (
     "success",
@@ -80,6 +83,14 @@ def test_no_count_is_lost_between_threads(fresh):
         list(pool.map(lambda _: ask(fresh, "planar", 20_000), range(40)))
     (stats,) = fresh.request("GET", "/v2/models/planar/versions/10/stats").json()["model_stats"]
     assert (stats["execution_count"], stats["inference_count"]) == (40, 40 * 20_000)
+
+
+@pytest.mark.parametrize(("axis", "rows"), [(0, 1), (-2, 1), (1, CHANNELS), (-1, CHANNELS)])
+def test_rows_are_those_of_the_first_axis_unless_it_is_the_channels(axis, rows):
+    x = np.ones((CHANNELS, CHANNELS), np.float32)
+    given = {"name": "x", "shape": x.shape, "datatype": "FP32", "data": x.tolist()}
+    model = Model("a", "1", make_layer(1, channel_axis=axis))
+    assert infer(model, json.dumps({"inputs": [given]}).encode(), None, Rules()).rows == rows
 
 
 def test_configuration(server):
