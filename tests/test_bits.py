@@ -266,6 +266,7 @@ class FloatMode:
 @pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="sets MXCSR, which is x86-64; by glibc"
 )
+@pytest.mark.usefixtures("restore_execution")
 @pytest.mark.parametrize("layout", [Layout((5, 33)), Layout((3, 5, 65)), LARGE[1], LARGE[4]], ids=str)
 def test_the_callers_rounding_and_flush_to_zero_do_not_matter(rng, layout, dtype):
     """Libraries built for fast mathematics leave such a mode behind. It stays; ours is the default one."""
@@ -277,6 +278,7 @@ def test_the_callers_rounding_and_flush_to_zero_do_not_matter(rng, layout, dtype
     ours = mode.mxcsr
     mode.mxcsr = ours | upward_flushing
     try:
+        bn.set_num_threads(2)  # a thread that is made now inherits the mode
         got = everything(x, dy, axis, parameters)
         left = mode.mxcsr
         flushed = np.array([1e-38], np.float32) * np.float32(1e-3)

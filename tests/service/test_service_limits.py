@@ -61,7 +61,9 @@ def wait_until(condition):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "asked"), [((10, 10), 10), ((30_000,), 30_000)], ids=["requests", "bytes"]
+    ("lengths", "asked"),
+    [((10, 10), 10), ((30_000,), 20_001), ((30_000, 20_000), 10)],
+    ids=["requests", "bytes", "both"],
 )
 def test_what_is_in_flight_is_bounded(narrow, lengths, asked):
     _, body, headers = message(3)
@@ -147,10 +149,12 @@ def test_headers_without_end(narrow):
 
 def test_connections_are_bounded(narrow):
     with ExitStack() as stack:
-        for _ in range(6):
+        for _ in range(5):
             stack.enter_context(sent(narrow, b""))
-        time.sleep(0.1)
-        with sent(narrow, b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n") as refused:
+        data = b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+        sixth = stack.enter_context(sent(narrow, data))
+        assert answer_on(sixth)[0] == 200
+        with sent(narrow, data) as refused:
             status, headers, error = answer_on(refused)
             assert (status, headers["Retry-After"], list(error)) == (503, "1", ["error"])
     wait_until(lambda: narrow.request("GET", "/v2/health/live").status == 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from serving import CHANNELS, make_layer
 
 from batchnorm_service.errors import InvalidInputError, ModelNotFoundError, NotReadyError
-from batchnorm_service.models.directory import Directory
+from batchnorm_service.models.directory import Directory, _unfollowed
 from batchnorm_service.models.model import Model
 from batchnorm_service.models.repository import Repository
 from batchnorm_service.models.shared_state import SharedState
@@ -164,6 +165,16 @@ def test_nothing_outside_the_root_is_opened(root, caplog):
     for name in ("file", "folder"):
         with pytest.raises(NotReadyError):
             repository.get(name)
+
+
+def test_a_link_or_a_pipe_may_not_take_the_place_of_a_file(root):
+    """Between the look at it and its opening."""
+    path = put(root, "a.safetensors")
+    with open(path, "rb", opener=_unfollowed) as file:
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_NONBLOCK  # to open a pipe does not wait for its writer
+    (root / "link").symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        _unfollowed(str(root / "link"), os.O_RDONLY)
 
 
 def test_a_bad_file_does_not_stop_the_others(root, caplog):

@@ -239,6 +239,21 @@ def test_a_file_that_changes_while_it_is_served_does_no_harm(root):
     assert later.get("a").layer == OLD
 
 
+def test_shared_layers_are_those_of_the_list(root):
+    """A layer stays as long as the list names it, and is served only if it is the one that the list means."""
+    put(root, "a.safetensors", OLD)
+    repository = open_repository(root)
+    layers = root.parent / "shared" / "layers"
+    assert [path.name for path in layers.iterdir()] == [OLD.fingerprint]
+    put(root, "a.safetensors", NEW)
+    repository.load("a")
+    assert [path.name for path in layers.iterdir()] == [NEW.fingerprint]
+    make_layer(3).save(layers / NEW.fingerprint)
+    with pytest.raises(ValueError, match="has another one"):
+        repository.refresh()
+    assert repository.get("a").layer == OLD
+
+
 def test_a_list_that_cannot_be_written(root):
     put(root, "a.safetensors", OLD)
     repository = open_repository(root)

@@ -303,6 +303,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn spans_are_whole_trees_and_enough() {
+        for blocks in 1..300 {
+            for spans in [0, 1, 3, 64] {
+                let span = span_of(blocks, spans);
+                assert!(span.is_power_of_two() && blocks.div_ceil(span) >= spans.min(blocks), "{blocks} {spans}");
+            }
+        }
+    }
+
+    #[test]
     fn blocks_cover_every_value_once() {
         for (outer, inner) in [(1, 32), (5, 49), (200, 49), (3, 4096), (2, 4097), (2, 12544), (1, 1_000_003)] {
             let Family::Planar(planar) = Family::of(Layout::new(outer, 2, inner).unwrap()) else {

@@ -29,7 +29,7 @@ const LAYOUTS: [(usize, usize, usize); 16] = [
     (2, 3, 4097),
     (2, 17, 9000),
     (70_000, 3, 1),
-    (1, 1, 100_003),
+    (1, 1, 64 * 4096 + 5),
     (40, 2, 5000),
 ];
 
@@ -80,21 +80,29 @@ fn bits_do_not_depend_on_threads_or_levels() {
     same_bits::<f64>();
     same_bits::<f16>();
     same_bits::<bf16>();
-    relu_backward_at_the_least_number::<f32>(2f64.powi(-149));
-    relu_backward_at_the_least_number::<f16>(2f64.powi(-24));
-    relu_backward_at_the_least_number::<bf16>(2f64.powi(-133));
     set_simd_level(None).unwrap();
 }
 
-/// Half the least positive number rounds to 0, and so no gradient passes there; a little more does.
-fn relu_backward_at_the_least_number<T: Element>(least: f64) {
-    for layout in [Layout::new(1, 1, 40).unwrap(), Layout::new(40, 1, 1).unwrap()] {
-        let coefficients =
-            Coefficients::new(&[0.0], &[1.0], Parameters { gamma: Some(&[0.5]), beta: None, eps: 0.0 }).unwrap();
+#[test]
+fn relu_at_zero_and_the_least_number() {
+    let _settings = own_settings();
+    relu_at_the_least_number::<f32>(2f64.powi(-149));
+    relu_at_the_least_number::<f16>(2f64.powi(-24));
+    relu_at_the_least_number::<bf16>(2f64.powi(-133));
+    set_simd_level(None).unwrap();
+}
+
+/// Half the least positive number rounds to 0, and so no gradient passes there; a little more does. A β of -0 leaves
+/// -0 as it is, and ReLU makes it 0. Ten values are computed one by one, forty as vectors.
+fn relu_at_the_least_number<T: Element>(least: f64) {
+    for (outer, inner) in [(1, 40), (40, 1), (1, 10), (10, 1)] {
+        let (layout, len) = (Layout::new(outer, 1, inner).unwrap(), outer * inner);
+        let parameters = Parameters { gamma: Some(&[0.5]), beta: Some(&[-0.0]), eps: 0.0 };
+        let coefficients = Coefficients::new(&[0.0], &[1.0], parameters).unwrap();
         let epilogue = Epilogue { activation: Some(Activation::Relu), residual: None };
         let values = [-1.0, -least, -0.0, 0.0, least, 2.0 * least, 3.0 * least, 1.0, f64::INFINITY, f64::NAN];
-        let x: Vec<T> = (0..40).map(|i| T::from_f64(values[i % 10])).collect();
-        let dy = vec![T::from_f64(3.0); 40];
+        let x: Vec<T> = (0..len).map(|i| T::from_f64(values[i % 10])).collect();
+        let dy = vec![T::from_f64(3.0); len];
         let (mut y, mut dx, mut dresidual) = (dy.clone(), dy.clone(), dy.clone());
         let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
         for level in simd_levels() {
@@ -112,6 +120,58 @@ fn relu_backward_at_the_least_number<T: Element>(least: f64) {
                 assert_eq!(y.is_nan(), i % 10 == 9);
             }
         }
+    }
+}
+
+/// Outputs from 8 MiB on are written with non-temporal stores, wherever in a cache line their rows begin and end: whole
+/// tensors, short rows of one channel, and the last columns of wide rows.
+#[test]
+fn large_outputs_have_the_bits_of_small_ones() {
+    large_output::<f64>(2, 1, (1 << 19) + 9);
+    large_output::<f32>(60_000, 1, 40);
+    large_output::<f16>(1030, 4096 + 20, 1);
+}
+
+fn large_output<T: Element>(outer: usize, channels: usize, inner: usize) {
+    let [layout, sample] = [outer, 1].map(|outer| Layout::new(outer, channels, inner).unwrap());
+    let x = tensor::<T>(layout, 4, 0.0);
+    assert!(size_of_val(&x[..]) >= 8 << 20 && sample.len() * size_of::<T>() < 8 << 20);
+    let (gamma, beta) = parameters(channels);
+    let parameters = Parameters { gamma: Some(&gamma), beta: Some(&beta), eps: EPS };
+    let coefficients = Coefficients::new(&beta, &vec![1.0; channels], parameters).unwrap();
+    let infer_to = |x: &[T], y: &mut [T], layout| {
+        let (x, mut y) = (View::new(x, layout).unwrap(), ViewMut::new(y, layout).unwrap());
+        infer(Input::View(x), &coefficients, Epilogue::default(), &mut y).unwrap();
+    };
+    let mut wanted = x.clone();
+    for (x, y) in x.chunks(sample.len()).zip(wanted.chunks_mut(sample.len())) {
+        infer_to(x, y, sample);
+    }
+    for offset in [0, 1, 5] {
+        let mut memory = vec![T::from_f64(7.0); offset + x.len()];
+        infer_to(&x, &mut memory[offset..], layout);
+        let same = memory[offset..].iter().zip(&wanted).all(|(a, b)| a.to_f64().to_bits() == b.to_f64().to_bits());
+        assert!(same, "{layout:?}, {offset} elements into memory");
+    }
+}
+
+/// What the high part of the mean leaves over shows where x is the high part. Ten values are computed one by one, forty
+/// as vectors.
+#[test]
+fn the_mean_of_16_bit_tensors_has_two_parts() {
+    mean_in_two_parts::<f16>();
+    mean_in_two_parts::<bf16>();
+}
+
+fn mean_in_two_parts<T: Element>() {
+    let parameters = Parameters { gamma: Some(&[2f64.powi(20)]), beta: None, eps: 0.0 };
+    let coefficients = Coefficients::new(&[1.0 + 2f64.powi(-30)], &[1.0], parameters).unwrap();
+    for (outer, inner) in [(1, 40), (40, 1), (1, 10), (10, 1)] {
+        let layout = Layout::new(outer, 1, inner).unwrap();
+        let mut y = vec![T::from_f64(1.0); layout.len()];
+        let mut view = ViewMut::new(&mut y, layout).unwrap();
+        infer(Input::InPlace, &coefficients, Epilogue::default(), &mut view).unwrap();
+        assert!(y.iter().all(|y| y.to_f64() == -2f64.powi(-10)), "{layout:?}: {}", y[0].to_f64());
     }
 }
 
@@ -140,10 +200,12 @@ fn statistics_are_accurate_at_any_mean() {
 /// mean, must prevent that.
 #[test]
 fn outliers_at_the_start_of_a_block_cost_no_accuracy() {
-    // One block each: long runs of one channel, short runs of channels that are summed together, columns.
-    for (outer, inner, outliers, spread) in [(1, 4096, 16, 0.01), (64, 64, 16, 0.01), (256, 1, 8, 0.0)] {
-        let (channels, rows) = (40, outer);
-        let layout = Layout::new(rows, channels, inner).unwrap();
+    // One block each: long runs of one channel, short runs of channels that are summed together (of more channels than
+    // there are tasks), columns.
+    for (outer, channels, inner, outliers, spread) in
+        [(1, 40, 4096, 16, 0.01), (64, 130, 64, 16, 0.01), (256, 40, 1, 8, 0.0)]
+    {
+        let layout = Layout::new(outer, channels, inner).unwrap();
         let (scale, rest) = (tensor::<f64>(layout, 17, 1.5), tensor::<f64>(layout, 7, 0.0));
         let mut x = vec![0.0; layout.len()];
         for (i, x) in x.iter_mut().enumerate() {
