@@ -120,8 +120,8 @@ impl Coefficients {
         }
     }
 
-    /// Refuses coefficients that the precision in which x is normalized cannot hold, where they would make NaN of finite
-    /// numbers. Those that are not finite propagate.
+    /// Checks that the precision in which x is normalized can hold the coefficients; else finite x could give NaN. Coefficients
+    /// that are not finite propagate.
     ///
     /// # Errors
     /// [`Error::Range`].
@@ -157,7 +157,7 @@ impl Coefficients {
 }
 
 /// Coefficients per column: mean (high and low part), s and β. Those of the first [`LANES`] columns stand again after
-/// the last, as [`crate::simd::NormalizeRows`] takes them.
+/// the last, as [`crate::kernels::NormalizeRows`] takes them.
 pub(crate) struct Columns<T: Element>([Vec<T::Wide>; 4]);
 
 impl<T: Element> Columns<T> {

@@ -125,7 +125,7 @@ impl Pair for SumAndProducts {
     }
 }
 
-/// Elements of the gradient that passes an activation that are computed at a time where only their sums are wanted.
+/// The number of elements of the gradient that passes an activation that are computed at a time, if only sums are wanted.
 const PART: usize = 4096;
 
 /// dγ and dβ of a training pass.

@@ -1,5 +1,4 @@
-//! Two numbers per channel over some of its values, which merge with those over its other values: mean and M2, or the two
-//! sums of a backward pass.
+//! Partial results of two numbers per channel that merge: mean and M2, or the two sums of a backward pass.
 
 use crate::error::Error;
 use crate::memory;

@@ -1,6 +1,6 @@
 //! The fixed partition of a channel's values into blocks.
 //!
-//! It depends on the layout alone: never on the number of threads, which only decides who computes which blocks
+//! It depends on the layout alone, never on the number of threads, which only decides which thread computes which blocks
 //! (contract 3). [`crate::tree`] combines them. Sums of one block stay in registers while the block lies in the first-level cache.
 
 use crate::error::Error;
@@ -12,40 +12,40 @@ use crate::tree::{Merge, Tree};
 use crate::view::{Grid, Rect};
 use std::ops::Range;
 
-/// From this many adjacent values of a channel on, a channel is walked by itself.
+/// The least number of adjacent values per channel for which the planar kernels are used.
 const PLANAR_INNER: usize = 32;
-/// Up to this many adjacent values of a channel, channels are summed together: run by run, each would be read from as many
-/// places as there are runs.
+/// Channels with runs shorter than this are summed together, in the order of memory. One by one, each would be read from as
+/// many places as it has runs.
 const SHORT_RUN: usize = 512;
 /// Values in a planar block: 16 KiB of float32.
 const PLANAR_BLOCK: usize = 4096;
 /// Rows in an interleaved block.
 const INTERLEAVED_BLOCK: usize = 256;
-/// Most columns that are walked together: their sums stay in the first-level cache. (This and the number of tasks
-/// change no bits.)
+/// The largest number of columns that a task sums together: their sums stay in the first-level cache. This constant and the
+/// number of tasks do not change the bits of a result.
 const STRIP: usize = 1024;
-/// Rows that a pass over every element takes at least, since each time it lays out what it needs of the columns.
+/// The least number of rows in a tile of an elementwise pass, since each tile first copies the coefficients of its columns.
 const LEAST_ROWS: usize = 32;
-/// Tasks that statistics are cut into where the layout allows: enough for any machine's threads.
+/// The number of tasks that the statistics are divided into if the layout allows it: enough for the threads of any machine.
 const TASKS: usize = 64;
 /// With fewer channels than this, tasks of whole channels would leave threads idle.
 const FUSED_CHANNELS: usize = 16;
 
-/// Most bytes of x in a group of channels that is passed over twice: the second pass finds them in cache.
+/// The largest number of bytes of x in a group of channels that two passes go over: the second pass finds them in cache.
 const SLAB: usize = 4 << 20;
-/// Groups that channels are cut into where that bound allows: a group's runs are adjacent, and long runs are read faster
-/// than short ones.
+/// The number of groups that the channels are divided into, unless `SLAB` demands more. The runs of a group are adjacent, and
+/// long runs are read faster than short ones.
 const GROUPS: usize = 32;
-/// Most channels in a group, which bounds the memory that a task takes for them.
+/// The largest number of channels in a group, which bounds the memory that a task needs for them.
 const GROUP: usize = 1024;
 
-/// Elements that one task of a pass over every element writes: of a small tensor less, so that a thread that wakes late
-/// still finds work.
+/// The number of elements that one task of an elementwise pass writes: fewer if the tensor is small, so that a thread that
+/// wakes late still finds work.
 pub(crate) fn tile<T>(layout: Layout) -> usize {
     (layout.len() / 16).clamp((32 << 10) / size_of::<T>(), (256 << 10) / size_of::<T>())
 }
 
-/// Which of the two kernel families serves a layout, and its blocks.
+/// The kernel family that computes a layout, with its blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Family {
     /// Channels lie in runs of `inner` values.
@@ -107,13 +107,14 @@ impl Planar {
         self.channels * self.inner
     }
 
-    /// Where a block of some adjacent channels lies in that matrix: whole runs, or a part of those of one channel.
+    /// The rectangle of that matrix in which a block of some adjacent channels lies: whole runs, or a part of the runs of one
+    /// channel.
     pub(crate) fn rect(&self, channels: &Range<usize>, (runs, part): (Range<usize>, Range<usize>)) -> Rect {
         Rect { rows: runs, cols: channels.start * self.inner + part.start..(channels.end - 1) * self.inner + part.end }
     }
 
-    /// Whether there are channels enough to give each task whole ones, and so to make both passes over a channel while it
-    /// is in cache.
+    /// Whether there are enough channels to give each task whole channels, so that the second pass over a channel finds it
+    /// in cache.
     pub(crate) fn fuses(&self) -> bool {
         self.channels >= FUSED_CHANNELS
     }
@@ -129,9 +130,10 @@ impl Planar {
         Grid::new(self.outer, self.width(), self.outer, group * self.inner)
     }
 
-    /// The trees of some adjacent channels over what `f(channels, block)` gives of each, in the order in which memory lies
-    /// as far as blocks allow: the same runs of all channels, then the next runs; or part by part, where a run is longer
-    /// than a block. There is at least one block.
+    /// The result of each of some adjacent channels: the tree over the partial results that `f(channels, block)` returns.
+    ///
+    /// Memory is read in its order as far as the blocks allow: the same runs of all channels, then the next runs; or part by
+    /// part, if a run is longer than a block. There must be at least one block.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
@@ -168,8 +170,8 @@ impl Planar {
         Grid::new(self.outer * self.channels, self.inner, elements / self.inner, elements)
     }
 
-    /// A partial result of every channel: the tree over what `f(channels, block)` gives of each. With few channels they
-    /// are cut into spans of blocks.
+    /// The result of every channel: the tree over the partial results that `f(channels, block)` returns. If there are few
+    /// channels, tasks are spans of blocks.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
@@ -220,8 +222,8 @@ impl Interleaved {
         row..self.rows.min(row + INTERLEAVED_BLOCK)
     }
 
-    /// What is found of every channel: the tree over `f(columns, some blocks)` of a strip of columns, then `close`d to its
-    /// channels.
+    /// The result of every channel: the tree over the partial results that `f(columns, blocks)` returns of a strip of columns,
+    /// from which `close` makes those of its channels.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
@@ -263,14 +265,14 @@ impl Interleaved {
         Grid::new(self.rows, self.width, (elements / cols).max(LEAST_ROWS), cols)
     }
 
-    /// The channels of some columns, each with how many of the columns belong to it.
+    /// The channels of some columns, each with the number of these columns that belong to it.
     pub(crate) fn channels_of(&self, columns: Range<usize>) -> impl Iterator<Item = (usize, usize)> + use<> {
         let inner = self.inner;
         (columns.start / inner..columns.end.div_ceil(inner))
             .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
     }
 
-    /// What is given once a channel, once a column; then that of the first `again` columns again.
+    /// The value of each column's channel, for each of the columns; then those of the first `again` columns once more.
     pub(crate) fn spread<V: Copy>(
         &self,
         columns: Range<usize>,
@@ -291,7 +293,7 @@ impl Interleaved {
     }
 }
 
-/// Blocks in a span: a power of two, so that at least `spans` spans come out where there are that many blocks.
+/// The number of blocks in a span: the largest power of two that gives at least `spans` spans, if there are that many blocks.
 pub(crate) fn span_of(blocks: usize, spans: usize) -> usize {
     let most = (blocks / spans.max(1)).max(1);
     1 << most.ilog2()

@@ -18,15 +18,15 @@ use std::time::{Duration, Instant};
 
 /// Below this many bytes the work is done before a sleeping thread has woken.
 const WORTH_A_THREAD: usize = 1 << 20;
-/// How long a caller stays awake for the last tasks of its helpers.
+/// How long a caller spins while its helpers finish their last tasks.
 const LAST_TASK: Duration = Duration::from_micros(200);
 
-/// Refuses what `BATCHNORM_NUM_THREADS` may say wrongly, before a verb does anything.
+/// Checks the value of `BATCHNORM_NUM_THREADS`.
 pub(crate) fn check() -> Result<(), Error> {
     pool::default_threads().map(drop)
 }
 
-/// Calls `f(0)`, …, `f(tasks − 1)`, on several threads where `bytes` of memory traffic make it worth while, and gives
+/// Calls `f(0)`, …, `f(tasks − 1)`, on several threads if `bytes` of memory traffic make it worth while, and returns
 /// the results in order. Floating point is in the standard mode throughout.
 ///
 /// # Errors
