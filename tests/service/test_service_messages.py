@@ -46,6 +46,14 @@ def test_the_exact_binary_exchange(server, layers):
     assert answer.body[length:] == y.tobytes()
 
 
+def test_the_tensor_of_a_binary_answer_begins_on_eight_bytes(server, layers):
+    for letters in range(8):
+        request = {"id": "i" * letters, "parameters": {"binary_data_output": True}}
+        answer = server.infer("planar", message(request=request))
+        length = int(answer.headers["Inference-Header-Content-Length"])
+        assert (length % 8, answer.body[length:]) == (0, layers["planar"](X).tobytes())
+
+
 def test_the_exact_json_exchange(server, layers):
     answer = server.infer("planar", message(request={"id": "42"}))
     expected = layers["planar"](X)
