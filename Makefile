@@ -89,9 +89,19 @@ bench-rust: requirements
 	@cargo test -p batchnorm --locked --quiet --bench verbs
 
 .PHONY: test
-test: built test-rust ## All tests except the long ones (needs no root; at most 6 minutes on two cores)
-	$(call step,Testing Python ONNX Runtime and the service)
-	@$(BIN)/python -m pytest -q -m 'not long' --durations=5
+test: built ## All tests except the long ones (needs no root; at most 8 minutes on two cores)
+	$(call step,Testing: the output of each part follows when it is done)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest-core test-rust pytest-service
+
+.PHONY: pytest-core
+pytest-core: setup
+	$(call step,Testing Python and ONNX Runtime)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 tests --ignore tests/service
+
+.PHONY: pytest-service
+pytest-service: setup
+	$(call step,Testing the service)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 tests/service
 
 .PHONY: pytest
 pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k oracle'
