@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 ///
 /// y is computed in float64 for 32- and 64-bit tensors, and in float32 with a two-part mean for 16-bit ones. Each
 /// operation is rounded; none are fused. The bits do not depend on the rest of the batch, on threads or on the
-/// instruction set. For 16-bit tensors, |x − mean| must be in the range of float32 (up to 3.4e38), or y is not finite.
+/// instruction set. For 16-bit tensors, `|x − mean|` must be in the range of float32 (up to 3.4e38), or y is not finite.
 ///
 /// Args:
 ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.

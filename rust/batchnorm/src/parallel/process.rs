@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn the_value_of_a_parent_is_left_alone() {
+    fn the_value_of_a_parent_is_leaked() {
         let parent = std::process::id() + 1; // any other number will do
         let of_parent = Arc::new(Owned { process: parent, value: Arc::new(5) });
         let inner = Arc::downgrade(&of_parent.value);
