@@ -108,7 +108,7 @@ pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k ora
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 .PHONY: test-all
-test-all: test bench-rust memcheck bench-check docs dist test-lowest ## All tests, including those that take long or need system packages
+test-all: test bench-rust memcheck bench-check docs dist ## All tests, including those that take long or need system packages
 	$(call step,Testing the long forms)
 	@cargo test -p batchnorm-json --locked --quiet --test fuzz -- --ignored --show-output
 	@$(BIN)/python -m pytest -q -m long --durations=5
