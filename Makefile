@@ -73,7 +73,7 @@ test-rust: requirements ## The core's own tests, without Python
 	$(call step,Testing the Rust core)
 	@cargo test -p batchnorm -p batchnorm-json --locked --quiet
 
-# Both take minutes to compile, mostly on one core each.
+# Both take minutes, mostly on one core each.
 .PHONY: built
 built: requirements
 	@$(MAKE) --no-print-directory -j2 setup compiled-tests
@@ -89,7 +89,7 @@ bench-rust: requirements
 	@cargo test -p batchnorm --locked --quiet --bench verbs
 
 .PHONY: test
-test: built ## All tests except the long ones (needs no root; at most 8 minutes on two cores)
+test: built ## All tests except the long ones (needs no root)
 	$(call step,Testing: the output of each part follows when it is done)
 	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest-core test-rust pytest-service
 
