@@ -36,8 +36,9 @@ def layout(request):
 
 @pytest.fixture
 def restore_execution():
-    """Puts threads and level back after a test that changes them."""
-    threads, level = bn.get_num_threads(), bn.simd_level()
+    """Puts threads, their source and the level back after a test that changes them."""
+    threads, source, level = bn.get_num_threads(), bn.get_thread_source(), bn.simd_level()
     yield
     bn.set_num_threads(threads)
+    bn.set_thread_source(source)
     bn.set_simd_level(level)

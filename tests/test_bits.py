@@ -7,6 +7,7 @@ import ctypes
 import platform
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import batchnorm as bn
 import cases
+import openmp
 from cases import Layout, bits, moments_bits
 
 THREADS = (1, 2, 3, 5, 8)
@@ -83,6 +85,21 @@ def test_threads_and_levels(rng, layout, dtype):
             ran.add((bn.get_num_threads(), bn.simd_level()))
     assert ran == {(t, v) for t in THREADS for v in bn.simd_levels()}
     assert len(ran) >= len(THREADS)
+
+
+@pytest.mark.usefixtures("restore_execution")
+@pytest.mark.parametrize("layout", LARGE, ids=str)
+def test_threads_of_an_openmp_runtime(rng, layout, dtype):
+    library = openmp.runtime()
+    x, dy, axis, parameters = setting(rng, layout, dtype)
+    bn.set_num_threads(1)
+    wanted = everything(x, dy, axis, parameters)
+    bn.set_thread_source("openmp", library)
+    for threads in (2, 3):
+        bn.set_num_threads(threads)
+        got = everything(x, dy, axis, parameters)
+        assert_same(got, wanted, f"{threads} threads of an OpenMP runtime")
+    assert bn.get_thread_source() == "openmp"
 
 
 def workers():
@@ -268,11 +285,20 @@ class FloatMode:
 )
 @pytest.mark.usefixtures("restore_execution")
 @pytest.mark.parametrize("layout", [Layout((5, 33)), Layout((3, 5, 65)), LARGE[1], LARGE[4]], ids=str)
-def test_the_callers_rounding_and_flush_to_zero_do_not_matter(rng, layout, dtype):
+@pytest.mark.parametrize("source", ["own", "openmp"])
+def test_the_callers_rounding_and_flush_to_zero_do_not_matter(rng, layout, dtype, source):
     """Libraries built for fast mathematics leave such a mode behind. It stays; ours is the default one."""
+    if source == "openmp":
+        bn.set_thread_source(source, openmp.runtime())
+    with ThreadPoolExecutor(1) as new_thread:  # it has no team yet
+        new_thread.submit(in_another_mode, rng, layout, dtype).result()
+
+
+def in_another_mode(rng, layout, dtype):
     upward_flushing = 0x4000 | 0x8040
     x, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     parameters = mean, var, gamma * 1e-38, beta * 1e-38
+    bn.set_num_threads(1)
     wanted = everything(x, dy, axis, parameters)
     mode = FloatMode()
     ours = mode.mxcsr

@@ -7,6 +7,7 @@ what it was and what was wanted. The core lists its kinds: none can be added wit
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from math import inf, nan
 from typing import NamedTuple
@@ -24,6 +25,7 @@ NOT_FROM_PYTHON = {  # tested in the crate, or where it is said
     "NoDresidual": "the binding says that dy lies in dresidual only where it is given",
     "LayoutMismatch": "the binding compares dtype, shape and memory order itself, and says which differs",
     "NoMemory": "a MemoryError, tested in test_memory.py under a limit of the address space",
+    **({} if sys.platform == "linux" else {"Library": "there are no OpenMP teams for us on this system"}),
     "Overflow": "NumPy makes no array of more than 2**63 - 1 bytes",
 }
 
@@ -147,6 +149,11 @@ CASES = [
             "Threads", f"number of threads is {n}; wanted .* 1 to 1024", lambda n=n: bn.set_num_threads(n), n
         )
         for n in (0, -1, 1025)
+    ),
+    Case("ThreadSource", 'source of threads is "gomp"; wanted', lambda: bn.set_thread_source("gomp")),
+    *(
+        Case("Library", 'library is "nowhere"; wanted', lambda: bn.set_thread_source("openmp", "nowhere"))
+        for _ in range(sys.platform == "linux")
     ),
     Case("Level", "level is .*nonsense.*" + bn.simd_levels()[0], lambda: bn.set_simd_level("nonsense")),
 ]

@@ -14,11 +14,11 @@ import pytest
 import batchnorm as bn
 
 
-def run(script, timeout=60, **environment):
+def run(script, *arguments, timeout=60, **environment):
     """A fresh interpreter on `script`; the variables that the core reads are set to `environment` alone."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("BATCHNORM_")}
     return subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, *arguments],
         env=inherited | environment,
         capture_output=True,
         text=True,
@@ -26,8 +26,8 @@ def run(script, timeout=60, **environment):
     )
 
 
-def succeeds(script, **environment):
-    done = run(script, **environment)
+def succeeds(script, *arguments, **environment):
+    done = run(script, *arguments, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -2,8 +2,8 @@
 
 Functions: `train_forward` and `backward`, `infer` and `infer_backward`. `train_forward` is `moments`, then
 `normalize`; `backward` is `gradient_sums`, then `gradient_apply`. Layers: `BatchNorm` trains;
-`FrozenBatchNorm` is saved, exported and served. `set_num_threads`, `set_simd_level` and `release_memory`
-change how long calls take, but not a bit of their results.
+`FrozenBatchNorm` is saved, exported and served. `set_num_threads`, `set_thread_source`, `set_simd_level` and
+`release_memory` change how long calls take, but not a bit of their results.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from batchnorm._core import (
     __version__,
     backward,
     get_num_threads,
+    get_thread_source,
     gradient_apply,
     gradient_sums,
     infer,
@@ -24,6 +25,7 @@ from batchnorm._core import (
     release_memory,
     set_num_threads,
     set_simd_level,
+    set_thread_source,
     simd_level,
     simd_levels,
     train_forward,
@@ -45,6 +47,7 @@ __all__ = [
     "__version__",
     "backward",
     "get_num_threads",
+    "get_thread_source",
     "gradient_apply",
     "gradient_sums",
     "infer",
@@ -54,6 +57,7 @@ __all__ = [
     "release_memory",
     "set_num_threads",
     "set_simd_level",
+    "set_thread_source",
     "simd_level",
     "simd_levels",
     "train_forward",

@@ -1,5 +1,6 @@
 """The compiled core; import `batchnorm` to use it."""
 
+from os import PathLike
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "backward",
     "copy",
     "get_num_threads",
+    "get_thread_source",
     "gradient_apply",
     "gradient_sums",
     "infer",
@@ -30,6 +32,7 @@ __all__ = [
     "release_memory",
     "set_num_threads",
     "set_simd_level",
+    "set_thread_source",
     "simd_level",
     "simd_levels",
     "tensor",
@@ -580,6 +583,36 @@ def get_num_threads() -> int:
 
     Raises:
         ValueError: `BATCHNORM_NUM_THREADS` is not a number from 1 to 1024.
+    """
+
+def set_thread_source(source: Literal["own", "openmp"], library: str | PathLike[str] | None = None) -> None:
+    """Set whose threads work on calls: "own", or "openmp" for those of an OpenMP runtime. Results do not depend on it.
+
+    The threads of an OpenMP runtime go on spinning after each of its parallel regions. In a program that uses one all the
+    time, working on its threads is faster than beside them. Each calling thread then works with a team of
+    `get_num_threads()` threads.
+
+    There are OpenMP runtimes on Linux only, and none in a child that was forked after this call: elsewhere the source is
+    "own", which `get_thread_source` tells.
+
+    Args:
+        source: "own" or "openmp".
+        library: Path of the OpenMP runtime: GNU's, LLVM's or Intel's. It stays loaded. None is the runtime that the process
+            shows to all of its libraries (after `import torch`, that of PyTorch), else `libgomp.so.1` of the system; if
+            there is neither, the source is "own".
+
+    Raises:
+        ValueError: source is another name, or is "own" although library is given; library cannot be loaded, or has no
+            `GOMP_parallel`.
+    """
+
+def get_thread_source() -> Literal["own", "openmp"]:
+    """Return whose threads work on calls: "own" or "openmp".
+
+    It is the source that was set, else `BATCHNORM_THREAD_SOURCE`, else "own"; and "own" where there is no OpenMP runtime.
+
+    Raises:
+        ValueError: `BATCHNORM_THREAD_SOURCE` is neither "own" nor "openmp".
     """
 
 def simd_level() -> str:

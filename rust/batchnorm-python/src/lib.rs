@@ -31,7 +31,10 @@ mod _core {
     #[pymodule_export]
     use crate::json::{json_cut_data, json_parse, json_put_data};
     #[pymodule_export]
-    use crate::settings::{get_num_threads, release_memory, set_num_threads, set_simd_level, simd_level, simd_levels};
+    use crate::settings::{
+        get_num_threads, get_thread_source, release_memory, set_num_threads, set_simd_level, set_thread_source,
+        simd_level, simd_levels,
+    };
     #[pymodule_export]
     use crate::training::{backward, gradient_apply, gradient_sums, moments, normalize, train_forward};
     #[pymodule_export]

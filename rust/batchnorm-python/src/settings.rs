@@ -2,9 +2,10 @@
 
 use crate::memory;
 use crate::value_error;
-use batchnorm::Error;
+use batchnorm::{Error, ThreadSource};
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
+use std::path::PathBuf;
 
 /// Set the number of threads that work on one call, including the caller's. Results do not depend on it.
 ///
@@ -30,6 +31,41 @@ pub(crate) fn set_num_threads(n: &Bound<'_, PyAny>) -> PyResult<()> {
 #[pyfunction]
 pub(crate) fn get_num_threads() -> PyResult<usize> {
     batchnorm::get_num_threads().map_err(value_error)
+}
+
+/// Set whose threads work on calls: "own", or "openmp" for those of an OpenMP runtime. Results do not depend on it.
+///
+/// The threads of an OpenMP runtime go on spinning after each of its parallel regions. In a program that uses one all the
+/// time, working on its threads is faster than beside them. Each calling thread then works with a team of
+/// `get_num_threads()` threads.
+///
+/// There are OpenMP runtimes on Linux only, and none in a child that was forked after this call: elsewhere the source is
+/// "own", which `get_thread_source` tells.
+///
+/// Args:
+///     source: "own" or "openmp".
+///     library: Path of the OpenMP runtime: GNU's, LLVM's or Intel's. It stays loaded. None is the runtime that the process
+///         shows to all of its libraries (after `import torch`, that of PyTorch), else `libgomp.so.1` of the system; if
+///         there is neither, the source is "own".
+///
+/// Raises:
+///     ValueError: source is another name, or is "own" although library is given; library cannot be loaded, or has no
+///         `GOMP_parallel`.
+#[pyfunction]
+#[pyo3(signature = (source, library=None))]
+pub(crate) fn set_thread_source(py: Python<'_>, source: &str, library: Option<PathBuf>) -> PyResult<()> {
+    py.detach(|| ThreadSource::find(source, library.as_deref())).map(batchnorm::set_thread_source).map_err(value_error)
+}
+
+/// Return whose threads work on calls: "own" or "openmp".
+///
+/// It is the source that was set, else `BATCHNORM_THREAD_SOURCE`, else "own"; and "own" where there is no OpenMP runtime.
+///
+/// Raises:
+///     ValueError: `BATCHNORM_THREAD_SOURCE` is neither "own" nor "openmp".
+#[pyfunction]
+pub(crate) fn get_thread_source() -> PyResult<&'static str> {
+    batchnorm::get_thread_source().map(ThreadSource::name).map_err(value_error)
 }
 
 /// Return the name of the instruction-set level in use.

@@ -191,7 +191,7 @@ impl fmt::Display for Error {
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
             Self::ThreadSource { got } => {
-                write!(f, "the source of threads is {got}; wanted \"own\", or \"openmp\" with or without a library")
+                write!(f, "the source of threads is {got}; wanted \"own\" without a library, or \"openmp\"")
             }
             Self::Library { got, reason } => {
                 write!(f, "library is {got:?}; wanted an OpenMP runtime with GOMP_parallel: {reason}")

@@ -8,10 +8,12 @@ mod widths;
 
 use batchnorm::{
     Activation, Coefficients, Dy, Element, Epilogue, Error, ForwardPass, GradientSums, Input, Layout, Moments,
-    Parameters, View, ViewMut, backward, bf16, f16, get_num_threads, gradient_sums, infer, infer_backward, moments,
-    set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
+    Parameters, Team, View, ViewMut, backward, bf16, f16, get_num_threads, gradient_sums, hosted, infer,
+    infer_backward, moments, set_num_threads, set_simd_level, simd_level, simd_levels, train_forward,
 };
 use common::{EPS, everything, own_settings, parameters, tensor};
+use std::io::Write;
+use std::path::Path;
 
 /// Layouts (outer, channels, inner) just below and above lane, cache-line, block and family widths.
 const LAYOUTS: [(usize, usize, usize); 16] = [
@@ -51,7 +53,16 @@ fn sum(values: impl Iterator<Item = f64>) -> f64 {
     total + lost
 }
 
-fn same_bits<T: Element>() {
+/// The system's OpenMP runtime. Where there is none, the test says so.
+fn team() -> Option<Team> {
+    let team = Team::find(Some(Path::new("libgomp.so.1"))).ok().flatten();
+    if team.is_none() {
+        writeln!(std::io::stderr(), "no bits compared on a team: this system has no libgomp.so.1").unwrap();
+    }
+    team
+}
+
+fn same_bits<T: Element>(team: Option<Team>) {
     for (outer, channels, inner) in LAYOUTS {
         let layout = Layout::new(outer, channels, inner).unwrap();
         set_num_threads(1).unwrap();
@@ -69,17 +80,21 @@ fn same_bits<T: Element>() {
         ran.sort_by_key(|&(threads, level)| (threads, level.name()));
         ran.dedup();
         assert_eq!(ran.len(), 4 * simd_levels().len());
+        for (team, threads) in [(team, 1), (team, 2), (team, 3), (None, 2)] {
+            let got = hosted(team, threads, || everything::<T>(layout, 3.0));
+            assert!(got == wanted, "{layout:?} as a guest, {threads} threads of {team:?}");
+        }
     }
 }
 
 /// One test for all types, since the number of threads and the level belong to the process.
 #[test]
 fn bits_do_not_depend_on_threads_or_levels() {
-    let _settings = own_settings();
-    same_bits::<f32>();
-    same_bits::<f64>();
-    same_bits::<f16>();
-    same_bits::<bf16>();
+    let (_settings, team) = (own_settings(), team());
+    same_bits::<f32>(team);
+    same_bits::<f64>(team);
+    same_bits::<f16>(team);
+    same_bits::<bf16>(team);
     set_simd_level(None).unwrap();
 }
 
