@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 const LONG: Duration = Duration::from_secs(20);
 
 /// The system's OpenMP runtime. Where there is none, the tests say so.
+#[allow(clippy::explicit_write, reason = "the output of eprintln is hidden where tests pass")]
 fn team() -> Option<Team> {
     let team = Team::find(Some(Path::new("libgomp.so.1"))).ok().flatten();
     if team.is_none() {
