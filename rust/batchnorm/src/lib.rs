@@ -84,7 +84,10 @@ pub use input::Input;
 pub use layout::Layout;
 pub use moments::{Moments, moments};
 pub use numbers::Numbers;
-pub use parallel::{Owned, PerProcess, get_num_threads, set_num_threads};
+pub use parallel::{
+    Owned, PerProcess, Team, ThreadSource, get_num_threads, get_thread_source, hosted, set_num_threads,
+    set_thread_source,
+};
 pub use parameters::Parameters;
 pub use simd::{Level, set_simd_level, simd_level, simd_levels};
 pub use train::{normalize, train_forward};
