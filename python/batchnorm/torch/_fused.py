@@ -268,7 +268,10 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[PLAN](self, cls.forward, args, kwargs)
+        plan = self.__dict__.get(PLAN)
+        if plan is None:  # made from this class by someone else, as a slice of a Sequential is
+            return cls.forward(self, *args, **kwargs)
+        return plan(self, cls.forward, args, kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         # The class is made again where the pickle is loaded.

@@ -139,10 +139,11 @@ def record(module: nn.Module, kind: type) -> Recording:
     modes = [(part, part.training) for part in module.modules()]
     try:
         recordings = []
-        for training in (True, False):
-            for part, _ in modes:
-                part.__dict__["training"] = training
-            recordings.append(_record(module, kind))
+        with _unchanged_random_numbers():
+            for training in (True, False):
+                for part, _ in modes:
+                    part.__dict__["training"] = training
+                recordings.append(_record(module, kind))
     finally:
         for part, mode in modes:
             part.__dict__["training"] = mode
@@ -162,7 +163,7 @@ def _record(module: nn.Module, kind: type) -> Recording:
         recording.containers[()] = tuple(module._modules)
     tracer = _Tracer(recording)
     try:
-        with warnings.catch_warnings(), _unchanged_random_numbers(), _watching(module, recording):
+        with warnings.catch_warnings(), _watching(module, recording):
             warnings.simplefilter("ignore")
             recording.graph = tracer.trace(module)
     except Refused:
@@ -203,22 +204,24 @@ def _of_torch(frame: Any) -> bool:
     return name == "torch" or name.startswith("torch.") or name == __name__
 
 
+def _random_numbers() -> tuple[Any, ...]:
+    """Return the states of the three generators, as values that compare."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), (name, keys.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
+
+
 @contextmanager
 def _unchanged_random_numbers() -> Iterator[None]:
-    before = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    before = _random_numbers()
     try:
         yield
-        same = (
-            random.getstate() == before[0]
-            and str(np.random.get_state(legacy=False)) == str(before[1])
-            and torch.equal(torch.get_rng_state(), before[2])
-        )
-        if not same:
+        if _random_numbers() != before:
             raise Refused("forward draws random numbers")
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextmanager
@@ -296,6 +299,9 @@ def _check_names(function: FunctionType, seen: set[Any]) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
             if name != "__class__":
                 _check_value(name, cell.cell_contents, seen)
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        if not isinstance(value, _SCALARS):
+            _check_value(f"the default {value!r}", value, seen)
     _check_code(function.__code__, function.__globals__, seen)
 
 
