@@ -257,6 +257,39 @@ def inspect(file: Path, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
+@main.command("import", epilog="Example: batchnorm import network.safetensors -o layers")
+@_layer_argument("state")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for the layers; made if there is none.",
+)
+@click.option("--eps", type=float, default=1e-5, show_default=True, help="ε of the layers; no state holds it.")
+@_JSON
+def import_(state: Path, output: Path, eps: float, as_json: bool) -> None:
+    """Write a frozen layer for each batch norm in STATE, the state of a network of PyTorch.
+
+    STATE is a .safetensors, or a .pt or .pth that torch.save wrote; these need PyTorch, and are loaded with
+    weights_only=True. Each layer becomes a file NAME.safetensors in the folder, ready for `batchnorm serve`.
+    """
+    from batchnorm._state import frozen_layers
+
+    with _extra("torch"):
+        layers = frozen_layers(state, eps)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, layer in layers.items():
+        layer.save(output / f"{name}.safetensors")
+    if as_json:
+        written = {name: layer.fingerprint for name, layer in layers.items()}
+        _print_json(path=str(output), eps=eps, fingerprints=written)
+        return
+    for name, layer in layers.items():
+        channels = counted(layer.channels, "channel")
+        click.echo(f"{output / name}.safetensors: {channels}, fingerprint {layer.fingerprint}")
+
+
 @main.command(epilog="Example: batchnorm export bn.safetensors -o bn.onnx --rank 2")
 @_layer_argument("file")
 @_output("The .onnx file to write.")
@@ -371,6 +404,7 @@ def _extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        name = "bfloat16" if error.name == "ml_dtypes" else name
         raise ImportError(f"needs {error.name}, which is missing: pip install 'batchnorm[{name}]'") from error
 
 

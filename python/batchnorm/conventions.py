@@ -17,7 +17,7 @@ from typing import Any
 from batchnorm._checks import mapping
 from batchnorm._core import real_array
 
-_TORCH_NAMES = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias"}
+TORCH_NAMES = {"mean": "running_mean", "var": "running_var", "gamma": "weight", "beta": "bias"}
 _SHOWN_KEYS = 12
 
 
@@ -46,7 +46,7 @@ def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, An
         there = ", ".join(keys[:_SHOWN_KEYS]) or "no keys at all"
         rest = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
         raise ValueError(f"state_dict: {missing} wanted (prefix {prefix!r}), but it has {there}{rest}")
-    names = {ours: prefix + theirs for ours, theirs in _TORCH_NAMES.items()}
+    names = {ours: prefix + theirs for ours, theirs in TORCH_NAMES.items()}
     given = {ours: key for ours, key in names.items() if state_dict.get(key) is not None}
     parameters = {ours: real_array(f"state_dict[{key!r}]", state_dict[key]) for ours, key in given.items()}
     return dict.fromkeys(names) | parameters

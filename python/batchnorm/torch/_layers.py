@@ -57,7 +57,7 @@ class Layer(_BatchNorm):
         if torch.jit.is_scripting():
             self._check_input_dim(input)
             return self._scripted(input, residual)
-        return self._run(input, residual)
+        return self._run(input, residual, self.activation)
 
     def _scripted(self, input: Tensor, residual: Tensor | None) -> Tensor:
         factor = 0.0 if self.momentum is None else self.momentum
@@ -81,7 +81,7 @@ class Layer(_BatchNorm):
         )
 
     @torch.jit.unused
-    def _run(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _run(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
         traced = isinstance(input, Proxy)
         if not traced:
             self._check_input_dim(input)
@@ -109,7 +109,7 @@ class Layer(_BatchNorm):
             training=training or (mean is None and var is None),
             update_weight=factor,
             eps=self.eps,
-            activation=self.activation,
+            activation=activation,
             residual=residual,
         )
 

@@ -1,0 +1,433 @@
+"""What must not be fused is not, for the reason that the report gives, and results stay the original's."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm.torch as bt
+
+FLAG = True
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+
+
+class UsedTwice(Base):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return self.relu(y) + y
+
+
+class CalledTwice(Base):
+    def forward(self, x):
+        return self.relu(self.bn(self.relu(self.bn(x))))
+
+
+class ReadsTraining(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if self.training else y
+
+
+class ReadsTrainingByDict(Base):
+    def forward(self, x):
+        return self.relu(self.bn(x)) if self.bn.__dict__["training"] else self.bn(x)
+
+
+class ReadsModeOfAPart(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if self.bn.training else y
+
+
+class Counts(Base):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.bn(x)
+        return self.relu(y) if self.calls % 2 else y
+
+
+class CountsInAList(Base):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(1)
+        return self.relu(self.bn(x)) * len(self.calls)
+
+
+class CountsInABuffer(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.relu(self.bn(x)) * self.calls
+
+
+class ReadsAGlobal(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if FLAG else y
+
+
+def helper(y):
+    return F.relu(y) if FLAG else y
+
+
+class ReadsAGlobalElsewhere(Base):
+    def forward(self, x):
+        return helper(self.bn(x))
+
+
+class DrawsPython(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if random.random() < 0.5 else y
+
+
+class DrawsTorch(Base):
+    def forward(self, x):
+        return self.relu(self.bn(x)) * torch.rand(1)
+
+
+class DrawsTorchToDecide(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if torch.rand(()) < 0.5 else y
+
+
+class DependsOnData(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if x.mean() > 0 else y
+
+
+class AsksAType(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.relu(y) if isinstance(y, torch.Tensor) else y
+
+
+class NoGrad(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.relu(self.bn(x))
+        return y * 2
+
+
+class AddsInPlaceToX(Base):
+    def forward(self, x):
+        z = x * 1
+        z += self.bn(x)
+        return self.relu(z) + z
+
+
+class AddsScaled(Base):
+    def forward(self, x):
+        return torch.add(self.bn(x), x, alpha=2)
+
+
+class AddsANumber(Base):
+    def forward(self, x):
+        return self.bn(x) + 1
+
+
+class AddsItself(Base):
+    def forward(self, x):
+        y = self.bn(x)
+        return y + y
+
+
+class Unused(Base):
+    def forward(self, x):
+        self.bn(x)
+        return self.relu(x)
+
+
+class ChangedBetween(Base):
+    def forward(self, x):
+        z = x * 1
+        y = self.bn(z)
+        r = F.relu(x * 2, inplace=True)
+        return y + r
+
+
+class TwoArguments(Base):
+    def forward(self, x):
+        return self.relu(self.bn(*(x,))) + self.bn(x)
+
+
+REFUSED = {
+    UsedTwice: "another consumer",
+    CalledTwice: "called more than once",
+    ReadsTraining: "reads self.training",
+    ReadsTrainingByDict: "reads __dict__",
+    ReadsModeOfAPart: "reads self.training",
+    Counts: "writes self.calls",
+    CountsInAList: "reads self.calls",
+    ReadsAGlobal: "reads FLAG",
+    ReadsAGlobalElsewhere: "reads FLAG",
+    DrawsPython: "reads random",
+    DrawsTorch: "makes tensors",
+    DrawsTorchToDecide: "draws random numbers",
+    DependsOnData: "control flow",
+    AsksAType: "asks for the type",
+    NoGrad: "mode of autograd",
+    AddsInPlaceToX: "in place to another tensor",
+    AddsScaled: "not a tensor alone",
+    AddsANumber: "not a tensor alone",
+    AddsItself: "added to itself",
+    Unused: "not used",
+    ChangedBetween: "changed in place",
+    TwoArguments: "called more than once",
+}
+
+
+def run(model, x, seed=1):
+    random.seed(seed)
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+    gradients = [x.grad, *(p.grad for p in model.parameters())]
+    model.zero_grad()
+    return y.detach(), gradients, [b.clone() for b in model.buffers()]
+
+
+def assert_same(model, reference, x):
+    """y, gradients and buffers agree, in both modes."""
+    for mode in (True, False):
+        model.train(mode), reference.train(mode)
+        for seed in (1, 2):
+            torch.testing.assert_close(run(model, x, seed), run(reference, x, seed), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+def test_it_is_refused_and_says_why(make):
+    torch.manual_seed(0)
+    model = make()
+    reference = copy.deepcopy(model)
+    states = random.getstate(), torch.get_rng_state()
+    _, report = bt.replace(model)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert report["bn"].replaced
+    assert not report["bn"].fused
+    assert REFUSED[make] in report["bn"].reason
+    assert type(model) is make
+    if make is not NoGrad:
+        assert_same(model, reference, torch.randn(4, 3, 5, 5))
+    for name, value in vars(reference).items():
+        if isinstance(value, int | list):
+            assert getattr(model, name) == value
+
+
+def test_a_counter_in_a_buffer_goes_on_counting():
+    torch.manual_seed(0)
+    model = CountsInABuffer()
+    reference = copy.deepcopy(model)
+    _, report = bt.replace(model)
+    assert report.fused == {"bn": "relu"}
+    assert model.calls == 0
+    assert_same(model, reference, torch.randn(4, 3, 5, 5))
+    assert model.calls == 4
+
+
+class Configured(Base):
+    def __init__(self):
+        super().__init__()
+        self.active, self.down = True, None
+        self.extra = nn.ModuleList()
+
+    def forward(self, x, *, scale=None):
+        y = self.bn(self.conv(x))
+        if self.down is not None:
+            x = self.down(x)
+        y = y + x
+        y = self.relu(y) if self.active else y
+        for part in self.extra:
+            y = part(y)
+        return y if scale is None else y * scale
+
+
+def changes(model):
+    yield "another value", lambda: setattr(model, "active", False)
+    yield "a module where there was None", lambda: setattr(model, "down", nn.Conv2d(3, 3, 1))
+    yield "a longer list", lambda: model.extra.append(nn.Tanh())
+    yield "another activation", lambda: setattr(model, "relu", nn.Tanh())
+    yield "PyTorch's layer", lambda: setattr(model, "bn", nn.BatchNorm2d(3))
+    yield "no layer", lambda: setattr(model, "bn", nn.Identity())
+
+
+@pytest.mark.parametrize("index", range(6), ids=[name for name, _ in changes(None)])
+def test_a_model_that_is_changed_afterwards_does_what_it_says(index):
+    torch.manual_seed(0)
+    model = Configured()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "residual, relu"}
+    x = torch.randn(4, 3, 5, 5)
+    assert_same(model, reference, x)
+    for each in (model, reference):
+        torch.manual_seed(0)
+        list(changes(each))[index][1]()
+    assert_same(model, reference, x)
+
+
+def test_optional_and_keyword_arguments_reach_the_original_forward():
+    torch.manual_seed(0)
+    model = Configured()
+    reference = copy.deepcopy(model)
+    bt.replace(model)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model(x, scale=3), reference(x, scale=3))
+    torch.testing.assert_close(model(x=x), reference(x=x))
+    with pytest.raises(TypeError):
+        model()
+
+
+class ByType(Base):
+    def forward(self, x):
+        x = torch.cat(x, 1) if isinstance(x, list) else x
+        return self.relu(self.bn(x))
+
+
+def test_each_type_of_argument_has_its_own_recording():
+    torch.manual_seed(0)
+    model = ByType()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "relu"}
+    x = torch.randn(4, 3, 5, 5)
+    for argument in (x, [x[:, :1], x[:, 1:]]):
+        torch.testing.assert_close(model(argument), reference(argument))
+    with pytest.raises(AttributeError, match="'tuple' object"):
+        model((x[:, :1], x[:, 1:]))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 5, 5), (4, 3, 5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_residual_that_is_broadcast_or_promoted(shape, dtype):
+    class Adds(Base):
+        def forward(self, x, r):
+            return self.relu(self.bn(x) + r)
+
+    torch.manual_seed(0)
+    model = Adds()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "residual, relu"}
+    x, r = torch.randn(4, 3, 5, 5), torch.randn(shape, dtype=dtype)
+    y = reference(x, r)
+    torch.testing.assert_close(model(x, r), y)
+    assert model(x, r).dtype == y.dtype
+
+
+def test_a_residual_that_is_changed_later_keeps_its_gradient():
+    class Changes(Base):
+        def forward(self, x):
+            r = self.conv(x)
+            y = self.relu(self.bn(x) + r)
+            return F.relu(r, inplace=True) + y
+
+    torch.manual_seed(0)
+    model = Changes()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "residual"}
+    assert_same(model, reference, torch.randn(4, 3, 5, 5))
+
+
+def test_dropout_in_a_fused_module_is_that_of_its_mode():
+    class Drops(Base):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.relu(self.bn(x)))
+
+    torch.manual_seed(0)
+    model = Drops()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "relu"}
+    assert_same(model, reference, torch.randn(4, 3, 5, 5))
+
+
+@pytest.mark.parametrize("part", ["bn", "relu"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_hooks_see_what_they_saw(part, sequential):
+    class Calls(Base):
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)))
+
+    torch.manual_seed(0)
+    parts = Base()
+    model = nn.Sequential()
+    model.conv, model.bn, model.relu = parts.conv, parts.bn, parts.relu
+    model = model if sequential else Calls()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "relu"}
+    seen = []
+    handles = [
+        getattr(each, part).register_forward_hook(lambda module, args, y: seen.append((args[0], y)))
+        for each in (model, reference)
+    ]
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model(x), reference(x))
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(model(x), reference(x))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_parts_with_hooks_are_left(part):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    model[part].register_forward_hook(lambda *_: None)
+    _, report = bt.replace(model)
+    assert "has hooks" in report["1"].reason
+    assert not report["1"].fused
+
+
+def test_parts_taken_out_of_a_sequential_are_plain():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    reference = copy.deepcopy(model)
+    bt.replace(model)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(model[1](model[0](x)), reference[1](reference[0](x)))
+    torch.testing.assert_close(model[:2](x), reference[:2](x))
+    torch.testing.assert_close(list(model)[1](x), list(reference)[1](x))
+    fused = torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])
+    torch.testing.assert_close(fused(x), reference[:2](x))
+    assert fused(x).min() < 0
+
+
+def test_a_shared_layer_stays_one_object():
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Sequential(bn, nn.ReLU()), nn.Sequential(nn.Conv2d(3, 3, 1), bn, nn.ReLU()))
+    reference = copy.deepcopy(model)
+    _, report = bt.replace(model)
+    assert model[0][0] is model[1][1] is bn
+    assert type(bn) is bt.BatchNorm2d
+    assert len(report) == 1
+    assert "under 2 names" in report["0.0"].reason
+    assert_same(model, reference, torch.randn(4, 3, 5, 5))
