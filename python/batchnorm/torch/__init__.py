@@ -7,5 +7,6 @@ constructors, same state, same refusals. They can add a residual and apply an ac
 from __future__ import annotations
 
 from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.torch._sync import SyncBatchNorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
