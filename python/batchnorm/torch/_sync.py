@@ -1,7 +1,7 @@
 """SyncBatchNorm: the batches of all processes of a group are normalized as one, on CPU.
 
-Forward gathers the Moments of each rank's share and merges them in rank order. Backward gathers the sums Σdy·x̂
-and Σdy and adds them in rank order. So all ranks compute with the same bits, and no rank sends x.
+Forward gathers the Moments of each rank's share and merges them in rank order. Backward gathers the sums
+Σdy·x̂ and Σdy and adds them in rank order. So all ranks compute with the same bits, and no rank sends x.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from batchnorm._core import Moments
-from batchnorm.torch._host import HOST
+from batchnorm.torch._formulas import epilogue
+from batchnorm.torch._halves import Pass, gradient_apply, gradient_sums, moments_of, normalize
 from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, Layer
 
 
 class SyncBatchNorm(Layer):
-    """Batch norm over the batches of all processes of a group as one batch, on CPU (PyTorch's refuses the CPU).
+    """Batch norm over the batches of all processes of a group as one batch, on CPU, which PyTorch's refuses.
 
     In training y, dx and the running statistics are those of one process that has the whole batch, however
-    unequal the shares are; a share may be empty. Statistics and gradient sums have the same bits on all ranks.
-    `weight.grad` and `bias.grad` are the rank's own share, as `DistributedDataParallel` expects them.
+    unequal the shares are; a share may be empty. Statistics and gradient sums have the same bits on all
+    ranks. `weight.grad` and `bias.grad` are the rank's own share, as `DistributedDataParallel` expects them.
 
-    In forward each rank sends three float64 numbers a channel, 24 bytes, to each other one, and in backward as
-    many. Backward sends nothing if no rank wants a gradient of its input. In evaluation, in a group of one and
-    without an initialized process group nothing is sent, and the layer does what `BatchNorm2d` does.
+    In forward each rank sends three float64 numbers a channel (24 bytes) to each other rank, and in backward
+    as many. Backward sends nothing if no rank wants a gradient of its input. In evaluation, in a group of one
+    and without an initialized process group nothing is sent, and the layer does what `BatchNorm2d` does.
 
-    All ranks of the group must run the same layers in the same order, forward and backward. If one of them dies
-    or does not take part, the others get the RuntimeError of the communication, at the latest after the time-out
-    of the group. There are no second derivatives between processes.
+    All ranks of the group must run the same layers in the same order, forward and backward. If one of them
+    dies or does not take part, the others get the RuntimeError of the communication, at the latest after the
+    time-out of the group. There are no second derivatives between processes.
 
     Args:
         num_features: Channels of the input, C.
@@ -96,8 +98,8 @@ class SyncBatchNorm(Layer):
             Tensor with the shape, dtype and memory order of the input.
 
         Raises:
-            ValueError: The input has fewer than 2 axes or no channels; or, on every rank, the whole batch has one
-                value a channel.
+            ValueError: The input has fewer than 2 axes or no channels; or, on every rank, the whole batch has
+                one value a channel.
             RuntimeError: As PyTorch's layers raise it; or the communication failed.
         """
         group = self._group()
@@ -114,20 +116,42 @@ class SyncBatchNorm(Layer):
         return group if dist.get_world_size(group) > 1 else None
 
     def _synchronized(self, x: Tensor, residual: Tensor | None, group: Any) -> Tensor:
+        self._check(x)
+        if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+            return epilogue(self._normalized(x, None, None, group), self.activation, residual)
+        return self._normalized(x, residual, self.activation, group)
+
+    @torch.no_grad()
+    def _check(self, x: Tensor) -> None:
+        """Raise PyTorch's errors of dtypes and numbers of channels, before anything is sent."""
+        if not x.is_cpu:
+            raise ValueError(
+                f"the input is on {x.device}; SyncBatchNorm of batchnorm.torch wants it on the CPU"
+            )
+        running = (self.running_mean, self.running_var)
+        zeros = x.new_zeros((2, x.shape[1]))
+        functional.batch_norm(zeros, *running, self.weight, self.bias, training=self.running_mean is None)
+
+    def _normalized(self, x: Tensor, residual: Tensor | None, activation: str | None, group: Any) -> Tensor:
         x = laid_as(x, torch.empty_like(x))
-        passes = self.activation is not None and residual is not None and residual.requires_grad
-        moments, wanted = _gather_moments(x, group, torch.is_grad_enabled() and (x.requires_grad or passes))
+        if residual is not None:
+            residual = laid_as(residual, x)
+        # Without an activation, the gradient of the residual needs nothing of the other ranks.
+        asked = (x,) if activation is None or residual is None else (x, residual)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
+        moments, wanted = _gather_moments(x, group, wanted)
         count = int(moments[0, 0])
         if count == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 on all ranks together "
                 f"(input size {x.size()} on this one)"
             )
-        # Where any rank wants a gradient of x, every rank takes part in the backward pass.
+        # If any rank wants a gradient of its x, all take part in backward: y of each wants a gradient then.
         joins = x.new_empty(0).requires_grad_() if wanted else None
-        y: Tensor = _Normalize.apply(
-            x, self.weight, self.bias, residual, joins, moments, group, self.eps, self.activation
+        weight, bias = (
+            p.float() if p is not None and p.itemsize == 2 else p for p in (self.weight, self.bias)
         )
+        y: Tensor = _Normalize.apply(group, joins, x, weight, bias, residual, moments, self.eps, activation)
         if self.track_running_stats:
             self._track(moments, count)
         return y
@@ -180,84 +204,65 @@ OURS: Final = frozenset((BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm))
 
 
 class _Normalize(torch.autograd.Function):
-    """Normalizes a share by the moments of the whole batch; its backward pass gathers the gradient sums."""
+    """Normalizes a share by the moments of the whole batch; backward gathers the gradient sums."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        joins: Tensor | None,
-        moments: Tensor,
-        group: Any,
-        eps: float,
-        activation: str | None,
-    ) -> Tensor:
-        if residual is not None:
-            residual = laid_as(residual, x)
-        y = torch.empty_like(x)
-        if x.numel() > 0:  # else there may be no moments to normalize by
-            threads = torch.get_num_threads()
-            HOST.normalize(
-                x, weight, bias, residual, moments, y, threads=threads, eps=eps, activation=activation
-            )
-        if activation is None:
-            residual = None  # its gradient is dy
-        ctx.save_for_backward(x, weight, bias, residual, moments)
-        ctx.sends, ctx.group, ctx.eps, ctx.activation = joins is not None, group, eps, activation
-        return y
+    def forward(ctx: Any, group: Any, joins: Tensor | None, *given: Any) -> Tensor:
+        """Return y, and save what backward needs."""
+        whole = Pass(*given)
+        # Without an activation the gradient of the residual is dy.
+        *tensors, eps, activation = whole if whole.activation else whole._replace(residual=None)
+        ctx.save_for_backward(*tensors)
+        ctx.sends, ctx.group, ctx.settings = joins is not None, group, (eps, activation)
+        return normalize(whole)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight, bias and residual."""
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph is True; SyncBatchNorm has no second derivatives between processes"
-            )
-        x, weight, bias, residual, moments = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_residual, *_ = ctx.needs_input_grad
-        how = {"threads": torch.get_num_threads(), "eps": ctx.eps, "activation": ctx.activation}
-        tensors = (laid_as(dy, x), x, weight, bias, residual, moments)
-        sums = torch.zeros_like(moments)
-        if x.numel() > 0:
-            HOST.gradient_sums(*tensors, sums, **how)
-        dx = dresidual = None
+            raise RuntimeError("create_graph=True: SyncBatchNorm has no second derivatives between processes")
+        given = Pass(*ctx.saved_tensors, *ctx.settings)
+        _, _, of_x, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+        (dy,) = grads
+        dy = laid_as(dy, given.x)
+        dx, dresidual = None, dy
+        sums = gradient_sums(dy, given)
         if ctx.sends:
             whole = reduce(torch.add, _gather(sums, ctx.group))
-            dx = torch.empty_like(x)
-            if for_residual and residual is not None:
-                dresidual = torch.empty_like(x)
-            if x.numel() > 0:
-                HOST.gradient_apply(*tensors, whole, dx, dresidual, **how)
-        if for_residual and residual is None:
-            dresidual = dy
-        dweight = sums[1].to(weight.dtype) if for_weight else None
-        dbias = sums[2].to(bias.dtype) if for_bias else None
-        return dx if for_x else None, dweight, dbias, dresidual, None, None, None, None, None
+            dx, passed = gradient_apply(dy, given, whole)
+            dresidual = dy if passed is None else passed
+        _, dgamma, dbeta = sums
+        return (
+            None,
+            None,
+            dx if of_x else None,
+            dgamma.to(given.weight.dtype) if of_weight else None,
+            dbeta.to(given.bias.dtype) if of_bias else None,
+            dresidual if of_residual else None,
+            *(None, None, None),
+        )
 
 
 def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the memory order of another one, copied if it has a different one."""
+    """Return the tensor in the memory order of another one: a copy where it has a different one."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
-def _gather(part: Tensor, group: Any) -> Tensor:
-    """The float64 tables of all ranks, shape (ranks, 3, channels)."""
+def _gather(table: Tensor, group: Any) -> Tensor:
+    """The float64 tables of all ranks: shape (ranks, 3, channels)."""
     ranks = dist.get_world_size(group)
-    parts = part.new_empty((ranks * part.size(0), part.size(1)))
-    dist.all_gather_into_tensor(parts, part, group=group)
-    return parts.view(ranks, *part.size())
+    tables = table.new_empty((ranks * table.shape[0], table.shape[1]))
+    dist.all_gather_into_tensor(tables, table, group=group)
+    return tables.view(ranks, *table.shape)
 
 
 def _gather_moments(x: Tensor, group: Any, wanted: bool) -> tuple[Tensor, bool]:
-    """The moments of the whole batch, shape (3, channels); and whether any rank wants a gradient of x."""
-    moments = x.new_empty((3, x.size(1)), dtype=torch.float64)
-    HOST.moments(x, moments, threads=torch.get_num_threads())
-    if wanted:
-        moments[0].neg_()  # no count is negative, and zero has a sign too
-    parts = _gather(moments, group)
-    wanted = bool(parts[:, 0].signbit().any())
-    parts[:, 0].abs_()
-    whole = reduce(Moments.merge, (Moments(*part) for part in parts.numpy()))
+    """The moments of the whole batch, and whether any rank wants a gradient of its x."""
+    moments = moments_of(x)
+    if wanted:  # is told by the sign of the counts, which zero has too
+        moments[0].neg_()
+    tables = _gather(moments, group)
+    wanted = bool(tables[:, 0].signbit().any())
+    tables[:, 0].abs_()
+    whole = reduce(Moments.merge, (Moments(*table) for table in tables.numpy()))
     return torch.from_numpy(np.stack((whole.count, whole.mean, whole.m2))), wanted
