@@ -1,0 +1,11 @@
+"""PyTorch's batch norm layers on the kernels of this package, for networks on CPUs (extra `torch`).
+
+`BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` take the place of PyTorch's layers of the same names: same
+constructors, same state, same refusals. They can add a residual and apply an activation in the same pass.
+"""
+
+from __future__ import annotations
+
+from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
