@@ -1,4 +1,4 @@
-"""Tests that need PyTorch: `make test-torch` runs them in .venv-torch. Elsewhere they are left out, and that is said."""
+"""`make test-torch` runs these tests in .venv-torch. Without PyTorch they are left out, and that is said."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 MISSING = importlib.util.find_spec("torch") is None
 collect_ignore_glob = ["test_*.py"] if MISSING else []
-# What PyTorch says of its own interfaces that tests must use, and of its own code. All other warnings are errors.
+# What PyTorch says of its own code, and of interfaces that tests must use. Other warnings are errors.
 THEIRS = (
     r"ignore:`torch\.jit\.\w+` is deprecated:FutureWarning",
     r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
