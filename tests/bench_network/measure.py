@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench_network.networks import evaluate, made, original, step, tensors
-from bench_network.rows import EAGER, EVAL, PYTORCH, REST, STEP, Row
+from bench_network.rows import EAGER, PASSES, PYTORCH, REST, STEP, Row
 
 LOSS, OUTPUT, GRADIENT = 1e-3, 1e-2, 5e-2  # relative differences that variants may have
 WARM = 2  # calls of each variant and pass before rounds begin
@@ -87,9 +88,7 @@ def rounds_of(
     calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         model.train(direction == STEP)
-        calls[name] = (
-            (lambda m=model: step(m, x, classes)) if direction == STEP else (lambda m=model: evaluate(m, x))
-        )
+        calls[name] = partial(step, model, x, classes) if direction == STEP else partial(evaluate, model, x)
         for _ in range(WARM):
             calls[name]()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -137,7 +136,7 @@ def measure(
     models = variants(row, names)
     compare(models, row, told)
     lines = []
-    for direction in (STEP, EVAL):
+    for direction in PASSES:
         seconds = rounds_of(models, row, direction, rounds, told)
         lines.append({"row": row.name, "pass": direction, "seconds": seconds})
     told("profiling")

@@ -23,7 +23,7 @@ def peak(row: Row, variant: str, threads: int) -> float | None:
 
 
 def main() -> None:
-    """Take the steps and print the peak, by VmHWM: ru_maxrss would count the process that started this one."""
+    """Take the steps and print VmHWM: ru_maxrss also counts the process that started this one."""
     import torch
 
     from bench_network.networks import made, original, step, tensors

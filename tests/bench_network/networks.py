@@ -10,14 +10,14 @@ from typing import Any
 import torch
 import torchvision
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import batchnorm.torch
 from bench_network.rows import CHANNELS_LAST, COMPILED, FUSED, FUSED_COMPILED, OURS, PYTORCH, REST, Row
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
-FUNCTIONS = (F.relu, F.relu_, F.relu6, torch.relu, torch.relu_)
+FUNCTIONS = (functional.relu, functional.relu_, functional.relu6, torch.relu, torch.relu_)
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 CLASSES = 1000
 
@@ -53,7 +53,7 @@ def laid(thing: Any, row: Row) -> Any:
 
 
 def original(row: Row) -> nn.Module:
-    """The network as torchvision makes it, with seeded weights and the statistics of the batch, no dropout."""
+    """The network with seeded weights, the population statistics of its batch, and no dropout."""
     torch.manual_seed(0)
     model = laid(getattr(torchvision.models, row.network)(num_classes=CLASSES), row)
     for module in model.modules():
@@ -115,7 +115,7 @@ def made(variant: str, model: nn.Module, row: Row) -> nn.Module:
 def step(model: nn.Module, x: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     """Forward, loss and backward, without an optimizer; gradients are made anew. Gives the loss."""
     model.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(model(x), classes)
+    loss = functional.cross_entropy(model(x), classes)
     loss.backward()
     return loss.detach()
 
