@@ -24,7 +24,7 @@ pub use team::Team;
 
 /// Below this many bytes the work is done before a sleeping thread of our own has woken.
 const WORTH_A_THREAD: usize = 1 << 20;
-/// Below this many bytes the work is done before the threads of a team have begun and come together again.
+/// Below this many bytes the work is done before the threads of a team have begun and come together again. (An estimate.)
 const WORTH_A_TEAM: usize = 128 << 10;
 
 /// Checks the values of `BATCHNORM_NUM_THREADS` and `BATCHNORM_THREAD_SOURCE`.
