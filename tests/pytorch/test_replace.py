@@ -19,6 +19,15 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import batchnorm.torch as bt
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny here, and waiting threads slow down whatever else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Small(nn.Module):
     """All forms that are fused, in a network that takes milliseconds."""
 

@@ -12,6 +12,15 @@ from torch import nn
 
 import batchnorm.torch as bt
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny here, and waiting threads slow down whatever else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 FLAG = True
 
 

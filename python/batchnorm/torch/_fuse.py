@@ -254,13 +254,22 @@ def _check_order(module: nn.Module, graph: fx.Graph, call: fx.Node, addition: fx
     between = nodes[nodes.index(call) + 1 : nodes.index(addition)]
     if any(_writes(module, node) for node in between):
         raise Refused("a tensor is changed in place between it and the addition")
-    if any(node.op != "get_attr" for node in between):
+    layer = child(module, split(str(call.target)))
+    if isinstance(layer, Layer):
+        # What the layer reads is safe from functions that write nothing, and from modules if it alone has it.
         source = call.args[0]
         assert isinstance(source, fx.Node)
         maker = child(module, split(str(source.target))) if source.op == "call_module" else None
-        layer = child(module, split(str(call.target)))
-        if not isinstance(layer, Layer) or type(maker) not in _FRESH or len(source.users) > 1:
-            raise Refused("other modules run between it and the addition")
+        if type(maker) in _FRESH and len(source.users) == 1:
+            return
+        between = [node for node in between if node.op == "call_module" or not _of_torch(node)]
+    if any(node.op != "get_attr" for node in between):
+        raise Refused("other modules run between it and the addition")
+
+
+def _of_torch(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op != "call_function" or module.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def _changed_later(module: nn.Module, graph: fx.Graph, residual: fx.Node, addition: fx.Node) -> bool:
@@ -278,7 +287,7 @@ def _writes(module: nn.Module, node: fx.Node, deep: bool = False) -> bool:
         called = child(module, split(str(node.target)))
         parts = [] if called is None else list(called.modules()) if deep else [called]
         return any(getattr(part, "inplace", False) for part in parts)
-    if node.op != "call_function":
+    if node.op != "call_function" or node.target is _fused.run:  # which adds in place to its own output only
         return False
     name = getattr(node.target, "__name__", "")
     in_place = getattr(_operator, f"__{name}__", None) is node.target and name.startswith("i") and hasattr(_operator, name[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -201,8 +202,8 @@ def _layer_by_layer(
     run: Callable[[nn.Module, Any], Any],
 ) -> dict[str, Algorithm2]:
     found: dict[str, Algorithm2] = {}
-    order = list(_collected(model, layers, batches, run))
-    for name in order:
+    # A first pass over one batch tells the order.
+    for name in _collected(model, layers, islice(batches, 1), run):
         found |= _collected(model, {name: layers[name]}, batches, run)
         _enter(layers[name], found[name])
     return found
