@@ -1,5 +1,6 @@
 """The compiled core; import `batchnorm` to use it."""
 
+from os import PathLike
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -12,6 +13,7 @@ __all__ = [
     "Cache",
     "Coefficients",
     "GradientSums",
+    "Host",
     "Moments",
     "__version__",
     "backward",
@@ -221,6 +223,302 @@ class Coefficients:
         dresidual: NDArray[Any] | None = None,
     ) -> Gradients:
         """Compute the gradients with these coefficients; `batchnorm.infer_backward` documents the arguments."""
+
+@final
+class Host:
+    """Passes over the tensors of a host library, in its memory and on its threads.
+
+    Tensors are read by DLPack's C exchange API, also those of bfloat16 and those that require grad. The channels are on axis
+    1. Every method writes its results into tensors that it is given, and returns None:
+
+    - x is of rank 2 or more; float32, float64, float16 or bfloat16; dense in some order of its axes. dy, residual, y, dx and
+      dresidual have x's shape, dtype and strides.
+    - weight, bias, running_mean, running_var, mean, var, dweight and dbias are contiguous, shape (channels,), each float32 or
+      float64.
+    - moments is contiguous, shape (3, channels), float64: count, mean and M2. So is sums: count, dγ and dβ.
+    - What is written shares no memory with another argument.
+
+    weight, bias, residual, running_mean, running_var, dresidual, dweight and dbias may be None.
+
+    Args:
+        tensor_type: The type of the host's tensors.
+        library: Path of the OpenMP runtime whose threads work; if None, the runtime that the process has loaded.
+
+    Raises:
+        TypeError: tensor_type has no DLPack C exchange API of version 1. Methods raise it where a tensor is of a wrong type
+            or dtype, or not on the CPU.
+        ValueError: Methods raise it where a shape, a memory order or a value is not as described. If it is an error of the
+            core, its attribute `kind` names it.
+    """
+    def __new__(cls, tensor_type: type, library: str | PathLike[str] | None = None) -> Host: ...
+    @property
+    def thread_source(self) -> Literal["openmp", "own"]:
+        """Whose threads work: "openmp", the host's; or "own"."""
+    def train(
+        self,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        running_mean: Any | None,
+        running_var: Any | None,
+        y: Any,
+        moments: Any,
+        *,
+        threads: int,
+        update_weight: float,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Normalize x by its own batch statistics (Algorithm 1): y = activation(γ·x̂ + β + residual), rounded once.
+
+        The running statistics move towards those of the batch, r ← (1 − w)·r + w·new: computed in float64, the variance
+        unbiased; what is not finite enters.
+
+        Args:
+            x: Tensor with 2 or more values in each channel.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: Tensor that is added before the activation, or None.
+            running_mean: Running mean, changed in place, or None.
+            running_var: Running variance, changed in place, or None.
+            y: Tensor to write y to.
+            moments: Table to write the moments of x to.
+            threads: Number of threads of the host.
+            update_weight: w, the weight of the new value in the running statistics.
+            eps: ε, finite and more than 0.
+            activation: None or "relu".
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def infer(
+        self,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        mean: Any,
+        var: Any,
+        y: Any,
+        *,
+        threads: int,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Normalize x by frozen statistics (Algorithm 2): y = activation((x − mean)·γ/√(var + ε) + β + residual).
+
+        Args:
+            x: Tensor.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: Tensor that is added before the activation, or None.
+            mean: E[x].
+            var: Var[x]; 0 or more.
+            y: Tensor to write y to.
+            threads: Number of threads of the host.
+            eps: ε, finite, 0 or more; 0 only if every var is more than 0.
+            activation: None or "relu".
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def backward(
+        self,
+        dy: Any,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        moments: Any,
+        dx: Any,
+        dresidual: Any | None,
+        dweight: Any | None,
+        dbias: Any | None,
+        *,
+        threads: int,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Compute the gradients of a training pass, through the batch statistics (section 3): dx, dγ and dβ.
+
+        Args:
+            dy: ∂ℓ/∂y.
+            x: The x of `train`.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: The residual of `train`, or None.
+            moments: The moments of x.
+            dx: Tensor to write ∂ℓ/∂x to.
+            dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
+            dweight: Where to write ∂ℓ/∂γ, or None.
+            dbias: Where to write ∂ℓ/∂β, or None.
+            threads: Number of threads of the host.
+            eps: ε, finite and more than 0.
+            activation: The activation of `train`.
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def infer_backward(
+        self,
+        dy: Any,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        mean: Any,
+        var: Any,
+        dx: Any,
+        dresidual: Any | None,
+        dweight: Any | None,
+        dbias: Any | None,
+        *,
+        threads: int,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
+
+        Args:
+            dy: ∂ℓ/∂y.
+            x: The x of `infer`.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: The residual of `infer`, or None.
+            mean: E[x].
+            var: Var[x]; 0 or more.
+            dx: Tensor to write ∂ℓ/∂x to.
+            dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
+            dweight: Where to write ∂ℓ/∂γ, or None.
+            dbias: Where to write ∂ℓ/∂β, or None.
+            threads: Number of threads of the host.
+            eps: ε, finite, 0 or more; 0 only if every var is more than 0.
+            activation: The activation of `infer`.
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def moments(
+        self,
+        x: Any,
+        moments: Any,
+        *,
+        threads: int,
+    ) -> None:
+        """Compute the moments of x: count, mean and M2 of each channel.
+
+        Args:
+            x: Tensor.
+            moments: Table to write the moments to.
+            threads: Number of threads of the host.
+
+        Raises:
+            ValueError: A shape or memory order is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def normalize(
+        self,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        moments: Any,
+        y: Any,
+        *,
+        threads: int,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Normalize x by given moments: y = activation(γ·(x − mean)/√(σ² + ε) + β + residual), with the biased variance.
+
+        Args:
+            x: Tensor.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: Tensor that is added before the activation, or None.
+            moments: Moments with 2 or more values in each channel, which may cover more than x.
+            y: Tensor to write y to.
+            threads: Number of threads of the host.
+            eps: ε, finite and more than 0.
+            activation: None or "relu".
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def gradient_sums(
+        self,
+        dy: Any,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        moments: Any,
+        sums: Any,
+        *,
+        threads: int,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Compute the sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
+
+        Args:
+            dy: ∂ℓ/∂y.
+            x: The x of `normalize`.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: The residual of `normalize`, or None.
+            moments: The moments of `normalize`.
+            sums: Table to write the sums to.
+            threads: Number of threads of the host.
+            eps: ε, finite and more than 0.
+            activation: The activation of `normalize`.
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+    def gradient_apply(
+        self,
+        dy: Any,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        moments: Any,
+        sums: Any,
+        dx: Any,
+        dresidual: Any | None,
+        *,
+        threads: int,
+        eps: float,
+        activation: Literal["relu"] | None,
+    ) -> None:
+        """Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
+
+        Args:
+            dy: ∂ℓ/∂y.
+            x: The x of `normalize`.
+            weight: γ; 1 if None.
+            bias: β; 0 if None.
+            residual: The residual of `normalize`, or None.
+            moments: The moments of `normalize`.
+            sums: Gradient sums over all values that the moments cover; m is their count.
+            dx: Tensor to write ∂ℓ/∂x to.
+            dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
+            threads: Number of threads of the host.
+            eps: ε, finite and more than 0.
+            activation: The activation of `normalize`.
+
+        Raises:
+            ValueError: A shape, memory order or value is not as described.
+            TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
 
 def json_cut_data(
     text: bytes | NDArray[np.uint8], max_elements: int, max_depth: int

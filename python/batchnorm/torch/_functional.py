@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from batchnorm.torch import _ops
+from batchnorm.torch._formulas import composite
+
+# The dtype of the parameters that x of a dtype goes with.
+PARAMETERS: Final = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+# All other subclasses of Tensor decide for themselves what an operator does.
+PLAIN: Final = (Tensor, Parameter)
 
 
 def batch_norm(
@@ -41,42 +57,72 @@ def batch_norm(
     Raises:
         ValueError, RuntimeError: As `torch.nn.functional.batch_norm` raises them.
     """
-    return composite(
-        x,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training=training,
-        update_weight=update_weight,
-        eps=eps,
-        activation=activation,
-        residual=residual,
+    compiling = torch.compiler.is_compiling()
+    if (
+        (torch.compiler.is_exporting() if compiling else not _is_eager())
+        or not _have_kernel(x, residual, running_mean, running_var, weight, bias)
+        or not eps > 0.0
+        or (x.numel() == x.shape[1] if training else running_mean is None or running_var is None)
+    ):
+        return composite(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            update_weight=update_weight,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+        )
+    if training:
+        train = _ops.TRAIN if compiling else _ops.train
+        y, _ = train(x, weight, bias, residual, running_mean, running_var, update_weight, eps, activation)
+    else:
+        infer = _ops.INFER if compiling else _ops.infer
+        y = infer(x, weight, bias, residual, running_mean, running_var, eps, activation)
+    return y
+
+
+def _is_eager() -> bool:
+    """Whether only autograd stands between a call and the CPU: no transform, tracer or mode."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
     )
 
 
-def composite(
+def _have_kernel(
     x: Tensor,
+    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    training: bool,
-    update_weight: float,
-    eps: float,
-    activation: str | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """Do the same as `batch_norm` by PyTorch's own operators, one after the other."""
-    y = functional.batch_norm(x, running_mean, running_var, weight, bias, training, update_weight, eps)
-    return epilogue(y, activation, residual)
+    *parameters: Tensor | None,
+) -> bool:
+    """Whether types, devices, dtypes and shapes are such that our operators take them."""
+    dtype = PARAMETERS.get(x.dtype)
+    if dtype is None or not _is_plain(x) or x.dim() < 2 or x.numel() == 0:
+        return False
+    if residual is not None and not (
+        _is_plain(residual) and residual.dtype is x.dtype and residual.shape == x.shape
+    ):
+        return False
+    if (running_mean is None) is not (running_var is None):
+        return False
+    channels = x.shape[1:2]
+    for tensor in (running_mean, running_var, *parameters):
+        if tensor is not None and not (
+            tensor.dtype is dtype
+            and _is_plain(tensor)
+            and tensor.shape == channels
+            and tensor.is_contiguous()
+        ):
+            return False
+    return not (running_mean is not None and (running_mean.requires_grad or running_var.requires_grad))
 
 
-def epilogue(y: Tensor, activation: str | None, residual: Tensor | None) -> Tensor:
-    """Add the residual and apply the activation by PyTorch's own operators."""
-    if residual is not None:
-        y = torch.add(y, residual)
-    if activation is not None:
-        y = functional.relu(y) if activation == "relu" else functional.relu6(y)
-    return y
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested

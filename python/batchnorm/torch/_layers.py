@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.torch._functional import batch_norm, composite
+from batchnorm.torch._formulas import composite
+from batchnorm.torch._functional import batch_norm
 
 ACTIVATIONS: Final = (None, "relu", "relu6")
 
@@ -85,19 +86,19 @@ class Layer(_BatchNorm):
         if not traced:
             self._check_input_dim(input)
         training, momentum = self.training, self.momentum
-        mean, var = self.running_mean, self.running_var
         factor = 0.0 if momentum is None else momentum
-        if training:
+        tracked = self.track_running_stats or not training
+        if training and tracked:
             count = self.num_batches_tracked
-            if not self.track_running_stats:
-                mean = var = None
-            elif count is not None:
+            if count is not None:
                 if traced:  # recorded, not done
                     count = input.tracer.create_proxy("call_method", "add_", (count, 1), {})
                 else:
                     count.add_(1)
                 if momentum is None:
                     factor = 1.0 / count.item()
+        mean = self.running_mean if tracked else None
+        var = self.running_var if tracked else None
         function = composite if traced else batch_norm
         return function(
             input,

@@ -48,7 +48,8 @@ impl<'py> Epilogue<'py> {
     }
 }
 
-fn activation_of(value: &Bound<'_, PyAny>) -> PyResult<Activation> {
+/// The activation that the argument of that name gives.
+pub(crate) fn activation_of(value: &Bound<'_, PyAny>) -> PyResult<Activation> {
     let Ok(name) = value.cast::<PyString>() else {
         return Err(PyTypeError::new_err(format!("activation is {}; wanted None or \"relu\"", type_name(value))));
     };

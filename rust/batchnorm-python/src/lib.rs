@@ -8,6 +8,7 @@ mod buffer;
 mod copy;
 mod epilogue;
 mod frozen;
+mod host;
 mod json;
 mod memory;
 mod parameters;
@@ -28,6 +29,8 @@ mod _core {
     use crate::copy::copy;
     #[pymodule_export]
     use crate::frozen::{Coefficients, infer, infer_backward};
+    #[pymodule_export]
+    use crate::host::Host;
     #[pymodule_export]
     use crate::json::{json_cut_data, json_parse, json_put_data};
     #[pymodule_export]

@@ -14,6 +14,11 @@ pub(crate) struct Parameters {
 }
 
 impl Parameters {
+    /// Parameters in float64, with a value for each channel.
+    pub(crate) fn new(gamma: Option<Vec<f64>>, beta: Option<Vec<f64>>, eps: f64) -> Self {
+        Self { gamma, beta, eps }
+    }
+
     pub(crate) fn read(
         gamma: Option<&Bound<'_, PyAny>>,
         beta: Option<&Bound<'_, PyAny>>,
@@ -21,7 +26,7 @@ impl Parameters {
         channels: usize,
     ) -> PyResult<Self> {
         let read = |name, value: Option<&Bound<'_, PyAny>>| value.map(|v| per_channel(name, v, channels)).transpose();
-        Ok(Self { gamma: read("gamma", gamma)?, beta: read("beta", beta)?, eps })
+        Ok(Self::new(read("gamma", gamma)?, read("beta", beta)?, eps))
     }
 
     /// The parameters as the core takes them.

@@ -121,6 +121,18 @@ pub enum Error {
         /// What was asked for.
         got: String,
     },
+    /// A source of threads that does not exist.
+    ThreadSource {
+        /// What was asked for.
+        got: String,
+    },
+    /// A library that has no OpenMP team.
+    Library {
+        /// Its path or name.
+        got: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// An instruction-set level that is unknown or that this machine cannot run.
     Level {
         /// The name given, and where it stood.
@@ -178,6 +190,12 @@ impl fmt::Display for Error {
             Self::NoDresidual => write!(f, "dresidual is absent; wanted the tensor that holds dy"),
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
+            Self::ThreadSource { got } => {
+                write!(f, "the source of threads is {got}; wanted \"own\", or \"openmp\" with or without a library")
+            }
+            Self::Library { got, reason } => {
+                write!(f, "library is {got:?}; wanted an OpenMP runtime with GOMP_parallel: {reason}")
+            }
             Self::Level { got, wanted } => {
                 write!(f, "the SIMD level is {got}; wanted one that this machine can run: {wanted}")
             }
@@ -207,7 +225,7 @@ macro_rules! kinds {
 kinds! {
     Rank ChannelAxis NoChannels Overflow Elements LayoutMismatch Channels NotFinite Negative Eps EpsZeroInTraining
     EpsZeroForZeroVariance TooFewValues Counts Bytes Threads Level Range NoDresidual
-    NoMemory
+    NoMemory ThreadSource Library
 }
 
 impl Error {

@@ -59,6 +59,7 @@ mod kernels;
 mod layout;
 mod memory;
 mod moments;
+mod numbers;
 mod pairs;
 mod parallel;
 mod parameters;
@@ -82,7 +83,11 @@ pub use infer::infer;
 pub use input::Input;
 pub use layout::Layout;
 pub use moments::{Moments, moments};
-pub use parallel::{Owned, PerProcess, get_num_threads, set_num_threads};
+pub use numbers::Numbers;
+pub use parallel::{
+    Owned, PerProcess, Team, ThreadSource, get_num_threads, get_thread_source, hosted, set_num_threads,
+    set_thread_source,
+};
 pub use parameters::Parameters;
 pub use simd::{Level, set_simd_level, simd_level, simd_levels};
 pub use train::{normalize, train_forward};

@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::float_mode::FloatMode;
 use crate::kernels::{MomentRows, MomentRuns};
 use crate::memory::{collected, copied, zeros};
+use crate::numbers::Numbers;
 use crate::pairs::{OfChannel, OfColumns, Pair};
 use crate::partition::{Family, Interleaved, Planar};
 use crate::simd::dispatch;
@@ -141,6 +142,35 @@ impl Moments {
         Ok(merged)
     }
 
+    /// Moves running statistics towards these: r ← (1 − w)·r + w·new, where the new variance is the unbiased one. Statistics
+    /// that are not finite enter.
+    ///
+    /// It is computed in float64 and rounded to the precision of r.
+    ///
+    /// # Errors
+    /// [`Error::Channels`]; [`Error::TooFewValues`] where a channel has count 1 or less, if there is a running variance.
+    /// Nothing is written then.
+    pub fn update_running(
+        &self,
+        update_weight: f64,
+        mut mean: Option<Numbers<'_>>,
+        mut var: Option<Numbers<'_>>,
+    ) -> Result<(), Error> {
+        for (argument, running) in [("running_mean", &mean), ("running_var", &var)] {
+            let channels = running.as_ref().map_or(self.channels(), Numbers::channels);
+            Error::check_channels(argument, channels, self.channels())?;
+        }
+        let towards = |new: f64| move |r: f64| (1.0 - update_weight) * r + update_weight * new;
+        if let Some(var) = &mut var {
+            self.check_count(2)?;
+            var.replace(self.divided(1.0).map(towards));
+        }
+        if let Some(mean) = &mut mean {
+            mean.replace(self.mean.iter().copied().map(towards));
+        }
+        Ok(())
+    }
+
     /// A portable form: a header with the version, the number of channels, then count, mean and M2, little-endian.
     ///
     /// # Errors
@@ -241,4 +271,38 @@ fn interleaved_moments<T: Element>(x: View<'_, T>, rows: Interleaved) -> Result<
         }))
     };
     rows.map_strips(x.bytes(), of_blocks, |strip| strip.into_channels(rows.inner))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+    use super::*;
+
+    #[test]
+    fn running_statistics_move_towards_those_of_the_batch() {
+        let moments = Moments::new(vec![4.0, 2.0], vec![8.0, f64::NAN], vec![6.0, f64::INFINITY]).unwrap();
+        let (mut mean, mut var) = ([4.0, 1.0], [10f32, 1.0]);
+        moments.update_running(0.25, Some(Numbers::F64(&mut mean)), Some(Numbers::F32(&mut var))).unwrap();
+        // 6/3 = 2 is the unbiased variance of the first channel.
+        assert_eq!((mean[0], var), (5.0, [8.0, f32::INFINITY]));
+        assert!(mean[1].is_nan());
+        // Rounded once, to nearest: 1 + 3·2⁻²⁵ lies above the middle between 1 and 1 + 2⁻²³.
+        let moments = Moments::new(vec![2.0], vec![3.0 * 2f64.powi(-24)], vec![0.0]).unwrap();
+        let mut mean = [2.0];
+        moments.update_running(0.5, Some(Numbers::F32(&mut mean)), None).unwrap();
+        assert_eq!(mean, [1.0 + 2f32.powi(-23)]);
+    }
+
+    #[test]
+    fn refused_statistics_change_nothing() {
+        let one = Moments::new(vec![1.0], vec![3.0], vec![0.0]).unwrap();
+        let (mut mean, mut var) = ([1.0], [1.0]);
+        let error = one.update_running(0.5, Some(Numbers::F64(&mut mean)), Some(Numbers::F64(&mut var)));
+        assert_eq!(error, Err(Error::TooFewValues { channel: 0, count: 1.0, wanted: 2 }));
+        let error = one.update_running(0.5, Some(Numbers::F64(&mut mean)), Some(Numbers::F64(&mut [1.0, 1.0])));
+        assert_eq!(error, Err(Error::Channels { argument: "running_var", got: 2, wanted: 1 }));
+        assert_eq!(mean, [1.0]);
+        assert_eq!(one.update_running(0.5, Some(Numbers::F64(&mut mean)), None), Ok(()));
+        assert_eq!(mean, [2.0]);
+    }
 }

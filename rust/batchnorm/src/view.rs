@@ -14,7 +14,7 @@ pub(crate) use tile::{Buffer, ChunkMut, LINE, Row, RowMut, Tile, TileMut};
 
 /// Bytes from which an output is written with non-temporal stores. Measured with 32 MiB of cache: a copy of 4 MiB is as
 /// fast either way; with non-temporal stores one of 8 MiB is 1.1 to 1.2 times faster, one of 16 MiB 1.3 times, one of
-/// 32 MiB 1.4 times.
+/// 32 MiB 1.4 times. In the program of a host library none is, since its next operator reads the output from the caches.
 const STREAM_FROM: usize = 8 << 20;
 
 /// Makes this thread's non-temporal stores visible to every thread that synchronizes with it afterwards.
@@ -135,7 +135,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
         f: impl Fn(&Rect, TileMut<'_, T>) -> Result<(), Error> + Sync,
     ) -> Result<(), Error> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
-        let streaming = len * size_of::<T>() >= STREAM_FROM;
+        let streaming = len * size_of::<T>() >= STREAM_FROM && !parallel::is_hosted();
         let tiles = grid.len();
         parallel::map(tiles, len * size_of::<T>(), |i| {
             let rect = grid.rect(tiles - 1 - i);
@@ -225,5 +225,32 @@ impl Grid {
     pub(crate) fn rect(&self, i: usize) -> Rect {
         let (r, c) = (i / self.across() * self.row_step, i % self.across() * self.col_step);
         Rect { rows: r..self.rows.min(r + self.row_step), cols: c..self.width.min(c + self.col_step) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
+    use super::*;
+
+    #[test]
+    fn large_outputs_are_streamed_except_in_the_program_of_a_host() {
+        let streams = |bytes: usize| {
+            let (mut y, layout) = (vec![0.0; bytes / 8], Layout::new(bytes / 8, 1, 1).unwrap());
+            let mut found = None;
+            let grid = Grid::new(1, bytes / 8, 1, bytes / 8);
+            let seen = std::sync::Mutex::new(&mut found);
+            ViewMut::new(&mut y, layout)
+                .unwrap()
+                .map_tiles(&grid, |_, tile| {
+                    **seen.lock().unwrap() = Some(tile.streaming);
+                    Ok(())
+                })
+                .unwrap();
+            found.unwrap()
+        };
+        assert!(streams(STREAM_FROM));
+        assert!(!streams(STREAM_FROM - 8));
+        assert!(!parallel::hosted(None, 2, || streams(STREAM_FROM)));
     }
 }

@@ -8,21 +8,28 @@ use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
 use std::ffi::c_void;
 
-/// The first fields of DLPack's `DLManagedTensor`, in version 0 of the protocol.
+/// DLPack's `DLTensor`: with it begins `DLManagedTensor`, which a capsule of version 0 of the protocol holds.
 #[repr(C)]
-struct DlTensor {
-    data: *mut c_void,
-    device: [i32; 2],
-    rank: i32,
-    type_code: u8,
-    bits: u8,
-    lanes: u16,
+pub(super) struct DlTensor {
+    pub(super) data: *mut c_void,
+    /// Type and number of the device.
+    pub(super) device: [i32; 2],
+    pub(super) rank: i32,
+    pub(super) type_code: u8,
+    pub(super) bits: u8,
+    pub(super) lanes: u16,
+    pub(super) shape: *const i64,
+    /// In elements.
+    pub(super) strides: *const i64,
+    pub(super) byte_offset: u64,
 }
 
 impl DlTensor {
     const CAPSULE: &std::ffi::CStr = c"dltensor";
-    const UINT: u8 = 1;
-    const BFLOAT: u8 = 4;
+    pub(super) const UINT: u8 = 1;
+    pub(super) const FLOAT: u8 = 2;
+    pub(super) const BFLOAT: u8 = 4;
+    pub(super) const CPU: i32 = 1;
 }
 
 /// An object that exports a DLPack capsule, as NumPy's `from_dlpack` needs it.

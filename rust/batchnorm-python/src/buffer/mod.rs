@@ -4,12 +4,16 @@
 
 mod arrays;
 mod dlpack;
+mod exchange;
+mod host;
 
 use crate::memory::Memory;
 use crate::value_error;
 use arrays::{has_mask, numpy};
 pub(crate) use arrays::{real_array, tensor};
 use batchnorm::{Element, Layout, View, ViewMut, bf16, f16};
+pub(crate) use exchange::Exchange;
+pub(crate) use host::{HostOutput, HostTensor, HostTensors, HostVector};
 use numpy::npyffi::{
     self, NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_F_CONTIGUOUS, NPY_ARRAY_WRITEABLE, NPY_ORDER,
     PY_ARRAY_API,
@@ -54,6 +58,15 @@ impl DType {
             Self::Bf16 => TypeId::of::<bf16>(),
         };
         assert!(own == TypeId::of::<T>(), "a tensor of {self:?} is viewed as {}", std::any::type_name::<T>());
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F64 => "float64",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
     }
 
     fn bytes(self) -> usize {

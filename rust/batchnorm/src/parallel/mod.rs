@@ -1,29 +1,36 @@
-//! Threads: the map over tasks, and the pool that works on them.
+//! Threads: the map over tasks, and those who work on them.
 //!
 //! The calling thread works too, so a pool of n threads has n − 1 workers. Which thread computes what is left to
-//! chance; what is computed is not (see [`crate::partition`]). No other module names rayon.
+//! chance; what is computed is not (see [`crate::partition`]). No other module names rayon or OpenMP.
 
 mod affinity;
 mod pool;
 mod process;
+mod source;
+mod team;
+#[cfg(test)]
+mod tests;
 
 use crate::error::Error;
 use crate::float_mode::FloatMode;
 use crate::memory::{collected, with_capacity};
 pub use pool::{get_num_threads, set_num_threads};
 pub use process::{Owned, PerProcess};
+pub(crate) use source::is_hosted;
+pub use source::{ThreadSource, get_thread_source, hosted, set_thread_source};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+pub use team::Team;
 
-/// Below this many bytes the work is done before a sleeping thread has woken.
+/// Below this many bytes the work is done before a sleeping thread of our own has woken.
 const WORTH_A_THREAD: usize = 1 << 20;
-/// How long a caller spins while its helpers finish their last tasks.
-const LAST_TASK: Duration = Duration::from_micros(200);
+/// Below this many bytes the work is done before the threads of a team have begun and come together again.
+const WORTH_A_TEAM: usize = 128 << 10;
 
-/// Checks the value of `BATCHNORM_NUM_THREADS`.
+/// Checks the values of `BATCHNORM_NUM_THREADS` and `BATCHNORM_THREAD_SOURCE`.
 pub(crate) fn check() -> Result<(), Error> {
-    pool::default_threads().map(drop)
+    pool::default_threads()?;
+    source::chosen().map(drop)
 }
 
 /// Calls `f(0)`, …, `f(tasks − 1)`, on several threads if `bytes` of memory traffic make it worth while, and returns
@@ -37,27 +44,15 @@ where
     F: Fn(usize) -> Result<R, Error> + Sync,
 {
     let mut list = with_capacity(tasks)?;
-    let alone = |mut list: Vec<R>| {
+    let Some(crew) = crew(tasks, bytes) else {
         let _mode = FloatMode::standard();
         for i in 0..tasks {
             list.push(f(i)?);
         }
-        Ok(list)
+        return Ok(list);
     };
-    if tasks < 2 || bytes < WORTH_A_THREAD {
-        return alone(list);
-    }
-    // A pool that the system refuses costs time, not correctness.
-    let Ok(pool::Pool { threads, workers: Some(workers) }) = pool::pool() else {
-        return alone(list);
-    };
-    let helpers = workers.reserve((threads - 1).min(tasks - 1));
-    if helpers.count == 0 {
-        return alone(list);
-    }
     let next = AtomicUsize::new(0);
     let results: Vec<OnceLock<Result<R, Error>>> = collected((0..tasks).map(|_| OnceLock::new()))?;
-    let at_work = AtomicUsize::new(helpers.count);
     let work = || {
         let _mode = FloatMode::standard();
         loop {
@@ -66,53 +61,35 @@ where
             let _ = slot.set(f(i)); // `i` is handed out once, so the slot is empty
         }
     };
-    workers.pool.in_place_scope(|scope| {
-        for _ in 0..helpers.count {
-            scope.spawn(|_| {
-                work();
-                at_work.fetch_sub(1, Ordering::Release);
-            });
-        }
-        work();
-        // Helpers are on their last task. To sleep until they are done and be woken takes longer than that mostly does.
-        let start = Instant::now();
-        while at_work.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_TASK {
-            std::hint::spin_loop();
-        }
-    });
+    match crew {
+        Crew::Own { pool, helpers } => pool.run(helpers, &work),
+        Crew::Team { team, threads } => team.run(threads, &work),
+    }
     for slot in results {
         list.push(slot.into_inner().expect("every task was handed out and is done")?);
     }
     Ok(list)
 }
 
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, reason = "a failing unwrap is a failing test")]
-    use super::*;
-    use std::sync::{Barrier, mpsc};
+/// Those who work on a call together.
+enum Crew {
+    /// The caller, and up to so many workers of our own.
+    Own { pool: pool::Pool, helpers: usize },
+    /// A team of so many threads, the caller's included, whatever the number of tasks.
+    Team { team: Team, threads: usize },
+}
 
-    #[test]
-    fn a_call_does_not_wait_for_the_workers_of_another() {
-        set_num_threads(2).unwrap();
-        let (started, finish) = (Barrier::new(3), Barrier::new(3));
-        let (done, result) = mpsc::channel();
-        std::thread::scope(|scope| {
-            // Both threads of the pool hang in this call until the other one has come back.
-            scope.spawn(|| {
-                map(2, WORTH_A_THREAD, |_| {
-                    started.wait();
-                    finish.wait();
-                    Ok(())
-                })
-            });
-            started.wait();
-            scope.spawn(move || done.send(map(4, WORTH_A_THREAD, Ok)));
-            let other = result.recv_timeout(Duration::from_secs(20));
-            finish.wait();
-            assert_eq!(other.unwrap().unwrap(), [0, 1, 2, 3]);
-        });
-        let workers = pool::pool().unwrap().workers.unwrap();
-        assert_eq!(workers.reserve(2).count, 1, "the worker is idle again");
+/// Those who work on a call; `None` if the caller had better do it alone.
+fn crew(tasks: usize, bytes: usize) -> Option<Crew> {
+    if tasks < 2 || bytes < WORTH_A_TEAM {
+        return None;
+    }
+    // What the environment says is checked at the start of a pass, and a pool that the system refuses costs time, not
+    // correctness.
+    match source::of_this_call().ok()? {
+        (_, ..2) => None,
+        (ThreadSource::OpenMp(team), threads) => Some(Crew::Team { team, threads }),
+        (ThreadSource::Own, _) if bytes < WORTH_A_THREAD => None,
+        (ThreadSource::Own, threads) => Some(Crew::Own { pool: pool::pool().ok()?, helpers: threads.min(tasks) - 1 }),
     }
 }

@@ -5,7 +5,10 @@ use super::process::PerProcess;
 use crate::error::Error;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
+/// How long a caller spins while its helpers finish their last tasks.
+const LAST_TASK: Duration = Duration::from_micros(200);
 const MOST_THREADS: usize = 1024;
 
 /// The worker threads of the pool, which work beside the calling threads.
@@ -46,6 +49,29 @@ pub(super) struct Pool {
     pub(super) threads: usize,
     /// `None` if the caller's thread is the only one.
     pub(super) workers: Option<Arc<Workers>>,
+}
+
+impl Pool {
+    /// Calls `work` on the calling thread, and on as many of up to `helpers` workers as are idle.
+    pub(super) fn run(&self, helpers: usize, work: &(impl Fn() + Sync)) {
+        let Some(workers) = &self.workers else { return work() };
+        let helpers = workers.reserve(helpers);
+        let at_work = AtomicUsize::new(helpers.count);
+        workers.pool.in_place_scope(|scope| {
+            for _ in 0..helpers.count {
+                scope.spawn(|_| {
+                    work();
+                    at_work.fetch_sub(1, Ordering::Release);
+                });
+            }
+            work();
+            // Helpers are on their last task. To sleep until they are done and be woken takes longer than that mostly does.
+            let start = Instant::now();
+            while at_work.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_TASK {
+                std::hint::spin_loop();
+            }
+        });
+    }
 }
 
 static POOL: PerProcess<Pool> = PerProcess::new();
@@ -96,6 +122,11 @@ pub(super) fn pool() -> Result<Pool, Error> {
     Ok((**pool).clone())
 }
 
+/// The number of threads that the pool has, or will have when it is made.
+pub(super) fn threads() -> Result<usize, Error> {
+    POOL.found().map_or_else(default_threads, |pool| Ok(pool.threads))
+}
+
 /// Sets the number of threads that work on one call, including the caller's. Results do not depend on it.
 ///
 /// # Errors
@@ -113,5 +144,5 @@ pub fn set_num_threads(n: usize) -> Result<(), Error> {
 /// # Errors
 /// [`Error::Threads`] if `BATCHNORM_NUM_THREADS` is not a number from 1 to 1024.
 pub fn get_num_threads() -> Result<usize, Error> {
-    Ok(pool()?.threads)
+    threads()
 }

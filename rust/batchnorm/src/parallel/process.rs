@@ -59,6 +59,11 @@ impl<T> PerProcess<T> {
         }
     }
 
+    /// The value of this process, or in a forked child that of its parent, of which it may read the parts that never change.
+    pub fn found(&self) -> Option<Arc<Owned<T>>> {
+        self.0.load_full()
+    }
+
     /// Replaces the value of this process.
     pub fn set(&self, value: T) {
         let process = std::process::id();

@@ -1,0 +1,334 @@
+"""The operators `torch.ops.batchnorm.*`: the passes of the core as PyTorch and its compiler see them.
+
+    train            y and moments of a batch by its own statistics; updates the running buffers in place
+    infer            y by given statistics
+    backward         gradients of train
+    infer_backward   gradients of infer
+
+Each has a CPU kernel, which allocates the outputs and calls the core once; a fake kernel, which tells the
+compiler shapes and strides of the outputs; and an autograd kernel. Where the core refuses the value of a
+parameter that PyTorch takes (an infinite weight, say), the CPU kernel does the same by PyTorch's operators.
+
+With C channels on axis 1, x is float32, float64, float16 or bfloat16; weight, bias and the statistics have
+shape (C,) and are float64 for x of float64, else float32; residual and dy have the shape and dtype of x;
+`moments` is float64 of shape (3, C): count, mean, M2. The gradients are those of x, residual, weight and
+bias, each None where that tensor is None. Without an activation the backward operators get no residual: its
+gradient is dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
+from torch.autograd import Function
+from torch.library import Library, register_fake
+
+from batchnorm.torch import _formulas
+from batchnorm.torch._host import HOST
+
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+LIBRARY: Final = Library("batchnorm", "DEF")
+LIBRARY.define(
+    "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, float update_weight, float eps, str? activation) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "infer(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var,"
+    " float eps, str? activation) -> Tensor"
+)
+LIBRARY.define(
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor moments,"
+    " float eps, str? activation) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "infer_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean,"
+    " Tensor var, float eps, str? activation) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+TRAIN: Final[Any] = torch.ops.batchnorm.train.default
+INFER: Final[Any] = torch.ops.batchnorm.infer.default
+BACKWARD: Final[Any] = torch.ops.batchnorm.backward.default
+INFER_BACKWARD: Final[Any] = torch.ops.batchnorm.infer_backward.default
+
+# Kinds of errors of the core about values that PyTorch takes.
+TAKEN_BY_PYTORCH: Final = frozenset(
+    ["NotFinite", "Negative", "Eps", "EpsZeroInTraining", "EpsZeroForZeroVariance", "Range", "TooFewValues"]
+)
+
+
+def _is_taken_by_pytorch(error: ValueError) -> bool:
+    return getattr(error, "kind", None) in TAKEN_BY_PYTORCH
+
+
+# CPU kernels. What PyTorch allocates like x is dense; so x is dense if it has the same strides.
+
+
+def _ordered(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return the tensor in the memory order of `like`: a copy where it has another."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _train_cpu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    update_weight: float,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    y, moments = _train_fake(x)
+    x = _ordered(y, x)
+    residual = None if residual is None else _ordered(y, residual)
+    threads = torch.get_num_threads()
+    running = (running_mean, running_var)
+    try:
+        HOST.train(
+            *(x, weight, bias, residual, *running, y, moments),
+            threads=threads,
+            update_weight=update_weight,
+            eps=eps,
+            activation=activation,
+        )
+    except ValueError as error:
+        if not _is_taken_by_pytorch(error):
+            raise
+        HOST.moments(x, moments, threads=threads)
+        y.copy_(_formulas.native(x, weight, bias, residual, *running, True, update_weight, eps, activation))
+    # Autograd does not see what the core writes.
+    torch._C._increment_version([buffer for buffer in running if buffer is not None])
+    return y, moments
+
+
+def _infer_cpu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Tensor:
+    y = _infer_fake(x)
+    x = _ordered(y, x)
+    residual = None if residual is None else _ordered(y, residual)
+    try:
+        HOST.infer(
+            *(x, weight, bias, residual, mean, var, y),
+            threads=torch.get_num_threads(),
+            eps=eps,
+            activation=activation,
+        )
+    except ValueError as error:
+        if not _is_taken_by_pytorch(error):
+            raise
+        y.copy_(_formulas.native(x, weight, bias, residual, mean, var, False, 0.0, eps, activation))
+    return y
+
+
+def _gradients_cpu(
+    host_pass: Callable[..., None], formula: Callable[..., Gradients]
+) -> Callable[..., Gradients]:
+    """Make the CPU kernel of backward or of infer_backward."""
+
+    def kernel(
+        dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+    ) -> Gradients:
+        *statistics, eps, activation = rest
+        outputs = _gradients_fake(dy, x, weight, bias, residual)
+        dx = outputs[0]
+        try:
+            host_pass(
+                *(_ordered(dx, dy), _ordered(dx, x), weight, bias),
+                *(None if residual is None else _ordered(dx, residual), *statistics, *outputs),
+                threads=torch.get_num_threads(),
+                eps=eps,
+                activation=activation,
+            )
+        except ValueError as error:
+            if not _is_taken_by_pytorch(error):
+                raise
+            for output, value in zip(outputs, formula(dy, x, weight, bias, residual, *rest), strict=True):
+                if output is not None and value is not None:
+                    output.copy_(value)
+        return outputs
+
+    return kernel
+
+
+# The gradients by PyTorch's operators, which can be differentiated once more.
+
+
+def _train_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Gradients:
+    with torch.no_grad():
+        y = (
+            None
+            if activation is None
+            else TRAIN(x, weight, bias, residual, None, None, 0.0, eps, activation)[0]
+        )
+        count, mean, m2 = moments.unbind()
+        var = m2 / count
+    dx, dy, dweight, dbias = _formulas.gradients(dy, y, x, weight, bias, mean, var, True, eps, activation)
+    return dx, None if residual is None else dy, dweight, dbias
+
+
+def _infer_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str | None,
+) -> Gradients:
+    with torch.no_grad():
+        y = None if activation is None else INFER(x, weight, bias, residual, mean, var, eps, activation)
+    dx, dy, dweight, dbias = _formulas.gradients(dy, y, x, weight, bias, mean, var, False, eps, activation)
+    return dx, None if residual is None else dy, dweight, dbias
+
+
+# Fake kernels, which also allocate for the CPU kernels.
+
+
+def _train_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((3, x.shape[1]), dtype=torch.float64)
+
+
+def _infer_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _gradients_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *_: Any
+) -> Gradients:
+    return (
+        torch.empty_like(x),
+        None if residual is None else torch.empty_like(x),
+        None if weight is None else torch.empty_like(weight),
+        None if bias is None else torch.empty_like(bias),
+    )
+
+
+# Autograd kernels. Each leads to its operator's kernel below autograd.
+
+
+def _needs_graph(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class BatchNormTrain(Function):
+    """Node of the graph for train."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """Call train below autograd, and save what backward needs."""
+        x, weight, bias, residual, _, _, _, eps, activation = args
+        with BelowAutograd():
+            y, moments = TRAIN(*args)
+        ctx.save_for_backward(x, weight, bias, None if activation is None else residual, moments)
+        ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)
+        ctx.settings = eps, activation
+        return y, moments
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Call the operator backward."""
+        return (*_gradients_of(ctx, grads[0], backward), None, None, None, None, None)
+
+
+class BatchNormInfer(Function):
+    """Node of the graph for infer."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Call infer below autograd, and save what backward needs."""
+        x, weight, bias, residual, mean, var, eps, activation = args
+        with BelowAutograd():
+            y: Tensor = INFER(*args)
+        ctx.save_for_backward(x, weight, bias, None if activation is None else residual, mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.settings = eps, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Call the operator infer_backward."""
+        return (*_gradients_of(ctx, grads[0], infer_backward), None, None, None, None)
+
+
+def _gradients_of(
+    ctx: Any, dy: Tensor | None, function: Callable[..., Gradients]
+) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return None, None, None, None
+    dx, dresidual, dweight, dbias = function(dy, *ctx.saved_tensors, *ctx.settings)
+    if ctx.settings[1] is None and ctx.needs_input_grad[3]:
+        dresidual = dy
+    return dx, dweight, dbias, dresidual
+
+
+def train(*args: Any) -> tuple[Tensor, Tensor]:
+    """Call the operator train: its autograd kernel, which eager code may call without the dispatcher."""
+    if _needs_graph(*args[:4]):
+        return BatchNormTrain.apply(*args)
+    with BelowAutograd():
+        return TRAIN(*args)
+
+
+def infer(*args: Any) -> Tensor:
+    """Call the operator infer: its autograd kernel, which eager code may call without the dispatcher."""
+    if _needs_graph(*args[:4]):
+        return BatchNormInfer.apply(*args)
+    with BelowAutograd():
+        return INFER(*args)
+
+
+def backward(*args: Any) -> Gradients:
+    """Call the operator backward, with a graph of its own where wanted (`create_graph=True`)."""
+    if _needs_graph(*args[:5]) or torch._C._are_functorch_transforms_active():
+        return _train_gradients(*args)
+    with BelowAutograd():
+        return BACKWARD(*args)
+
+
+def infer_backward(*args: Any) -> Gradients:
+    """Call the operator infer_backward, with a graph of its own where wanted (`create_graph=True`)."""
+    if _needs_graph(*args[:5]) or torch._C._are_functorch_transforms_active():
+        return _infer_gradients(*args)
+    with BelowAutograd():
+        return INFER_BACKWARD(*args)
+
+
+for _name, _cpu, _fake, _autograd in [
+    ("train", _train_cpu, _train_fake, train),
+    ("infer", _infer_cpu, _infer_fake, infer),
+    ("backward", _gradients_cpu(HOST.backward, _train_gradients), _gradients_fake, backward),
+    (
+        "infer_backward",
+        _gradients_cpu(HOST.infer_backward, _infer_gradients),
+        _gradients_fake,
+        infer_backward,
+    ),
+]:
+    LIBRARY.impl(_name, _cpu, "CPU")
+    LIBRARY.impl(_name, _autograd, "Autograd")
+    register_fake(f"batchnorm::{_name}", _fake, lib=LIBRARY)
