@@ -110,7 +110,7 @@ def test_batches_with_labels_and_a_forward_of_ones_own(batches):
         torch.testing.assert_close(everything(model)[2], everything(models[0])[2], rtol=0, atol=0)
 
 
-class Fails(Exception):
+class FailsError(Exception):
     pass
 
 
@@ -124,10 +124,10 @@ def test_after_an_exception_all_is_as_before(model, batches, layerwise):
     def forward(model, batch):
         calls.append(batch)
         if len(calls) == 6 if layerwise else len(calls) == 2:
-            raise Fails
+            raise FailsError
         return model(batch)
 
-    with pytest.raises(Fails):
+    with pytest.raises(FailsError):
         bt.recompute_population(model, batches, forward=forward, layerwise=layerwise)
     rest, *tensors = everything(model)
     assert rest == before[0]
@@ -155,7 +155,9 @@ def test_what_recompute_population_refuses(batches):
 
 
 def test_layers_that_do_not_run_or_have_no_statistics_are_left(batches):
-    model = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)])
+    model = nn.ModuleList(
+        [nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)]
+    )
     forward = lambda model, x: model[1](model[0](x))  # noqa: E731
     assert bt.recompute_population(model, batches, forward=forward) == ("0",)
     assert model[1].running_mean is None

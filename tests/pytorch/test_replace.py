@@ -10,10 +10,10 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from test_replace_nasty import assert_same
 from torch import nn
+from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import batchnorm.torch as bt
@@ -41,7 +41,7 @@ class Small(nn.Module):
         self.last = nn.BatchNorm1d(2, affine=False)
 
     def forward(self, x):
-        x = F.relu(self.blocks(self.stem(x)), inplace=True)
+        x = functional.relu(self.blocks(self.stem(x)), inplace=True)
         return self.last(self.head(self.drop(x.mean((2, 3)))))
 
 
@@ -133,7 +133,9 @@ def test_everything_else_stays(small):
     for before, after in zip(modules, model.named_modules(), strict=True):
         assert before[0] == after[0]
         assert before[1] is after[1]
-    for before, after in zip(parameters + buffers, [*model.named_parameters(), *model.named_buffers()], strict=True):
+    for before, after in zip(
+        parameters + buffers, [*model.named_parameters(), *model.named_buffers()], strict=True
+    ):
         assert before[0] == after[0]
         assert before[1] is after[1]
     assert modes == [module.training for module in model.modules()]
@@ -255,7 +257,7 @@ def test_layers_of_ours_keep_their_activation():
     _, report = bt.replace(model)
     assert "has an activation already" in report["0"].reason
     assert model[0].activation == "relu6"
-    with pytest.raises(ValueError, match="have: 0$"):
+    with pytest.raises(ValueError, match=r"have: 0$"):
         bt.restore(model)
     assert type(model[2]) is bt.BatchNorm2d
 
@@ -268,14 +270,14 @@ def test_what_is_no_model_is_refused():
 
 def test_functions_and_methods_of_relu():
     calls = [
-        F.relu,
+        functional.relu,
         torch.relu,
         torch.relu_,
-        F.relu_,
+        functional.relu_,
         lambda y: y.relu(),
         lambda y: y.relu_(),
-        lambda y: F.relu(y, inplace=True),
-        lambda y: F.relu(y, True),
+        lambda y: functional.relu(y, inplace=True),
+        lambda y: functional.relu(y, True),
     ]
     additions = [
         lambda y, r: y + r,
@@ -303,3 +305,21 @@ def test_functions_and_methods_of_relu():
             assert report.fused == {"a": "relu", "b": "residual, relu", "c": "residual"}, str(report)
             x = torch.randn(5, 3)
             torch.testing.assert_close(model(x), reference(x))
+
+
+def test_what_pytorch_records_of_a_fused_model_is_the_plain_model(small):
+    """fx and scripts read the modules, traces and exported programs hold PyTorch's operators."""
+    model, x = small
+    plain = bt.replace(copy.deepcopy(model), fuse=False)[0].eval()
+    reference = model.eval()
+    model = bt.replace(copy.deepcopy(model))[0].eval()
+    expected = reference(x)
+    assert str(torch.fx.symbolic_trace(model).graph) == str(torch.fx.symbolic_trace(plain).graph)
+    made = {
+        "trace": torch.jit.trace(model, (x,)),
+        "export": torch.export.export(model, (x,)).module(),
+        "script": torch.jit.script(model),
+    }
+    for name, program in made.items():
+        torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-4, msg=name)
+        assert "batchnorm" not in str(getattr(program, "graph", ""))

@@ -7,10 +7,11 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import batchnorm.torch as bt
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -98,7 +99,7 @@ class ReadsAGlobal(Base):
 
 
 def helper(y):
-    return F.relu(y) if FLAG else y
+    return functional.relu(y) if FLAG else y
 
 
 class ReadsAGlobalElsewhere(Base):
@@ -175,7 +176,7 @@ class ChangedBetween(Base):
     def forward(self, x):
         z = x * 1
         y = self.bn(z)
-        r = F.relu(x * 2, inplace=True)
+        r = functional.relu(x * 2, inplace=True)
         return y + r
 
 
@@ -352,7 +353,7 @@ def test_a_residual_that_is_changed_later_keeps_its_gradient():
         def forward(self, x):
             r = self.conv(x)
             y = self.relu(self.bn(x) + r)
-            return F.relu(r, inplace=True) + y
+            return functional.relu(r, inplace=True) + y
 
     torch.manual_seed(0)
     model = Changes()

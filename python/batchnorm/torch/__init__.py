@@ -10,4 +10,12 @@ from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch._models import freeze, recompute_population
 from batchnorm.torch._replace import replace, restore
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "freeze", "recompute_population", "replace", "restore"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "freeze",
+    "recompute_population",
+    "replace",
+    "restore",
+]
