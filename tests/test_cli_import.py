@@ -102,7 +102,9 @@ def test_one_layer_by_itself_has_the_name_of_the_file():
 
 @pytest.mark.parametrize("name", ["a b", "ä", "x" * 129, "stats", "a/b", "../up"])
 def test_a_name_that_cannot_be_served_is_an_error(name):
-    save_file({f"{name}.{key}": values for key, values in batch_norm(1).items()} | network()[0], "n.safetensors")
+    save_file(
+        {f"{name}.{key}": values for key, values in batch_norm(1).items()} | network()[0], "n.safetensors"
+    )
     assert f"n.safetensors: a layer has the name {name!r}" in error_of("n.safetensors", "-o", "made")
 
 
@@ -116,7 +118,9 @@ def test_files_of_other_kinds():
     Path("state.bin").write_bytes(b"")
     assert "wanted a name that ends in .safetensors, .pt or .pth" in error_of("state.bin", "-o", "made")
     Path("damaged.safetensors").write_bytes(b"\0" * 20)
-    assert "damaged.safetensors: not a whole safetensors file" in error_of("damaged.safetensors", "-o", "made")
+    assert "damaged.safetensors: not a whole safetensors file" in error_of(
+        "damaged.safetensors", "-o", "made"
+    )
     save_file({"fc.weight": np.zeros(2), "a.running_mean": np.zeros(2)}, "none.safetensors")
     assert "none.safetensors: 1 pair of running_mean" in error_of("none.safetensors", "-o", "made")
     Path("folder").write_text("")
@@ -127,7 +131,10 @@ def test_a_pickle_without_pytorch_says_what_to_install():
     Path("network.pt").write_bytes(b"")
     code = "import sys; sys.modules['torch'] = None; from batchnorm.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "import", "network.pt", "-o", "made"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, "import", "network.pt", "-o", "made"],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2
     assert "pip install 'batchnorm[torch]'" in done.stderr

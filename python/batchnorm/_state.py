@@ -86,7 +86,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many types, for damaged files and for objects that are not weights
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path}: torch.load with weights_only=True does not read it: {reason[0]}") from error
+        raise ValueError(
+            f"{path}: torch.load with weights_only=True does not read it: {reason[0]}"
+        ) from error
     found = {}
     for key, value in _flat(loaded):
         if isinstance(value, torch.Tensor) and _of_a_layer(key):

@@ -266,7 +266,9 @@ def inspect(file: Path, as_json: bool) -> None:
     required=True,
     help="Folder for the layers; made if there is none.",
 )
-@click.option("--eps", type=float, default=1e-5, show_default=True, help="ε of the layers; no state holds it.")
+@click.option(
+    "--eps", type=float, default=1e-5, show_default=True, help="ε of the layers; no state holds it."
+)
 @_JSON
 def import_(state: Path, output: Path, eps: float, as_json: bool) -> None:
     """Write a frozen layer for each batch norm in STATE, the state of a network of PyTorch.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _operator
 import operator
 from collections import Counter
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -12,11 +13,19 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from batchnorm.torch import _fused
-from batchnorm.torch._fused import ACTIVATIONS, SequentialPlan, TracedPlan, Variant, child, is_sequential, last
+from batchnorm.torch._fused import (
+    ACTIVATIONS,
+    SequentialPlan,
+    TracedPlan,
+    Variant,
+    child,
+    is_sequential,
+    last,
+)
 from batchnorm.torch._layers import Layer
 from batchnorm.torch._trace import Recording, Refused, record, split
 
-_RELU_FUNCTIONS: Final = {
+_RELU_FUNCTIONS: Final[dict[Any, str]] = {
     functional.relu: "relu",
     functional.relu_: "relu",
     torch.relu: "relu",
@@ -27,7 +36,13 @@ _RELU_METHODS: Final = ("relu", "relu_")
 _ADDITIONS: Final = {operator.add: False, torch.add: False, operator.iadd: True}  # whether in place
 _ADD_METHODS: Final = {"add": False, "add_": True}
 _FRESH: Final = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
 )
 """Modules whose output is memory of its own."""
 
@@ -64,21 +79,25 @@ def fuse(names: dict[nn.Module, list[str]]) -> dict[nn.Module, Outcome]:
         open_layers = _open_layers(module, outcomes)
         if not open_layers:
             continue
-        if "forward" in module.__dict__:
-            found = dict.fromkeys(open_layers, Outcome("", "the forward of the module that calls it is patched"))
+        if "forward" in module.__dict__ or not _fused.can_be_fused(module):
+            found = dict.fromkeys(
+                open_layers, Outcome("", "the module that calls it is patched, or counts subclasses")
+            )
         elif is_sequential(module):
             found = _fuse_sequential(module, open_layers)
         else:
             found = _fuse_traced(module, open_layers)
         # What is the output of a sequential module may still be fused where that is called.
         waiting = last(module)
-        outcomes |= {layer: outcome for layer, outcome in found.items() if outcome.fused or layer is not waiting}
+        outcomes |= {
+            layer: outcome for layer, outcome in found.items() if outcome.fused or layer is not waiting
+        }
     rest = {layer for layer in names if isinstance(layer, Layer)} - set(outcomes)
     return outcomes | dict.fromkeys(rest, Outcome("", NOTHING_FOLLOWS))
 
 
 def _open_layers(module: nn.Module, outcomes: dict[nn.Module, Outcome]) -> dict[nn.Module, str]:
-    """Return the layers without an outcome that compute the output of a child, with the names of the children."""
+    """Return the layers without an outcome that compute the output of a child, with the child's name."""
     found = {}
     for name, part in module._modules.items():
         layer = None if part is None else last(part)
@@ -91,7 +110,7 @@ def _fuse_sequential(module: nn.Module, layers: dict[nn.Module, str]) -> dict[nn
     children = [(name, part) for name, part in module._modules.items() if part is not None]
     by_name = {name: layer for layer, name in layers.items()}
     pairs, outcomes = [], dict.fromkeys(layers, Outcome("", NOTHING_FOLLOWS))
-    for (name, _), (_, following) in zip(children, children[1:], strict=False):
+    for (name, _), (_, following) in pairwise(children):
         if name in by_name and (activation := ACTIVATIONS.get(type(following))):
             if _fused.untouched(following):
                 pairs.append(name)
@@ -106,22 +125,23 @@ def _fuse_sequential(module: nn.Module, layers: dict[nn.Module, str]) -> dict[nn
 def _fuse_traced(module: nn.Module, layers: dict[nn.Module, str]) -> dict[nn.Module, Outcome]:
     if isinstance(module, fx.GraphModule | torch.jit.ScriptModule):
         return dict.fromkeys(layers, Outcome("", "the module that calls it is compiled by PyTorch"))
-    outcomes, variants, wanted = {}, [], [Tensor]
-    refusal = ""
-    for kind in (Tensor, list):
-        if kind not in wanted:
-            break
-        try:
-            recording = record(module, kind)
-        except Refused as reason:
-            refusal = refusal or str(reason)
-            continue
-        if recording.kind is not None:
-            wanted.append(list)  # what forward does depends on the type of its argument
+    recordings, refusal = [], ""
+    try:
+        recordings.append(record(module, Tensor))
+        if recordings[0].kind is not None:  # what forward does depends on the type of its argument
+            recordings.append(record(module, list))
+    except Refused as reason:
+        refusal = str(reason)
+    outcomes: dict[nn.Module, Outcome] = {}
+    variants = []
+    for recording in recordings:
         variant, found = _variant(module, recording, layers)
         if variant is not None:
             variants.append(variant)
-        outcomes = {layer: found[layer] if found[layer].fused else outcomes.get(layer, found[layer]) for layer in found}
+        outcomes = {
+            layer: found[layer] if found[layer].fused else outcomes.get(layer, found[layer])
+            for layer in found
+        }
     if variants:
         _fused.install(module, TracedPlan(tuple(variants)))
     where = f" of {type(module).__name__}"
@@ -224,7 +244,7 @@ def _activation(module: nn.Module, node: fx.Node, x: fx.Node) -> str | None:
     if node.op == "call_module":
         relu = child(module, split(str(node.target)))
         plain = node.args == (x,) and not node.kwargs and relu is not None and _fused.untouched(relu)
-        return ACTIVATIONS.get(type(relu)) if plain else None
+        return ACTIVATIONS.get(type(relu)) if plain and relu is not None else None
     options = {key: value for key, value in node.kwargs.items() if key != "inplace"}
     if options or not node.args or node.args[0] is not x or any(arg is x for arg in node.args[1:]):
         return None
@@ -254,13 +274,22 @@ def _check_order(module: nn.Module, graph: fx.Graph, call: fx.Node, addition: fx
     between = nodes[nodes.index(call) + 1 : nodes.index(addition)]
     if any(_writes(module, node) for node in between):
         raise Refused("a tensor is changed in place between it and the addition")
-    if any(node.op != "get_attr" for node in between):
+    layer = child(module, split(str(call.target)))
+    if isinstance(layer, Layer):
+        # What the layer reads is safe from functions that write nothing, and from modules if it alone has it.
         source = call.args[0]
         assert isinstance(source, fx.Node)
         maker = child(module, split(str(source.target))) if source.op == "call_module" else None
-        layer = child(module, split(str(call.target)))
-        if not isinstance(layer, Layer) or type(maker) not in _FRESH or len(source.users) > 1:
-            raise Refused("other modules run between it and the addition")
+        if type(maker) in _FRESH and len(source.users) == 1:
+            return
+        between = [node for node in between if node.op == "call_module" or not _of_torch(node)]
+    if any(node.op != "get_attr" for node in between):
+        raise Refused("other modules run between it and the addition")
+
+
+def _of_torch(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op != "call_function" or module.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def _changed_later(module: nn.Module, graph: fx.Graph, residual: fx.Node, addition: fx.Node) -> bool:
@@ -278,10 +307,14 @@ def _writes(module: nn.Module, node: fx.Node, deep: bool = False) -> bool:
         called = child(module, split(str(node.target)))
         parts = [] if called is None else list(called.modules()) if deep else [called]
         return any(getattr(part, "inplace", False) for part in parts)
-    if node.op != "call_function":
+    if node.op != "call_function" or node.target is _fused.run:  # which adds in place to its own output only
         return False
     name = getattr(node.target, "__name__", "")
-    in_place = getattr(_operator, f"__{name}__", None) is node.target and name.startswith("i") and hasattr(_operator, name[1:])
+    in_place = (
+        getattr(_operator, f"__{name}__", None) is node.target
+        and name.startswith("i")
+        and hasattr(_operator, name[1:])
+    )
     flagged = any(value is True for value in (*node.args, *node.kwargs.values())) or "out" in node.kwargs
     return in_place or flagged or name.endswith("_") or name == "setitem"
 

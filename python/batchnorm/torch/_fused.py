@@ -11,9 +11,8 @@ from __future__ import annotations
 import copyreg
 import functools
 import math
-import operator
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Generic
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from batchnorm.torch._layers import Layer
 
 PLAN: Final = "_batchnorm_plan"
 ORIGINAL: Final = "_batchnorm_original"
-ACTIVATIONS: Final = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
+ACTIVATIONS: Final[dict[Any, str]] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -64,7 +63,9 @@ def last(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def run(module: nn.Module, x: Tensor, residual: Any, activation: str | None, in_place: bool = False) -> Tensor:
+def run(
+    module: nn.Module, x: Tensor, residual: Any, activation: str | None, in_place: bool = False
+) -> Tensor:
     """Call a module that ends in a batch norm, add the residual, apply the activation.
 
     Args:
@@ -81,8 +82,12 @@ def run(module: nn.Module, x: Tensor, residual: Any, activation: str | None, in_
         return module._run(x, residual, activation)
     # Broadcasting and promotion are PyTorch's.
     y = module._run(x, None, None)
-    y = operator.iadd(y, residual) if in_place else torch.add(y, residual)
+    y = y.add_(residual) if in_place else torch.add(y, residual)
     return _activate(y, activation)
+
+
+def _any_global_hook() -> bool:
+    return bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _like(residual: Any, x: Tensor) -> bool:
@@ -102,6 +107,7 @@ def _steps(module: nn.Module) -> list[tuple[nn.Module, str | None]]:
     steps: list[tuple[nn.Module, str | None]] = []
     opened = False
     for name, step in module._modules.items():
+        assert step is not None
         if opened:
             activation, before = ACTIVATIONS.get(type(step)), steps[-1][0]
             if activation is not None and untouched(step) and last(before) is not None:
@@ -130,7 +136,7 @@ class SequentialPlan:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module, or its original forward where the call is not as planned."""
-        if kwargs or len(args) != 1 or isinstance(args[0], Proxy) or _module._has_any_global_hook():
+        if kwargs or len(args) != 1 or isinstance(args[0], Proxy) or _any_global_hook():
             return original(module, *args, **kwargs)
         return _run_steps(_steps(module), args[0])
 
@@ -228,7 +234,7 @@ class TracedPlan:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module, or its original forward where the call or the module is not as planned."""
-        if not kwargs and not _module._has_any_global_hook():
+        if not kwargs and not _any_global_hook():
             for variant in self._variants:
                 if variant.fits(module, args):
                     return variant.run(module, args)
@@ -254,7 +260,11 @@ def child(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
 def compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
     """Return the function `forward` that the source defines."""
     provided = {
-        "torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan, "NoneType": type(None)
+        "torch": torch,
+        "device": torch.device,
+        "inf": math.inf,
+        "nan": math.nan,
+        "NoneType": type(None),
     }
     space: dict[str, Any] = {**provided, **names}
     exec(compile(source, "<fused forward>", "exec"), space)
@@ -262,9 +272,18 @@ def compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
     return function
 
 
-@functools.cache
-def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of `cls` whose forward follows the plan of its instance."""
+_NEW: Final = copyreg.__newobj__  # type: ignore[attr-defined]
+_CLASSES: Final[dict[Any, Any]] = {}
+
+
+def fused_class(cls: Any) -> Any:
+    """Return the subclass of `cls` whose forward follows the plan of its instance; always the same one."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = _made(cls)
+    return _CLASSES[cls]
+
+
+def _made(cls: Any) -> Any:
 
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -275,10 +294,10 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         # The class is made again where the pickle is loaded.
-        make, args, *rest = cls.__reduce_ex__(self, protocol)
-        if make is copyreg.__newobj__ and args[0] is type(self):
-            return _new, (cls, *args[1:]), *rest
-        return make, args, *rest
+        reduced: Any = cls.__reduce_ex__(self, protocol)
+        if reduced[0] is _NEW and reduced[1][0] is type(self):
+            return _new, (cls, *reduced[1][1:]), *reduced[2:]
+        return reduced
 
     body = {
         "forward": forward,
@@ -297,6 +316,12 @@ def _new(cls: type[nn.Module], *args: Any) -> nn.Module:
     return module
 
 
+def can_be_fused(module: nn.Module) -> bool:
+    """Whether a subclass of the module's class can be made without anybody noticing."""
+    known = (object, Generic)
+    return not any("__init_subclass__" in vars(cls) for cls in type(module).__mro__ if cls not in known)
+
+
 def install(module: nn.Module, plan: SequentialPlan | TracedPlan) -> None:
     """Make a module follow a plan."""
     module.__dict__[PLAN] = plan
@@ -305,5 +330,6 @@ def install(module: nn.Module, plan: SequentialPlan | TracedPlan) -> None:
 
 def remove(module: nn.Module) -> None:
     """Give a fused module its own forward back."""
-    if module.__dict__.pop(PLAN, None) is not None:
+    module.__dict__.pop(PLAN, None)
+    if hasattr(type(module), ORIGINAL):
         module.__class__ = original_class(module)

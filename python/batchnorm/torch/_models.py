@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ _NARROW = (torch.float16, torch.bfloat16)
 def freeze(model: nn.Module) -> dict[str, FrozenBatchNorm]:
     """Return the frozen layer of each batch norm of a model, by its name in the model.
 
-    They compute what the layers compute in evaluation: parameters and ε are rounded once, as `FrozenBatchNorm`
-    says. The layers of a model that `replace` has fused are plain, and so is what is returned: the addition
-    or activation is part of the module that calls them.
+    They compute what the layers compute in evaluation: parameters and ε are rounded once, as
+    `FrozenBatchNorm` says. The layers of a model that `replace` has fused are plain, and so is what is
+    returned: the addition or activation is part of the module that calls them.
 
     Args:
         model: The model, with PyTorch's layers or ours.
@@ -58,12 +59,12 @@ def recompute_population(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     layerwise: bool = False,
 ) -> tuple[str, ...]:
-    """Replace the running statistics of all batch norms by those of the batches, as Algorithm 2 of the paper does.
+    """Replace the running statistics of all batch norms by those of the batches, by Algorithm 2 of the paper.
 
-    For each layer E[x] = Σ m·μ / Σ m and Var[x] = Σ M2 / Σ (m − 1) over the batches, in float64, rounded to the
-    dtype of the buffers (Ioffe and Szegedy 2015, Algorithm 2, step 10; batches of any sizes are weighted by
-    their counts). Gradients are not computed. All modules but the batch norms are in evaluation mode
-    meanwhile, as they are when the statistics are used: dropout does not change them.
+    For each layer E[x] = Σ m·μ / Σ m and Var[x] = Σ M2 / Σ (m − 1) over the batches, in float64, rounded to
+    the dtype of the buffers (Ioffe and Szegedy 2015, Algorithm 2, step 10, weighted by the number of values).
+    No gradients are computed. All modules but the batch norms are in evaluation mode meanwhile, as they are
+    when the statistics are used: dropout does not change them.
 
     Args:
         model: The model, with PyTorch's batch norms or ours.
@@ -79,16 +80,20 @@ def recompute_population(
         The names of the layers whose statistics were replaced: those that ran and have running statistics.
 
     Raises:
-        TypeError: model is not a `torch.nn.Module`, or `layerwise` was given batches that can be read only once.
+        TypeError: model is not a `torch.nn.Module`, or `layerwise` has batches that can be read only once.
         ValueError: There is no batch, a layer is a SyncBatchNorm, or a batch has fewer than 2 values in a
             channel or statistics that are not finite. Whatever is raised, the statistics are as before.
     """
     layers = {name: layer for name, layer in _batch_norms(model).items() if layer.running_mean is not None}
     for name, layer in layers.items():
         if "SyncBatchNorm" in type(layer).__name__:
-            raise ValueError(f"model: {_called(name)} is a {type(layer).__name__}, whose batch is on several processes")
+            raise ValueError(
+                f"model: {_called(name)} is a {type(layer).__name__}, whose batch is on several processes"
+            )
     if layerwise and iter(batches) is batches:
-        raise TypeError(f"batches: was {type(batches).__name__}, which can be read only once, and layerwise wanted more")
+        raise TypeError(
+            f"batches: was {type(batches).__name__}, which can be read only once, and layerwise wanted more"
+        )
     run = forward or _run
     before = {name: _statistics(layer) for name, layer in layers.items()}
     try:
@@ -149,7 +154,9 @@ def _enter(layer: _BatchNorm, population: Algorithm2) -> None:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put all modules into evaluation mode, and back, together with what `recompute_population` changes."""
-    modes = [(module, module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
+    modes = [
+        (module, module.training, getattr(module, "track_running_stats", None)) for module in model.modules()
+    ]
     try:
         for module, _, _ in modes:
             module.training = False
@@ -167,7 +174,7 @@ def _collected(
     batches: Iterable[Any],
     run: Callable[[nn.Module, Any], Any],
 ) -> dict[str, Algorithm2]:
-    """Run the model on all batches, and collect the statistics of what enters the layers, in the order of running."""
+    """Run the model on all batches; return the statistics of the layers' inputs, in the order of running."""
     populations: dict[str, Algorithm2] = {}
 
     def listen(name: str) -> Callable[..., None]:
@@ -180,7 +187,9 @@ def _collected(
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(listen(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(listen(name), with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         count = 0
         for batch in batches:
@@ -201,8 +210,8 @@ def _layer_by_layer(
     run: Callable[[nn.Module, Any], Any],
 ) -> dict[str, Algorithm2]:
     found: dict[str, Algorithm2] = {}
-    order = list(_collected(model, layers, batches, run))
-    for name in order:
+    # A first pass over one batch tells the order.
+    for name in _collected(model, layers, islice(batches, 1), run):
         found |= _collected(model, {name: layers[name]}, batches, run)
         _enter(layers[name], found[name])
     return found

@@ -10,7 +10,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from batchnorm.torch import _fused
-from batchnorm.torch._fuse import Outcome, fuse as fuse_model
+from batchnorm.torch._fuse import Outcome
+from batchnorm.torch._fuse import fuse as fuse_model
 from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch._report import LayerReport, Report
 
@@ -29,15 +30,16 @@ def replace(model: _Model, *, fuse: bool = True) -> tuple[_Model, Report]:
     """Make every batch norm of a model one of this package, in place.
 
     The layers stay the same objects, with their parameters, buffers, hooks, modes and names; only their class
-    changes. Layers of exactly `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` are replaced; the report
-    says of all others why not. `restore` is the way back.
+    changes. Layers of exactly `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` are replaced; of all
+    others the report says why not. `restore` is the way back.
 
     With `fuse`, a batch norm computes what follows it in the same pass: ReLU or ReLU6, the addition of a
     residual, or an addition and then ReLU or ReLU6. For that the forward of the module that calls it is
     recorded by `torch.fx`, and the recording runs in its place, as long as the module is as it was then: if
     attributes that forward reads have other values, or hooks were added to these layers, the module's own
-    forward runs. What cannot be recorded safely is left as it is, and the report says why. The layers
-    themselves remain plain: they have no activation of their own.
+    forward runs. What cannot be recorded safely is left as it is, and the report says why. The class of a
+    module with such a recording becomes a subclass of the same name. The layers themselves remain plain: they
+    have no activation of their own.
 
     Args:
         model: The model; a batch norm by itself is one, too.
@@ -62,7 +64,7 @@ def replace(model: _Model, *, fuse: bool = True) -> tuple[_Model, Report]:
         if isinstance(module, _BatchNorm):
             kinds[module] = type(module).__name__, _obstacle(module)
             if not kinds[module][1] and type(module) in _OURS:
-                module.__class__ = _OURS[type(module)]
+                module.__class__ = _OURS[type(module)]  # type: ignore[assignment]
                 module.__dict__["activation"] = None
     outcomes = fuse_model(names) if fuse else {}
     layers = []
@@ -89,7 +91,11 @@ def restore(model: _Model) -> _Model:
         ValueError: A layer was made with an activation, which PyTorch's cannot hold; nothing is changed then.
     """
     names = _names(model)
-    active = [name[0] for module, name in names.items() if getattr(module, "activation", None) and type(module) in _THEIRS]
+    active = [
+        name[0]
+        for module, name in names.items()
+        if getattr(module, "activation", None) and type(module) in _THEIRS
+    ]
     if active:
         raise ValueError(f"model: PyTorch's layers have no activation, but these have: {', '.join(active)}")
     for module in names:

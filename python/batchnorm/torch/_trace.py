@@ -1,7 +1,7 @@
 """Recording the forward of one module by `torch.fx`, or saying why that is not safe.
 
-A recording is one run of forward with symbols for tensors: what forward decides by anything but its tensors is
-decided once. So everything that it reads meanwhile is watched. Attributes that are numbers, text or None
+A recording is one run of forward with symbols for tensors: what forward decides by anything but its tensors
+is decided once. So everything that it reads meanwhile is watched. Attributes that are numbers, text or None
 become conditions of the recording; what cannot be a condition ends it.
 """
 
@@ -26,9 +26,36 @@ from torch import fx, nn
 
 _SCALARS: Final = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-_FORBIDDEN: Final = {"type", "hasattr", "callable", "vars", "globals", "locals", "eval", "exec", "print", "id", "open", "input"}
+_FORBIDDEN: Final = {
+    "type",
+    "hasattr",
+    "callable",
+    "vars",
+    "globals",
+    "locals",
+    "eval",
+    "exec",
+    "print",
+    "id",
+    "open",
+    "input",
+}
 _MODULES: Final = ("torch", "math", "operator", "typing")
-_IN_PLACE: Final = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift")
+_IN_PLACE: Final = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "imatmul",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+)
 _LOCK: Final = threading.Lock()
 
 
@@ -61,9 +88,10 @@ class Recording:
 class _Symbol(fx.Proxy):
     """A tensor of the recording. It tells when it is asked for its type."""
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return self.tracer.asked_for_type(self, sys._getframe(1))
+        kind: type = self.tracer.asked_for_type(self, sys._getframe(1))  # type: ignore[attr-defined]
+        return kind
 
 
 def _in_place_method(name: str) -> Callable[..., Any]:
@@ -107,8 +135,9 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if attr_val is None:
             raise Refused(f"forward reads {attr}, which is None")
-        if isinstance(attr_val, _CONTAINERS) and attr_val in self.submodule_paths:
-            path = split(self.submodule_paths[attr_val])
+        paths = self.submodule_paths or {}
+        if isinstance(attr_val, _CONTAINERS) and attr_val in paths:
+            path = split(paths[attr_val])
             self._recording.containers[path] = tuple(attr_val._modules)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -170,7 +199,9 @@ def _record(module: nn.Module, kind: type) -> Recording:
         raise
     except Exception as error:  # whatever forward raises where a tensor is a symbol
         reason = str(error).splitlines()
-        raise Refused(f"torch.fx cannot trace forward: {reason[0] if reason else type(error).__name__}") from error
+        raise Refused(
+            f"torch.fx cannot trace forward: {reason[0] if reason else type(error).__name__}"
+        ) from error
     for node in recording.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             raise Refused("forward makes tensors of its own")
@@ -200,14 +231,18 @@ def _modes() -> tuple[Any, ...]:
 
 
 def _of_torch(frame: Any) -> bool:
-    name = frame.f_globals.get("__name__", "")
+    name = str(frame.f_globals.get("__name__", ""))
     return name == "torch" or name.startswith("torch.") or name == __name__
 
 
 def _random_numbers() -> tuple[Any, ...]:
     """Return the states of the three generators, as values that compare."""
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), (name, keys.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return (
+        random.getstate(),
+        (name, np.asarray(keys).tobytes(), *rest),
+        torch.get_rng_state().numpy().tobytes(),
+    )
 
 
 @contextmanager
@@ -232,9 +267,7 @@ def _watching(root: nn.Module, recording: Recording) -> Iterator[None]:
     write, delete = nn.Module.__setattr__, nn.Module.__delattr__
 
     def watched(module: nn.Module) -> bool:
-        return (
-            threading.get_ident() == thread and id(module) in paths and not _of_torch(sys._getframe(2))
-        )
+        return threading.get_ident() == thread and id(module) in paths and not _of_torch(sys._getframe(2))
 
     def read(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -253,8 +286,8 @@ def _watching(root: nn.Module, recording: Recording) -> Iterator[None]:
         delete(module, name)
 
     with _LOCK:
-        nn.Module.__getattribute__ = read  # type: ignore[method-assign]
-        nn.Module.__setattr__ = refuse_write  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
+        nn.Module.__setattr__ = refuse_write  # type: ignore[method-assign, assignment]
         nn.Module.__delattr__ = refuse_delete  # type: ignore[method-assign]
         try:
             yield
@@ -264,7 +297,9 @@ def _watching(root: nn.Module, recording: Recording) -> Iterator[None]:
             nn.Module.__delattr__ = delete  # type: ignore[method-assign]
 
 
-def _check_read(module: nn.Module, path: tuple[str, ...], name: str, value: Any, recording: Recording) -> None:
+def _check_read(
+    module: nn.Module, path: tuple[str, ...], name: str, value: Any, recording: Recording
+) -> None:
     if name == "training":
         raise Refused("forward reads self.training")
     if isinstance(value, MethodType):
@@ -275,10 +310,11 @@ def _check_read(module: nn.Module, path: tuple[str, ...], name: str, value: Any,
             else:
                 _check_names(value.__func__, set())
             return
-    elif isinstance(value, _SCALARS) or (isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value)):
-        recording.state[path, name] = value
-        return
-    elif isinstance(value, FunctionType | BuiltinFunctionType) and _from_torch(value):
+    elif (
+        isinstance(value, _SCALARS)
+        or (isinstance(value, tuple) and all(isinstance(v, _SCALARS) for v in value))
+        or (isinstance(value, FunctionType | BuiltinFunctionType) and _from_torch(value))
+    ):
         recording.state[path, name] = value
         return
     raise Refused(f"forward reads self.{name}, Python state of type {type(value).__name__}")
@@ -294,7 +330,6 @@ def _check_names(function: FunctionType, seen: set[Any]) -> None:
     if function in seen:
         return
     seen.add(function)
-    function = inspect.unwrap(function)  # type: ignore[assignment]
     if function.__closure__:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__, strict=True):
             if name != "__class__":
