@@ -27,7 +27,11 @@ only_4 = pytest.mark.parametrize("seen", [4], indirect=True)
 def seen(request, tmp_path_factory):
     """What each rank saw, by scenario."""
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
-    torch.multiprocessing.spawn(sync_ranks.run, (ranks, str(folder)), ranks)
+    # A server imports PyTorch once, has no threads, and forks each rank. (DistributedDataParallel imports Dynamo.)
+    torch.multiprocessing.set_forkserver_preload(["batchnorm.torch", "torch._dynamo"])
+    torch.multiprocessing.start_processes(
+        sync_ranks.run, (ranks, str(folder)), ranks, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
@@ -225,7 +229,7 @@ def test_gamma_of_nan_makes_its_channel_nan(seen):
 
 
 def test_distributed_data_parallel_trains_like_one_process(seen):
-    alone = sync_ranks.train(sync_ranks.network(sync=False).double(), [slice(None)] * 4, 1 / 12).state_dict()
+    alone = sync_ranks.train(sync_ranks.network(sync=False), [slice(None)] * 4, 1 / 12).state_dict()
     for rank in seen:
         state = rank["data_parallel"]
         assert list(state) == list(alone)
