@@ -27,7 +27,7 @@ only_4 = pytest.mark.parametrize("seen", [4], indirect=True)
 def seen(request, tmp_path_factory):
     """What each rank saw, by scenario."""
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
-    # A server imports PyTorch once, has no threads, and forks each rank. (DistributedDataParallel imports Dynamo.)
+    # Ranks are forked from a server without threads that imports PyTorch once (and Dynamo, as DDP does).
     torch.multiprocessing.set_forkserver_preload(["batchnorm.torch", "torch._dynamo"])
     torch.multiprocessing.start_processes(
         sync_ranks.run, (ranks, str(folder)), ranks, start_method="forkserver"
@@ -226,6 +226,14 @@ def test_gamma_of_nan_makes_its_channel_nan(seen):
             torch.testing.assert_close(nan[key][:, 1:], finite[key][:, 1:])
         for key in ("dweight", "dbias"):
             torch.testing.assert_close(nan[key][1:], finite[key][1:])
+
+
+@only_2
+@pytest.mark.parametrize("name", ["autocast", "compiler", "checkpoint", "broadcast", "promoted"])
+def test_the_layer_in_its_surroundings(seen, name):
+    for rank in seen:
+        result = rank["surroundings"][name]
+        assert all(torch.equal(*pair) for pair in zip(result["seen"], result["wanted"], strict=True))
 
 
 def test_distributed_data_parallel_trains_like_one_process(seen):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional
 
 from batchnorm._core import Moments
@@ -115,6 +116,7 @@ class SyncBatchNorm(Layer):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
+    @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
     def _synchronized(self, x: Tensor, residual: Tensor | None, group: Any) -> Tensor:
         self._check(x)
         if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -231,13 +233,13 @@ class _Normalize(torch.autograd.Function):
             whole = reduce(torch.add, _gather(sums, ctx.group))
             dx, passed = gradient_apply(dy, given, whole)
             dresidual = dy if passed is None else passed
-        _, dgamma, dbeta = sums
+        (_, dgamma, dbeta), (_, weight, bias, *_) = sums, given
         return (
             None,
             None,
             dx if of_x else None,
-            dgamma.to(given.weight.dtype) if of_weight else None,
-            dbeta.to(given.bias.dtype) if of_bias else None,
+            dgamma.to(weight.dtype) if weight is not None and of_weight else None,
+            dbeta.to(bias.dtype) if bias is not None and of_bias else None,
             dresidual if of_residual else None,
             *(None, None, None),
         )
