@@ -59,7 +59,7 @@ CASES = {
     "relu": Case((12, 5, 6, 6), layer={"activation": "relu"}),
     "residual": Case((12, 5, 6, 6), residual=True, shares=UNEQUAL),
     "residual, relu": Case((12, 5, 6, 6), layer={"activation": "relu"}, residual=True, shares=EMPTY),
-    # "residual, relu6": Case((12, 5, 6, 6), layer={"activation": "relu6"}, residual=True, memory=LAST),
+    "residual, relu6": Case((12, 5, 6, 6), layer={"activation": "relu6"}, residual=True, memory=LAST),
     "no affine": Case((12, 5, 6, 6), layer={"affine": False}),
     "no bias": Case((12, 5, 6, 6), layer={"bias": False}, shares=UNEQUAL),
     "no statistics": Case((12, 5, 6, 6), layer={"track_running_stats": False}),
