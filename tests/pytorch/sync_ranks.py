@@ -219,7 +219,7 @@ def autograd(rank, ranks):
     def catch(name, work):
         try:
             work()
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             errors[name] = str(e)
 
     layer = parameters(SyncBatchNorm(5, activation="relu"))
@@ -227,6 +227,7 @@ def autograd(rank, ranks):
         "channels": torch.zeros(2, 4),
         "dtype": torch.zeros(2, 5, dtype=F64),
         "integers": torch.zeros(2, 5, dtype=torch.int64),
+        "device": torch.zeros(2, 5, device="meta"),
     }.items():
         if rank == 0:  # nothing is sent
             catch(name, lambda x=x: layer(x))

@@ -180,6 +180,7 @@ def test_what_pytorch_refuses_is_refused_before_anything_is_sent(seen):
         with pytest.raises(RuntimeError) as refusal:
             plain(x)
         assert errors[name] == str(refusal.value)
+    assert "meta" in errors["device"]
 
 
 @only_2

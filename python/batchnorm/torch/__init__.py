@@ -2,6 +2,7 @@
 
 `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` take the place of PyTorch's layers of the same names: same
 constructors, same state, same refusals. They can add a residual and apply an activation in the same pass.
+`SyncBatchNorm` does the same over the batches of several processes, on CPU, where PyTorch's does not work.
 """
 
 from __future__ import annotations

@@ -150,9 +150,7 @@ class SyncBatchNorm(Layer):
             )
         # If any rank wants a gradient of its x, all take part in backward: y of each wants a gradient then.
         joins = x.new_empty(0).requires_grad_() if wanted else None
-        weight, bias = (
-            p.float() if p is not None and p.itemsize == 2 else p for p in (self.weight, self.bias)
-        )
+        weight, bias = (_wide(parameter) for parameter in (self.weight, self.bias))
         y: Tensor = _Normalize.apply(group, joins, x, weight, bias, residual, moments, self.eps, activation)
         if self.track_running_stats:
             self._track(moments, count)
@@ -248,6 +246,13 @@ class _Normalize(torch.autograd.Function):
 def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the tensor in the memory order of another one: a copy where it has a different one."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _wide(parameter: Tensor | None) -> Tensor | None:
+    """The parameter as the core takes it: contiguous, of 32 or 64 bits."""
+    if parameter is None:
+        return None
+    return (parameter.float() if parameter.itemsize == 2 else parameter).contiguous()
 
 
 def _gather(table: Tensor, group: Any) -> Tensor:
