@@ -327,8 +327,10 @@ def test_convert_takes_exact_types_and_shares_everything():
         "nested": nn.Sequential(nn.Sequential(BatchNorm2d(3, activation="relu6"), nn.Conv2d(3, 3, 1))),
         "mine": Mine(3),
         "lazy": nn.LazyBatchNorm2d(),
+        "overwritten": nn.BatchNorm2d(3),
         "bare": nn.BatchNorm2d(3, affine=False, track_running_stats=False).eval(),
     })  # fmt: skip
+    net["overwritten"].forward = lambda x: x
     net["again"] = net["nested"][0][0]
     net["nested_again"] = net["nested"]
     before = dict(net.state_dict(keep_vars=True))
@@ -351,6 +353,7 @@ def test_convert_takes_exact_types_and_shares_everything():
     assert net["again"] is inner
     assert type(net["mine"]) is Mine
     assert type(net["lazy"]) is nn.LazyBatchNorm2d
+    assert type(net["overwritten"]) is nn.BatchNorm2d
     assert type(net["bare"]) is SyncBatchNorm
     assert not net["bare"].training
     assert net["bare"].weight is net["bare"].running_mean is None

@@ -175,7 +175,8 @@ class SyncBatchNorm(Layer):
 
         Converted are layers of exactly PyTorch's types `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` and
         `SyncBatchNorm`, and of those of this package, which keep their activation. The new layers share
-        parameters, buffers and hooks with the old ones. A layer with several names becomes one layer.
+        parameters, buffers and hooks with the old ones. A layer with several names becomes one layer. A layer
+        whose `forward` was overwritten is left as it is.
 
         Args:
             module: Changed in place, unless it is itself a batch norm layer.
@@ -186,7 +187,7 @@ class SyncBatchNorm(Layer):
         """
         converted: dict[nn.Module, nn.Module] = {}
         for layer in module.modules():
-            if type(layer) in PYTORCHS | OURS:
+            if type(layer) in PYTORCHS | OURS and "forward" not in vars(layer):
                 new = cls.__new__(cls)
                 own = {name: vars(layer)[name].copy() for name in ("_parameters", "_buffers")}
                 new.__dict__ = vars(layer) | own
