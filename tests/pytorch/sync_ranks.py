@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from batchnorm.torch import SyncBatchNorm
 
@@ -218,7 +219,7 @@ def autograd(rank, ranks):
     def catch(name, work):
         try:
             work()
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             errors[name] = str(e)
 
     layer = parameters(SyncBatchNorm(5, activation="relu"))
@@ -226,6 +227,7 @@ def autograd(rank, ranks):
         "channels": torch.zeros(2, 4),
         "dtype": torch.zeros(2, 5, dtype=F64),
         "integers": torch.zeros(2, 5, dtype=torch.int64),
+        "device": torch.zeros(2, 5, device="meta"),
     }.items():
         if rank == 0:  # nothing is sent
             catch(name, lambda x=x: layer(x))
@@ -315,6 +317,37 @@ def data_parallel(rank, ranks):
     return dict(net.module.state_dict())
 
 
+def surroundings(rank, ranks):
+    """Autocast, checkpoint and compiler; residuals of another shape or dtype."""
+    x = torch.randn(4, 5, 3)
+    results = {}
+
+    def pair(name, work, plain):
+        for key, function in ("seen", work), ("wanted", plain):
+            layer, leaf = parameters(SyncBatchNorm(5, activation="relu")), x.clone().requires_grad_()
+            y = function(layer, leaf)
+            y.square().sum().backward()
+            results.setdefault(name, {})[key] = [y.detach(), leaf.grad, layer.weight.grad]
+
+    def autocast(layer, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    def with_residual(residual):
+        def plain(layer, x):
+            layer.activation = None
+            return torch.relu(layer(x) + residual)
+
+        return lambda layer, x: layer(x, residual), plain
+
+    pair("autocast", autocast, lambda layer, x: layer(x))
+    pair("compiler", lambda layer, x: torch.compile(layer, backend="eager")(x), lambda layer, x: layer(x))
+    pair("checkpoint", lambda layer, x: checkpoint(layer, x, use_reentrant=False), lambda layer, x: layer(x))
+    pair("broadcast", *with_residual(torch.randn(5, 1)))
+    pair("promoted", *with_residual(torch.randn(4, 5, 3, dtype=F64)))
+    return results
+
+
 def groups(rank, ranks):
     """Two groups, each with a batch of its own."""
     pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
@@ -353,7 +386,19 @@ def death(rank, ranks):
 
 
 SCENARIOS = {
-    2: (cases, sent, refused, empty, one_rank_wants_dx, autograd, not_finite, data_parallel, stuck, death),
+    2: (
+        cases,
+        sent,
+        refused,
+        empty,
+        one_rank_wants_dx,
+        autograd,
+        not_finite,
+        surroundings,
+        data_parallel,
+        stuck,
+        death,
+    ),
     4: (cases, sent, refused, one_rank_wants_dx, data_parallel, groups, death),
 }
 

@@ -27,7 +27,11 @@ only_4 = pytest.mark.parametrize("seen", [4], indirect=True)
 def seen(request, tmp_path_factory):
     """What each rank saw, by scenario."""
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
-    torch.multiprocessing.spawn(sync_ranks.run, (ranks, str(folder)), ranks)
+    # Ranks are forked from a server without threads that imports PyTorch once (and Dynamo, as DDP does).
+    torch.multiprocessing.set_forkserver_preload(["batchnorm.torch", "torch._dynamo"])
+    torch.multiprocessing.start_processes(
+        sync_ranks.run, (ranks, str(folder)), ranks, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
@@ -176,6 +180,7 @@ def test_what_pytorch_refuses_is_refused_before_anything_is_sent(seen):
         with pytest.raises(RuntimeError) as refusal:
             plain(x)
         assert errors[name] == str(refusal.value)
+    assert "meta" in errors["device"]
 
 
 @only_2
@@ -224,8 +229,16 @@ def test_gamma_of_nan_makes_its_channel_nan(seen):
             torch.testing.assert_close(nan[key][1:], finite[key][1:])
 
 
+@only_2
+@pytest.mark.parametrize("name", ["autocast", "compiler", "checkpoint", "broadcast", "promoted"])
+def test_the_layer_in_its_surroundings(seen, name):
+    for rank in seen:
+        result = rank["surroundings"][name]
+        assert all(torch.equal(*pair) for pair in zip(result["seen"], result["wanted"], strict=True))
+
+
 def test_distributed_data_parallel_trains_like_one_process(seen):
-    alone = sync_ranks.train(sync_ranks.network(sync=False).double(), [slice(None)] * 4, 1 / 12).state_dict()
+    alone = sync_ranks.train(sync_ranks.network(sync=False), [slice(None)] * 4, 1 / 12).state_dict()
     for rank in seen:
         state = rank["data_parallel"]
         assert list(state) == list(alone)
@@ -314,8 +327,10 @@ def test_convert_takes_exact_types_and_shares_everything():
         "nested": nn.Sequential(nn.Sequential(BatchNorm2d(3, activation="relu6"), nn.Conv2d(3, 3, 1))),
         "mine": Mine(3),
         "lazy": nn.LazyBatchNorm2d(),
+        "overwritten": nn.BatchNorm2d(3),
         "bare": nn.BatchNorm2d(3, affine=False, track_running_stats=False).eval(),
     })  # fmt: skip
+    net["overwritten"].forward = lambda x: x
     net["again"] = net["nested"][0][0]
     net["nested_again"] = net["nested"]
     before = dict(net.state_dict(keep_vars=True))
@@ -338,6 +353,7 @@ def test_convert_takes_exact_types_and_shares_everything():
     assert net["again"] is inner
     assert type(net["mine"]) is Mine
     assert type(net["lazy"]) is nn.LazyBatchNorm2d
+    assert type(net["overwritten"]) is nn.BatchNorm2d
     assert type(net["bare"]) is SyncBatchNorm
     assert not net["bare"].training
     assert net["bare"].weight is net["bare"].running_mean is None

@@ -2,7 +2,7 @@
 
 `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` take the place of PyTorch's layers of the same names: same
 constructors, same state, same refusals. They can add a residual and apply an activation in the same pass.
-`SyncBatchNorm` normalizes by the batches of all processes. `replace` makes the layers of a model ours.
+`SyncBatchNorm` normalizes over the batches of several processes. `replace` puts our layers into a model.
 """
 
 from __future__ import annotations

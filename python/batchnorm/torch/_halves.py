@@ -8,7 +8,7 @@ parameter that PyTorch takes (a weight of NaN, say), PyTorch's operators do the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,12 +111,11 @@ def _passed(dy: Tensor, given: Pass) -> Tensor:
     """The gradient that passes the activation."""
     if given.activation is None:
         return dy.double()
-    y: Any = _y(given).to(dy.dtype)
-    if given.activation == "relu":
-        y = aten.threshold_backward(dy, y, 0)
-    else:
-        y = aten.hardtanh_backward(dy, y, 0, 6)
-    return y.double()
+    y = _y(given).to(dy.dtype)
+    limits = (0,) if given.activation == "relu" else (0, 6)
+    backward = aten.threshold_backward if given.activation == "relu" else aten.hardtanh_backward
+    passed: Tensor = backward(dy, y, *limits)
+    return passed.double()
 
 
 def _sums(dy: Tensor, given: Pass) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional
 
 from batchnorm._core import Moments
@@ -115,6 +116,7 @@ class SyncBatchNorm(Layer):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
+    @_disable_dynamo  # as torch.compiler.disable, which would import the compiler at once
     def _synchronized(self, x: Tensor, residual: Tensor | None, group: Any) -> Tensor:
         self._check(x)
         if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -148,9 +150,7 @@ class SyncBatchNorm(Layer):
             )
         # If any rank wants a gradient of its x, all take part in backward: y of each wants a gradient then.
         joins = x.new_empty(0).requires_grad_() if wanted else None
-        weight, bias = (
-            p.float() if p is not None and p.itemsize == 2 else p for p in (self.weight, self.bias)
-        )
+        weight, bias = (_wide(parameter) for parameter in (self.weight, self.bias))
         y: Tensor = _Normalize.apply(group, joins, x, weight, bias, residual, moments, self.eps, activation)
         if self.track_running_stats:
             self._track(moments, count)
@@ -175,7 +175,8 @@ class SyncBatchNorm(Layer):
 
         Converted are layers of exactly PyTorch's types `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` and
         `SyncBatchNorm`, and of those of this package, which keep their activation. The new layers share
-        parameters, buffers and hooks with the old ones. A layer with several names becomes one layer.
+        parameters, buffers and hooks with the old ones. A layer with several names becomes one layer. A layer
+        whose `forward` was overwritten is left as it is.
 
         Args:
             module: Changed in place, unless it is itself a batch norm layer.
@@ -186,7 +187,7 @@ class SyncBatchNorm(Layer):
         """
         converted: dict[nn.Module, nn.Module] = {}
         for layer in module.modules():
-            if type(layer) in PYTORCHS | OURS:
+            if type(layer) in PYTORCHS | OURS and "forward" not in vars(layer):
                 new = cls.__new__(cls)
                 own = {name: vars(layer)[name].copy() for name in ("_parameters", "_buffers")}
                 new.__dict__ = vars(layer) | own
@@ -231,13 +232,13 @@ class _Normalize(torch.autograd.Function):
             whole = reduce(torch.add, _gather(sums, ctx.group))
             dx, passed = gradient_apply(dy, given, whole)
             dresidual = dy if passed is None else passed
-        _, dgamma, dbeta = sums
+        (_, dgamma, dbeta), (_, weight, bias, *_) = sums, given
         return (
             None,
             None,
             dx if of_x else None,
-            dgamma.to(given.weight.dtype) if of_weight else None,
-            dbeta.to(given.bias.dtype) if of_bias else None,
+            dgamma.to(weight.dtype) if weight is not None and of_weight else None,
+            dbeta.to(bias.dtype) if bias is not None and of_bias else None,
             dresidual if of_residual else None,
             *(None, None, None),
         )
@@ -246,6 +247,13 @@ class _Normalize(torch.autograd.Function):
 def laid_as(tensor: Tensor, like: Tensor) -> Tensor:
     """Return the tensor in the memory order of another one: a copy where it has a different one."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _wide(parameter: Tensor | None) -> Tensor | None:
+    """The parameter as the core takes it: contiguous, of 32 or 64 bits."""
+    if parameter is None:
+        return None
+    return (parameter.float() if parameter.itemsize == 2 else parameter).contiguous()
 
 
 def _gather(table: Tensor, group: Any) -> Tensor:
