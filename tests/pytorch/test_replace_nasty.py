@@ -280,6 +280,11 @@ class Configured(Base):
         return y if scale is None else y * scale
 
 
+class Negative(bt.BatchNorm2d):
+    def forward(self, input, residual=None):
+        return -super().forward(input, residual)
+
+
 def changes(model):
     yield "another value", lambda: setattr(model, "active", False)
     yield "a module where there was None", lambda: setattr(model, "down", nn.Conv2d(3, 3, 1))
@@ -287,9 +292,10 @@ def changes(model):
     yield "another activation", lambda: setattr(model, "relu", nn.Tanh())
     yield "PyTorch's layer", lambda: setattr(model, "bn", nn.BatchNorm2d(3))
     yield "no layer", lambda: setattr(model, "bn", nn.Identity())
+    yield "a subclass of ours", lambda: setattr(model, "bn", Negative(3))
 
 
-@pytest.mark.parametrize("index", range(6), ids=[name for name, _ in changes(None)])
+@pytest.mark.parametrize("index", range(7), ids=[name for name, _ in changes(None)])
 def test_a_model_that_is_changed_afterwards_does_what_it_says(index):
     torch.manual_seed(0)
     model = Configured()
