@@ -40,7 +40,10 @@ def run(*arguments):
 def imported(path):
     done = run(path, "-o", "made")
     assert (done.exit_code, done.stderr) == (0, ""), done.output
-    return {file.name.removesuffix(".safetensors"): bn.FrozenBatchNorm.load(file) for file in Path("made").iterdir()}
+    return {
+        file.name.removesuffix(".safetensors"): bn.FrozenBatchNorm.load(file)
+        for file in Path("made").iterdir()
+    }
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors"])
