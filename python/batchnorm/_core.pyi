@@ -242,18 +242,19 @@ class Host:
 
     Args:
         tensor_type: The type of the host's tensors.
-        library: Path of the OpenMP runtime whose threads work; if None, the runtime that the process has loaded.
+        library: Path of the OpenMP runtime whose threads work; if None, the runtime that the process has loaded. Where there
+            is none, threads of our own work.
 
     Raises:
         TypeError: tensor_type has no DLPack C exchange API of version 1. Methods raise it where a tensor is of a wrong type
             or dtype, or not on the CPU.
-        ValueError: Methods raise it where a shape, a memory order or a value is not as described. If it is an error of the
+        ValueError: library is not an OpenMP runtime. Methods raise it where a shape, a memory order or a value is not as described. If it is an error of the
             core, its attribute `kind` names it.
     """
     def __new__(cls, tensor_type: type, library: str | PathLike[str] | None = None) -> Host: ...
     @property
     def thread_source(self) -> Literal["openmp", "own"]:
-        """Whose threads work: "openmp", the host's; or "own"."""
+        """Whose threads work: "openmp", those of the runtime; "own" where there is none, and in a forked child."""
     def train(
         self,
         x: Any,
@@ -284,7 +285,7 @@ class Host:
             running_var: Running variance, changed in place, or None.
             y: Tensor to write y to.
             moments: Table to write the moments of x to.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             update_weight: w, the weight of the new value in the running statistics.
             eps: ε, finite and more than 0.
             activation: None or "relu".
@@ -317,7 +318,7 @@ class Host:
             mean: E[x].
             var: Var[x]; 0 or more.
             y: Tensor to write y to.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             eps: ε, finite, 0 or more; 0 only if every var is more than 0.
             activation: None or "relu".
 
@@ -355,7 +356,7 @@ class Host:
             dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
             dweight: Where to write ∂ℓ/∂γ, or None.
             dbias: Where to write ∂ℓ/∂β, or None.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             eps: ε, finite and more than 0.
             activation: The activation of `train`.
 
@@ -395,7 +396,7 @@ class Host:
             dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
             dweight: Where to write ∂ℓ/∂γ, or None.
             dbias: Where to write ∂ℓ/∂β, or None.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             eps: ε, finite, 0 or more; 0 only if every var is more than 0.
             activation: The activation of `infer`.
 
@@ -415,7 +416,7 @@ class Host:
         Args:
             x: Tensor.
             moments: Table to write the moments to.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
 
         Raises:
             ValueError: A shape or memory order is not as described.
@@ -443,7 +444,7 @@ class Host:
             residual: Tensor that is added before the activation, or None.
             moments: Moments with 2 or more values in each channel, which may cover more than x.
             y: Tensor to write y to.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             eps: ε, finite and more than 0.
             activation: None or "relu".
 
@@ -475,7 +476,7 @@ class Host:
             residual: The residual of `normalize`, or None.
             moments: The moments of `normalize`.
             sums: Table to write the sums to.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             eps: ε, finite and more than 0.
             activation: The activation of `normalize`.
 
@@ -511,7 +512,7 @@ class Host:
             sums: Gradient sums over all values that the moments cover; m is their count.
             dx: Tensor to write ∂ℓ/∂x to.
             dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
-            threads: Number of threads of the host.
+            threads: Number of threads that the host works with.
             eps: ε, finite and more than 0.
             activation: The activation of `normalize`.
 

@@ -107,12 +107,14 @@ def test_operators(capsys):
             x, given = sample.input, arguments_of(sample)
             mine, theirs = apart(given), apart(given)
             y, wanted = ours_of(x, mine), nn.functional.batch_norm(x, **theirs)
-            torch.testing.assert_close(y, wanted)
+            # Without parameters PyTorch computes in 16 bits, less exactly.
+            tolerance = {"rtol": 0.05, "atol": 0.02} if dtype.itemsize == 2 else {}
+            torch.testing.assert_close(y, wanted, **tolerance)
             inputs = [x, *(given[name] for name in ("weight", "bias") if given[name] is not None)]
             dy = torch.randn_like(y)
             got = torch.autograd.grad(y, inputs, dy, allow_unused=True)
             expected = torch.autograd.grad(wanted, inputs, dy, allow_unused=True)
-            torch.testing.assert_close(got, expected)
+            torch.testing.assert_close(got, expected, **tolerance)
             for name in ("running_mean", "running_var"):
                 torch.testing.assert_close(mine[name], theirs[name])
             count += 1
@@ -122,11 +124,11 @@ def test_operators(capsys):
 def test_second_derivatives_of_operators(capsys):
     count = 0
     for sample in OPERATOR.sample_inputs("cpu", torch.float64, requires_grad=True):
+        if sample.input.dim() < 2 or sample.input.numel() == 0:
+            continue
         given = arguments_of(sample)
         names = [name for name in ("weight", "bias") if given[name] is not None]
         inputs = [sample.input, *(given[name] for name in names)]
-        if sample.input.numel() in (0, sample.input.shape[1]):
-            continue
 
         def function(x, *parameters, given=given, names=names):
             return ours_of(x, apart(given) | dict(zip(names, parameters, strict=True)))

@@ -34,7 +34,8 @@ def epilogue(y: Tensor, activation: str | None, residual: Tensor | None) -> Tens
     if residual is not None:
         y = torch.add(y, residual)
     if activation is not None:
-        y = functional.relu(y) if activation == "relu" else functional.relu6(y)
+        # ReLU6 as a module is hardtanh, and not the function relu6.
+        y = functional.relu(y) if activation == "relu" else functional.hardtanh(y, 0.0, 6.0)
     return y
 
 

@@ -5,7 +5,7 @@ use crate::epilogue::activation_of;
 use crate::parameters::Parameters;
 use crate::run::run;
 use crate::value_error;
-use batchnorm::{Activation, Coefficients, Dy, Element, Epilogue, Error, ForwardPass, Input, View};
+use batchnorm::{Activation, Coefficients, Dy, Element, Epilogue, Error, ForwardPass, Input, Team, ThreadSource, View};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 use std::path::PathBuf;
@@ -26,16 +26,18 @@ use std::path::PathBuf;
 ///
 /// Args:
 ///     tensor_type: The type of the host's tensors.
-///     library: Path of the OpenMP runtime whose threads work; if None, the runtime that the process has loaded.
+///     library: Path of the OpenMP runtime whose threads work; if None, the runtime that the process has loaded. Where there
+///         is none, threads of our own work.
 ///
 /// Raises:
 ///     TypeError: tensor_type has no DLPack C exchange API of version 1. Methods raise it where a tensor is of a wrong type
 ///         or dtype, or not on the CPU.
-///     ValueError: Methods raise it where a shape, a memory order or a value is not as described. If it is an error of the
+///     ValueError: library is not an OpenMP runtime. Methods raise it where a shape, a memory order or a value is not as described. If it is an error of the
 ///         core, its attribute `kind` names it.
 #[pyclass(frozen, module = "batchnorm._core", name = "Host")]
 pub(crate) struct Host {
     exchange: Exchange,
+    team: Option<Team>,
 }
 
 /// An optional argument.
@@ -120,10 +122,10 @@ impl Host {
         &self,
         py: Python<'_>,
         x: &HostTensor<'_>,
-        _threads: usize,
+        threads: usize,
         work: impl FnOnce() -> Result<R, Error> + Send,
     ) -> PyResult<R> {
-        run(py, x.bytes(), work)
+        run(py, x.bytes(), || batchnorm::hosted(self.team, threads, work))
     }
 }
 
@@ -132,14 +134,16 @@ impl Host {
     #[new]
     #[pyo3(signature = (tensor_type, library=None))]
     fn new(tensor_type: &Bound<'_, PyType>, library: Option<PathBuf>) -> PyResult<Self> {
-        let _ = library;
-        Ok(Self { exchange: Exchange::of(tensor_type)? })
+        let exchange = Exchange::of(tensor_type)?;
+        let team = Team::find(library.as_deref()).map_err(value_error)?;
+        Ok(Self { exchange, team })
     }
 
-    /// Whose threads work: "openmp", the host's; or "own".
+    /// Whose threads work: "openmp", those of the runtime; "own" where there is none, and in a forked child.
     #[getter]
     fn thread_source(&self) -> &'static str {
-        "own"
+        let source = self.team.filter(Team::usable).map_or(ThreadSource::Own, ThreadSource::OpenMp);
+        source.name()
     }
 
     /// Normalize x by its own batch statistics (Algorithm 1): y = activation(γ·x̂ + β + residual), rounded once.
@@ -156,7 +160,7 @@ impl Host {
     ///     running_var: Running variance, changed in place, or None.
     ///     y: Tensor to write y to.
     ///     moments: Table to write the moments of x to.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     update_weight: w, the weight of the new value in the running statistics.
     ///     eps: ε, finite and more than 0.
     ///     activation: None or "relu".
@@ -212,7 +216,7 @@ impl Host {
     ///     mean: E[x].
     ///     var: Var[x]; 0 or more.
     ///     y: Tensor to write y to.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
     ///     activation: None or "relu".
     ///
@@ -259,7 +263,7 @@ impl Host {
     ///     dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
     ///     dweight: Where to write ∂ℓ/∂γ, or None.
     ///     dbias: Where to write ∂ℓ/∂β, or None.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite and more than 0.
     ///     activation: The activation of `train`.
     ///
@@ -316,7 +320,7 @@ impl Host {
     ///     dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
     ///     dweight: Where to write ∂ℓ/∂γ, or None.
     ///     dbias: Where to write ∂ℓ/∂β, or None.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
     ///     activation: The activation of `infer`.
     ///
@@ -366,7 +370,7 @@ impl Host {
     /// Args:
     ///     x: Tensor.
     ///     moments: Table to write the moments to.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///
     /// Raises:
     ///     ValueError: A shape or memory order is not as described.
@@ -393,7 +397,7 @@ impl Host {
     ///     residual: Tensor that is added before the activation, or None.
     ///     moments: Moments with 2 or more values in each channel, which may cover more than x.
     ///     y: Tensor to write y to.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite and more than 0.
     ///     activation: None or "relu".
     ///
@@ -435,7 +439,7 @@ impl Host {
     ///     residual: The residual of `normalize`, or None.
     ///     moments: The moments of `normalize`.
     ///     sums: Table to write the sums to.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite and more than 0.
     ///     activation: The activation of `normalize`.
     ///
@@ -483,7 +487,7 @@ impl Host {
     ///     sums: Gradient sums over all values that the moments cover; m is their count.
     ///     dx: Tensor to write ∂ℓ/∂x to.
     ///     dresidual: Tensor to write ∂ℓ/∂residual to, which is the gradient that passes the activation, or None.
-    ///     threads: Number of threads of the host.
+    ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite and more than 0.
     ///     activation: The activation of `normalize`.
     ///

@@ -102,8 +102,9 @@ impl Exchange {
 
 /// The error of a tensor that the host library does not lend; its cause is the exception that the library has set.
 fn not_lent(argument: &str, value: &Bound<'_, PyAny>) -> PyErr {
-    let (py, found) = (value.py(), type_name(value));
-    let cause = PyErr::take(py);
+    let py = value.py();
+    let cause = PyErr::take(py); // before anything else, since Python must not be called with an exception set
+    let found = type_name(value);
     let text = cause.as_ref().map_or_else(String::new, |cause| cause.value(py).to_string());
     let why = text.lines().next().unwrap_or_default();
     let error = PyTypeError::new_err(format!("{argument} is {found} ({why}); wanted a dense tensor on the CPU"));
