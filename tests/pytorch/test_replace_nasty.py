@@ -525,3 +525,25 @@ def test_checkpoints_of_a_densenet_are_kept():
     _, report = bt.replace(block)
     assert not report.fused
     assert_same(block, reference, torch.randn(3, 4, 5, 5))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_global_hooks_see_every_part(sequential):
+    class Calls(Base):
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)))
+
+    parts = Base()
+    model = nn.Sequential(parts.conv, parts.bn, parts.relu) if sequential else Calls()
+    reference = copy.deepcopy(model)
+    assert list(bt.replace(model)[1].fused.values()) == ["relu"]
+    x = torch.randn(4, 3, 5, 5)
+    seen = {model: [], reference: []}
+    for each, outputs in seen.items():
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda _, args, y, to=outputs: to.append(y.clone())
+        )
+        each(x)
+        handle.remove()
+    assert len(seen[model]) == 4
+    torch.testing.assert_close(seen[model], seen[reference])

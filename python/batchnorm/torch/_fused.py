@@ -87,8 +87,9 @@ def run(
     return _activate(y, activation)
 
 
-def _any_global_hook() -> bool:
-    return bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+def _watched() -> bool:
+    """Whether somebody listens to the calls of all modules: a global hook, or a trace for TorchScript."""
+    return torch.jit.is_tracing() or bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def _like(residual: Any, x: Tensor) -> bool:
@@ -137,7 +138,7 @@ class SequentialPlan:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module, or its original forward where the call is not as planned."""
-        if kwargs or len(args) != 1 or isinstance(args[0], Proxy) or _any_global_hook():
+        if kwargs or len(args) != 1 or isinstance(args[0], Proxy) or _watched():
             return original(module, *args, **kwargs)
         return _run_steps(_steps(module), args[0])
 
@@ -235,7 +236,7 @@ class TracedPlan:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module, or its original forward where the call or the module is not as planned."""
-        if not kwargs and not _any_global_hook():
+        if not kwargs and not _watched():
             for variant in self._variants:
                 if variant.fits(module, args):
                     return variant.run(module, args)
