@@ -7,8 +7,10 @@ import random
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch as bt
 
@@ -126,6 +128,21 @@ class DrawsTorchToDecide(Base):
         return self.relu(y) if torch.rand(()) < 0.5 else y
 
 
+class Checkpoints(Base):
+    def inner(self, x):
+        return self.relu(self.bn(x))
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+class CallsItsModules(Base):
+    def forward(self, x):
+        for part in self.children():
+            x = part(x)
+        return x
+
+
 class DependsOnData(Base):
     def forward(self, x):
         y = self.bn(x)
@@ -200,6 +217,8 @@ REFUSED = {
     DrawsPython: "reads random",
     DrawsTorch: "makes tensors",
     DrawsTorchToDecide: "draws random numbers",
+    Checkpoints: "forward of Checkpoints",
+    CallsItsModules: "calls self.children",
     DependsOnData: "control flow",
     AsksAType: "asks for the type",
     NoGrad: "mode of autograd",
@@ -280,6 +299,11 @@ class Configured(Base):
         return y if scale is None else y * scale
 
 
+class Negative(bt.BatchNorm2d):
+    def forward(self, input, residual=None):
+        return -super().forward(input, residual)
+
+
 def changes(model):
     yield "another value", lambda: setattr(model, "active", False)
     yield "a module where there was None", lambda: setattr(model, "down", nn.Conv2d(3, 3, 1))
@@ -287,9 +311,10 @@ def changes(model):
     yield "another activation", lambda: setattr(model, "relu", nn.Tanh())
     yield "PyTorch's layer", lambda: setattr(model, "bn", nn.BatchNorm2d(3))
     yield "no layer", lambda: setattr(model, "bn", nn.Identity())
+    yield "a subclass of ours", lambda: setattr(model, "bn", Negative(3))
 
 
-@pytest.mark.parametrize("index", range(6), ids=[name for name, _ in changes(None)])
+@pytest.mark.parametrize("index", range(7), ids=[name for name, _ in changes(None)])
 def test_a_model_that_is_changed_afterwards_does_what_it_says(index):
     torch.manual_seed(0)
     model = Configured()
@@ -467,3 +492,58 @@ def test_a_patched_forward_is_left():
     assert "patched" in report["bn"].reason
     x = torch.randn(4, 3, 5, 5)
     assert model(x).min() < 0
+
+
+def test_methods_are_part_of_a_forward():
+    class Calls(Base):
+        @staticmethod
+        def twice(y):
+            return y * 2
+
+        @property
+        def slope(self):
+            return self.bn.eps
+
+        def inner(self, x):
+            return functional.relu(self.bn(x))
+
+        def forward(self, x):
+            return self.twice(self.inner(x)) * self.slope
+
+    model = Calls()
+    reference = copy.deepcopy(model)
+    assert bt.replace(model)[1].fused == {"bn": "relu"}
+    x = torch.randn(4, 3, 5, 5)
+    for eps in (1e-5, 1e-3):
+        model.bn.eps = reference.bn.eps = eps
+        assert_same(model, reference, x)
+
+
+def test_checkpoints_of_a_densenet_are_kept():
+    block = torchvision.models.densenet._DenseBlock(2, 4, 2, 2, 0, memory_efficient=True)
+    reference = copy.deepcopy(block)
+    _, report = bt.replace(block)
+    assert not report.fused
+    assert_same(block, reference, torch.randn(3, 4, 5, 5))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_global_hooks_see_every_part(sequential):
+    class Calls(Base):
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)))
+
+    parts = Base()
+    model = nn.Sequential(parts.conv, parts.bn, parts.relu) if sequential else Calls()
+    reference = copy.deepcopy(model)
+    assert list(bt.replace(model)[1].fused.values()) == ["relu"]
+    x = torch.randn(4, 3, 5, 5)
+    seen = {model: [], reference: []}
+    for each, outputs in seen.items():
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda _, args, y, to=outputs: to.append(y.clone())
+        )
+        each(x)
+        handle.remove()
+    assert len(seen[model]) == 4
+    torch.testing.assert_close(seen[model], seen[reference])

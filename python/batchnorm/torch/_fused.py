@@ -12,6 +12,7 @@ import copyreg
 import functools
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, Final, Generic
 
 import torch
@@ -58,9 +59,9 @@ def last(module: nn.Module) -> nn.Module | None:
         if child is None:
             return None
         module = child
-    if isinstance(module, Layer) and untouched(module) and module.activation is None:
-        return module
-    return None
+    # A subclass with a forward of its own, as SyncBatchNorm is, must be called by it.
+    plain = isinstance(module, Layer) and type(module).forward is Layer.forward and module.activation is None
+    return module if plain and untouched(module) else None
 
 
 def run(
@@ -86,8 +87,9 @@ def run(
     return _activate(y, activation)
 
 
-def _any_global_hook() -> bool:
-    return bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+def _watched() -> bool:
+    """Whether somebody listens to the calls of all modules: a global hook, or a trace for TorchScript."""
+    return torch.jit.is_tracing() or bool(_module._has_any_global_hook())  # type: ignore[no-untyped-call, attr-defined]
 
 
 def _like(residual: Any, x: Tensor) -> bool:
@@ -136,7 +138,7 @@ class SequentialPlan:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module, or its original forward where the call is not as planned."""
-        if kwargs or len(args) != 1 or isinstance(args[0], Proxy) or _any_global_hook():
+        if kwargs or len(args) != 1 or isinstance(args[0], Proxy) or _watched():
             return original(module, *args, **kwargs)
         return _run_steps(_steps(module), args[0])
 
@@ -234,7 +236,7 @@ class TracedPlan:
 
     def __call__(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the module, or its original forward where the call or the module is not as planned."""
-        if not kwargs and not _any_global_hook():
+        if not kwargs and not _watched():
             for variant in self._variants:
                 if variant.fits(module, args):
                     return variant.run(module, args)
@@ -285,12 +287,17 @@ def fused_class(cls: Any) -> Any:
 
 def _made(cls: Any) -> Any:
 
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan = self.__dict__.get(PLAN)
+    own, plan_key = cls.forward, PLAN
+
+    def follow(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plan = self.__dict__.get(plan_key)
         if plan is None:  # made from this class by someone else, as a slice of a Sequential is
-            return cls.forward(self, *args, **kwargs)
-        return plan(self, cls.forward, args, kwargs)
+            return own(self, *args, **kwargs)
+        return plan(self, own, args, kwargs)
+
+    # With the names that its own forward sees: TorchScript reads that one's source instead.
+    names = getattr(own, "__globals__", globals())
+    forward = functools.wraps(own)(FunctionType(follow.__code__, names, "forward", None, follow.__closure__))
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
         # The class is made again where the pickle is loaded.

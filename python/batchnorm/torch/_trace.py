@@ -317,6 +317,9 @@ def _check_read(
     ):
         recording.state[path, name] = value
         return
+    elif isinstance(value, FunctionType) and name not in module.__dict__:  # a static method
+        _check_names(value, set())
+        return
     raise Refused(f"forward reads self.{name}, Python state of type {type(value).__name__}")
 
 
