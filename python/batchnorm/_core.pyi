@@ -209,7 +209,7 @@ class Coefficients:
         *,
         channel_axis: int = 1,
         out: NDArray[Any] | None = None,
-        activation: Literal["relu"] | None = None,
+        activation: Literal["relu", "relu6"] | None = None,
         residual: Any | None = None,
     ) -> NDArray[Any]:
         """Normalize x by these coefficients; `batchnorm.infer` documents the arguments."""
@@ -220,7 +220,7 @@ class Coefficients:
         *,
         channel_axis: int = 1,
         out: NDArray[Any] | None = None,
-        activation: Literal["relu"] | None = None,
+        activation: Literal["relu", "relu6"] | None = None,
         residual: Any | None = None,
         dresidual: NDArray[Any] | None = None,
     ) -> Gradients:
@@ -271,7 +271,7 @@ class Host:
         threads: int,
         update_weight: float,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Normalize x by its own batch statistics (Algorithm 1): y = activation(γ·x̂ + β + residual), rounded once.
 
@@ -308,7 +308,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Normalize x by frozen statistics (Algorithm 2): y = activation((x − mean)·γ/√(var + ε) + β + residual).
 
@@ -343,7 +343,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the gradients of a training pass, through the batch statistics (section 3): dx, dγ and dβ.
 
@@ -382,7 +382,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 
@@ -435,7 +435,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Normalize x by given moments: y = activation(γ·(x − mean)/√(σ² + ε) + β + residual), with the biased variance.
 
@@ -466,7 +466,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
 
@@ -500,7 +500,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 
@@ -606,7 +606,7 @@ def normalize(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]:
     """Normalize x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
@@ -642,7 +642,7 @@ def train_forward(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]:
     """Normalize x by its own batch statistics, as training does (Algorithm 1): y = γ·x̂ + β.
@@ -765,7 +765,7 @@ def infer(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
 ) -> NDArray[Any]:
     """Normalize x by frozen statistics (Algorithm 2): y = (x − mean)·s + β with s = γ/√(var + ε).
@@ -807,7 +807,7 @@ def infer_backward(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
     dresidual: NDArray[Any] | None = None,
 ) -> Gradients:
