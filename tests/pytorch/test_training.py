@@ -37,22 +37,22 @@ def losses(model, batches, rate):
 
 
 # At a usual rate rounding grows tenfold every step or two (a ReLU flips, and a gradient with it): after ten
-# steps PyTorch in float32 is some percent off PyTorch in float64. So float32 is compared at a small rate.
+# steps PyTorch in float32 is some percent off PyTorch in float64. So float32 is compared at a small rate, and with more values a channel.
 @pytest.mark.parametrize(
-    ("dtype", "rate", "order"),
+    ("dtype", "rate", "size", "order"),
     [
-        (torch.float64, 1e-2, torch.contiguous_format),
-        (torch.float32, 1e-5, torch.contiguous_format),
-        (torch.float32, 1e-5, torch.channels_last),
+        (torch.float64, 1e-2, 32, torch.contiguous_format),
+        (torch.float32, 1e-5, 64, torch.contiguous_format),
+        (torch.float32, 1e-5, 64, torch.channels_last),
     ],
     ids=str,
 )
-def test_resnet_18_follows_pytorch(dtype, rate, order):
+def test_resnet_18_follows_pytorch(dtype, rate, size, order):
     torchvision = pytest.importorskip("torchvision")
     theirs = torchvision.models.resnet18(num_classes=10).to(dtype=dtype, memory_format=order)
     ours = with_our_layers(theirs)
     assert sum(type(module) is bt.BatchNorm2d for module in ours.modules()) == 20
-    batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(20)]
+    batches = [(torch.randn(8, 3, size, size), torch.randint(10, (8,))) for _ in range(20)]
     batches = [(x.to(dtype=dtype, memory_format=order), target) for x, target in batches]
     wanted, got = losses(theirs, batches, rate), losses(ours, batches, rate)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0)

@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "batchnorm.torch needs PyTorch 2.15 or later: pip install 'batchnorm[torch]'"
-    ) from error
+import torch
 
 from batchnorm import _core
 
