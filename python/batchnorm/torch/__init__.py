@@ -10,8 +10,11 @@ from __future__ import annotations
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
-    raise ImportError("batchnorm.torch needs PyTorch: pip install 'batchnorm[torch]'") from error
+    raise ImportError(
+        "batchnorm.torch needs PyTorch 2.15 or later: pip install 'batchnorm[torch]'"
+    ) from error
 
+import batchnorm.torch._host  # noqa: F401  first, since it says so where PyTorch is too old
 from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch._models import freeze, recompute_population
 from batchnorm.torch._replace import replace, restore

@@ -110,10 +110,11 @@ def _have_kernel(
         _is_plain(residual) and residual.dtype is x.dtype and residual.shape == x.shape
     ):
         return False
-    if (running_mean is None) is not (running_var is None):
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    if len(running) == 1 or any(tensor.requires_grad for tensor in running):
         return False
     channels = x.shape[1:2]
-    for tensor in (running_mean, running_var, *parameters):
+    for tensor in (*running, *parameters):
         if tensor is not None and not (
             tensor.dtype is dtype
             and _is_plain(tensor)
@@ -121,7 +122,7 @@ def _have_kernel(
             and tensor.is_contiguous()
         ):
             return False
-    return not (running_mean is not None and (running_mean.requires_grad or running_var.requires_grad))
+    return True
 
 
 def _is_plain(tensor: Tensor) -> bool:

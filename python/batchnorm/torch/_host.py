@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "batchnorm.torch needs PyTorch 2.10 or later: pip install 'batchnorm[torch]'"
-    ) from error
+import torch
 
 from batchnorm import _core
 
 if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(
-        f"batchnorm.torch needs PyTorch 2.10 or later, but {torch.__version__} is installed: "
+        f"batchnorm.torch needs PyTorch 2.15 or later, but {torch.__version__} is installed: "
         "pip install --upgrade 'batchnorm[torch]'"
     )
 

@@ -27,7 +27,7 @@ class Layer(_BatchNorm):
         ValueError: activation is another value.
     """
 
-    __constants__: Final = [*_BatchNorm.__constants__, "activation"]
+    __constants__ = [*_BatchNorm.__constants__, "activation"]  # noqa: RUF012
     activation: str | None
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
@@ -38,7 +38,7 @@ class Layer(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Return PyTorch's text for the layer, and the activation where it has one."""
-        text = str(super().extra_repr())
+        text = str(super().extra_repr())  # type: ignore[no-untyped-call]
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -54,8 +54,8 @@ class Layer(_BatchNorm):
         Raises:
             ValueError, RuntimeError: As PyTorch's layer raises them.
         """
-        if torch.jit.is_scripting():
-            self._check_input_dim(input)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
             return self._scripted(input, residual)
         return self._run(input, residual, self.activation)
 
@@ -81,25 +81,25 @@ class Layer(_BatchNorm):
         )
 
     @torch.jit.unused
-    def _run(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-        traced = isinstance(input, Proxy)
-        if not traced:
-            self._check_input_dim(input)
+    def _run(self, input: Any, residual: Tensor | None, activation: str | None) -> Tensor:
+        tracer = input.tracer if isinstance(input, Proxy) else None
+        if tracer is None:
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training, momentum = self.training, self.momentum
         factor = 0.0 if momentum is None else momentum
         tracked = self.track_running_stats or not training
         if training and tracked:
-            count = self.num_batches_tracked
+            count: Any = self.num_batches_tracked
             if count is not None:
-                if traced:  # recorded, not done
-                    count = input.tracer.create_proxy("call_method", "add_", (count, 1), {})
+                if tracer is not None:  # recorded, not done
+                    count = tracer.create_proxy("call_method", "add_", (count, 1), {})
                 else:
                     count.add_(1)
                 if momentum is None:
                     factor = 1.0 / count.item()
         mean = self.running_mean if tracked else None
         var = self.running_var if tracked else None
-        function = composite if traced else batch_norm
+        function = batch_norm if tracer is None else composite
         return function(
             input,
             mean,

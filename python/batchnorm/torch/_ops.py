@@ -19,7 +19,7 @@ gradient is dy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from torch.library import Library, register_fake
 from batchnorm.torch import _formulas
 from batchnorm.torch._host import HOST
 
+Activation = Literal["relu", "relu6"] | None
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
-LIBRARY: Final = Library("batchnorm", "DEF")
+LIBRARY: Final[Any] = Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, float update_weight, float eps, str? activation) -> (Tensor, Tensor)"
@@ -81,7 +82,7 @@ def _train_cpu(
     running_var: Tensor | None,
     update_weight: float,
     eps: float,
-    activation: str | None,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor]:
     y, moments = _train_fake(x)
     x = _ordered(y, x)
@@ -114,7 +115,7 @@ def _infer_cpu(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    activation: str | None,
+    activation: Activation,
 ) -> Tensor:
     y = _infer_fake(x)
     x = _ordered(y, x)
@@ -174,7 +175,7 @@ def _train_gradients(
     residual: Tensor | None,
     moments: Tensor,
     eps: float,
-    activation: str | None,
+    activation: Activation,
 ) -> Gradients:
     with torch.no_grad():
         y = (
@@ -197,7 +198,7 @@ def _infer_gradients(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    activation: str | None,
+    activation: Activation,
 ) -> Gradients:
     with torch.no_grad():
         y = None if activation is None else INFER(x, weight, bias, residual, mean, var, eps, activation)
@@ -289,17 +290,17 @@ def _gradients_of(
 def train(*args: Any) -> tuple[Tensor, Tensor]:
     """Call the operator train: its autograd kernel, which eager code may call without the dispatcher."""
     if _needs_graph(*args[:4]):
-        return BatchNormTrain.apply(*args)
+        return cast(tuple[Tensor, Tensor], BatchNormTrain.apply(*args))
     with BelowAutograd():
-        return TRAIN(*args)
+        return cast(tuple[Tensor, Tensor], TRAIN(*args))
 
 
 def infer(*args: Any) -> Tensor:
     """Call the operator infer: its autograd kernel, which eager code may call without the dispatcher."""
     if _needs_graph(*args[:4]):
-        return BatchNormInfer.apply(*args)
+        return cast(Tensor, BatchNormInfer.apply(*args))
     with BelowAutograd():
-        return INFER(*args)
+        return cast(Tensor, INFER(*args))
 
 
 def backward(*args: Any) -> Gradients:
@@ -307,7 +308,7 @@ def backward(*args: Any) -> Gradients:
     if _needs_graph(*args[:5]) or torch._C._are_functorch_transforms_active():
         return _train_gradients(*args)
     with BelowAutograd():
-        return BACKWARD(*args)
+        return cast(Gradients, BACKWARD(*args))
 
 
 def infer_backward(*args: Any) -> Gradients:
@@ -315,10 +316,10 @@ def infer_backward(*args: Any) -> Gradients:
     if _needs_graph(*args[:5]) or torch._C._are_functorch_transforms_active():
         return _infer_gradients(*args)
     with BelowAutograd():
-        return INFER_BACKWARD(*args)
+        return cast(Gradients, INFER_BACKWARD(*args))
 
 
-for _name, _cpu, _fake, _autograd in [
+_KERNELS: Final[list[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]] = [
     ("train", _train_cpu, _train_fake, train),
     ("infer", _infer_cpu, _infer_fake, infer),
     ("backward", _gradients_cpu(HOST.backward, _train_gradients), _gradients_fake, backward),
@@ -328,7 +329,8 @@ for _name, _cpu, _fake, _autograd in [
         _gradients_fake,
         infer_backward,
     ),
-]:
+]
+for _name, _cpu, _fake, _autograd in _KERNELS:
     LIBRARY.impl(_name, _cpu, "CPU")
     LIBRARY.impl(_name, _autograd, "Autograd")
     register_fake(f"batchnorm::{_name}", _fake, lib=LIBRARY)
