@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -547,3 +548,25 @@ def test_global_hooks_see_every_part(sequential):
         handle.remove()
     assert len(seen[model]) == 4
     torch.testing.assert_close(seen[model], seen[reference])
+
+
+class Odd(Base):
+    """Constants of many types in a forward, and a view of a list of results."""
+
+    def forward(self, x, y):
+        z = x.to(torch.float64, memory_format=torch.channels_last)
+        z = z[:, [2, 0, 1], ..., 1:].clamp(-float("inf"), 3)
+        z = z + torch.zeros_like(z[:, :1], dtype=torch.float64, device=torch.device("cpu"))
+        first, second = self.relu(self.bn(z)).split([1, 2], dim=1)
+        return {"first": first, "all": torch.cat([second * y[..., :1], first], dim=1)}["all"]
+
+
+def test_odd_arguments_survive_recording_and_pickling():
+    torch.manual_seed(0)
+    model = Odd()
+    reference = copy.deepcopy(model)
+    _, report = bt.replace(model)
+    assert report.fused == {"bn": "relu"}, str(report)
+    x, y = torch.randn(4, 3, 5, 5), torch.randn(4, 1, 5, 4)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(each(x, y), reference.train()(x, y))
