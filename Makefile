@@ -7,6 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH := .venv-torch
 # What a built module depends on.
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name Cargo.toml 2>/dev/null) Cargo.toml Cargo.lock
 # What a released file depends on.
@@ -108,7 +109,7 @@ pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k ora
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 .PHONY: test-all
-test-all: test bench-rust memcheck bench-check docs dist ## All tests, including those that take long or need system packages
+test-all: test bench-rust memcheck bench-check docs dist lint-torch test-torch ## All tests, including those that take long or need system packages
 	$(call step,Testing the long forms)
 	@cargo test -p batchnorm-json --locked --quiet --test fuzz -- --ignored --show-output
 	@$(BIN)/python -m pytest -q -m long --durations=5
@@ -175,6 +176,27 @@ tested-lowest: .venv-lowest/.packages
 	@.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.whl
 	@.venv-lowest/bin/python -m pytest -q -m 'not long' -o filterwarnings=default --disable-warnings
 
+# The package itself is the one that `setup` builds: a path file leads to it.
+$(TORCH)/.packages: tests/requirements-torch.txt tests/constraints.txt tests/constraints-torch.txt | requirements
+	@command -v c++ >/dev/null || { echo "missing: a C++ compiler (c++), which torch.compile needs (on Debian and Ubuntu: the package g++)" >&2; exit 1; }
+	$(call step,Installing PyTorch into $(TORCH): several GB)
+	@$(PYTHON) -m venv $(TORCH)
+	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-torch.txt \
+	  -c tests/constraints.txt -c tests/constraints-torch.txt
+	@printf '%s\n' "$(CURDIR)/python" "$(CURDIR)/service" \
+	  >"$$($(TORCH)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/batchnorm.pth"
+	@touch $@
+
+.PHONY: lint-torch
+lint-torch: setup $(TORCH)/.packages ## Types of batchnorm.torch against PyTorch's own
+	$(call step,Lint: mypy with PyTorch)
+	@$(TORCH)/bin/mypy --cache-dir .mypy_cache/torch $$(find python/batchnorm/torch -name '*.py')
+
+.PHONY: test-torch
+test-torch: setup $(TORCH)/.packages ## Tests that need PyTorch, in .venv-torch (ARGS='-k layers' for some)
+	$(call step,Testing with PyTorch)
+	@$(TORCH)/bin/python -m pytest -q --durations=5 tests/pytorch tests/test_foreign_arrays.py $(ARGS)
+
 .PHONY: memcheck
 memcheck: requirements ## The core's tests of every width under Valgrind (skipped if that is not installed)
 	$(call step,Checking the memory of the Rust core with Valgrind)
@@ -202,6 +224,11 @@ accuracy: setup $(VENV)/.peers ## Print errors against extended precision, ours 
 bench-service: setup ## Time the service and other servers over HTTP (needs wrk; writes bench-output/; ONLY=JSON for a part, ROUNDS=5)
 	@PYTHONPATH=tests $(BIN)/python -m bench_service $(if $(ONLY),--only "$(ONLY)") $(if $(ROUNDS),--rounds "$(ROUNDS)")
 
+.PHONY: bench-network
+bench-network: setup $(TORCH)/.packages ## Time whole networks with PyTorch's layers and with ours (writes bench-output/; ONLY=resnet18, ROUNDS=15)
+	@PYTHONPATH=tests $(TORCH)/bin/python -m bench_network $(if $(ONLY),--only "$(ONLY)") $(if $(ROUNDS),--rounds "$(ROUNDS)") \
+	  $(if $(QUICK),--quick) docs/pytorch.md
+
 .PHONY: clean
 clean: ## Remove what was built
-	rm -rf $(VENV) .venv-kserve .venv-lowest .venv-mlserver .venv-triton target dist demo-output bench-output docs-output
+	rm -rf $(VENV) .venv-kserve .venv-lowest .venv-mlserver $(TORCH) .venv-triton target dist demo-output bench-output docs-output

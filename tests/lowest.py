@@ -21,13 +21,17 @@ HEADER = (
 
 
 def declared() -> list[Requirement]:
-    """What both distributions depend on, extras included, but not on each other."""
+    """What both distributions depend on, extras included, but not on each other, and not PyTorch.
+
+    That is several GB, and its floor is the version of .venv-torch.
+    """
     found = []
     for path in (TESTS.parent / "pyproject.toml", TESTS.parent / "service" / "pyproject.toml"):
         project = tomllib.loads(path.read_text())["project"]
         extras = project.get("optional-dependencies", {}).values()
         found += [Requirement(line) for part in (project["dependencies"], *extras) for line in part]
-    return [requirement for requirement in found if not requirement.name.startswith("batchnorm")]
+    elsewhere = ("batchnorm", "batchnorm-service", "torch")
+    return [requirement for requirement in found if requirement.name not in elsewhere]
 
 
 def tools() -> list[str]:

@@ -1,4 +1,7 @@
-"""The Python code of README, docs and docstrings is run; the files that they name exist."""
+"""The Python code of README, docs and docstrings is run; the files that they name exist.
+
+What needs PyTorch is run by tests/pytorch/test_torch_docs.py.
+"""
 
 import doctest
 import importlib
@@ -12,14 +15,21 @@ import batchnorm
 import batchnorm_service
 
 ROOT = Path(__file__).parent.parent
-# The blocks of service.md want a running service: tests/service/test_service_docs.py runs them.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{i}")
-    for page in PAGES
-    if page.name != "service.md"
-    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
-]
+
+
+def blocks(*, torch):
+    """The blocks that import PyTorch, or those that don't. Those of service.md want a running service."""
+    return [
+        pytest.param(block, id=f"{page.name}-{i}")
+        for page in PAGES
+        if page.name != "service.md"
+        for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+        if bool(re.search(r"^(import|from) (batchnorm\.)?torch", block, re.M)) == torch
+    ]
+
+
+BLOCKS = blocks(torch=False)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -41,7 +51,7 @@ def test_pages_have_code_and_name_only_files_that_exist():
 def modules():
     for package in (batchnorm, batchnorm_service):
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not info.name.endswith("__main__"):
+            if not info.name.endswith("__main__") and not info.name.startswith("batchnorm.torch"):
                 yield info.name
 
 

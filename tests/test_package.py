@@ -46,6 +46,19 @@ def test_import_loads_numpy_alone():
     assert installed <= {"batchnorm", "numpy"}
 
 
+def test_without_pytorch_its_package_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; import batchnorm.torch"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    wanted = "ImportError: batchnorm.torch needs PyTorch: pip install 'batchnorm[torch]'"
+    assert done.stderr.splitlines()[-1] == wanted
+
+
+def test_the_version_of_pytorch_that_is_tested_is_the_declared_one():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = {r.name: r for r in map(Requirement, lowest.lines("constraints-torch.txt"))}["torch"]
+    assert extras["torch"] == [str(pinned).replace("==", ">=").removesuffix(".0")]
+
+
 def test_the_lowest_versions_that_are_tested_are_the_declared_ones():
     tested = {lowest.normal(r.name): r for r in map(Requirement, lowest.lines("constraints-lowest.txt"))}
     for declared in lowest.declared():

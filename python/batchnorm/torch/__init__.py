@@ -6,6 +6,11 @@ constructors, same state, same refusals. They can add a residual and apply an ac
 
 from __future__ import annotations
 
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("batchnorm.torch needs PyTorch: pip install 'batchnorm[torch]'") from error
+
 from batchnorm.torch._layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.torch._models import freeze, recompute_population
 from batchnorm.torch._replace import replace, restore

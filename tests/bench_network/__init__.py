@@ -1,0 +1,1 @@
+"""Times whole networks with PyTorch's batch norm layers and with ours; `make bench-network`."""
