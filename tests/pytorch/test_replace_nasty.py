@@ -570,3 +570,34 @@ def test_odd_arguments_survive_recording_and_pickling():
     x, y = torch.randn(4, 3, 5, 5), torch.randn(4, 1, 5, 4)
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(each(x, y), reference.train()(x, y))
+
+
+def test_of_two_layers_that_are_added_one_makes_the_addition():
+    class Both(Base):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x):
+            return self.relu(self.bn(x) + self.other(x))
+
+    torch.manual_seed(0)
+    model = Both()
+    reference = copy.deepcopy(model)
+    _, report = bt.replace(model)
+    assert report.fused == {"other.1": "residual, relu"}
+    assert report["bn"].reason == "the layer that it is added to makes the addition"
+    assert_same(model, reference, torch.randn(4, 3, 5, 5))
+
+
+def test_a_layer_that_becomes_synchronized_is_called_by_its_own_forward():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    reference = copy.deepcopy(model)
+    bt.replace(model)
+    calls = []
+    for each in (model, reference):
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(each)
+        assert type(converted[0]) is nn.SyncBatchNorm
+        converted[0].forward = lambda x: calls.append(x) or x
+        converted(torch.ones(2, 3, 1, 1))
+    assert len(calls) == 2
