@@ -322,14 +322,17 @@ def test_of_two_layers_that_are_added_one_makes_the_addition():
     assert_same(model, reference, torch.randn(4, 3, 5, 5))
 
 
-def test_a_layer_that_becomes_synchronized_is_called_by_its_own_forward():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+@pytest.mark.parametrize("cls", [nn.SyncBatchNorm, bt.SyncBatchNorm])
+def test_synchronized_layers_take_the_place_of_fused_ones(cls):
+    """They are called by their own forward; without processes ours computes what the others did."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
     reference = copy.deepcopy(model)
     bt.replace(model)
-    calls = []
-    for each in (model, reference):
-        converted = nn.SyncBatchNorm.convert_sync_batchnorm(each)
-        assert type(converted[0]) is nn.SyncBatchNorm
-        converted[0].forward = lambda x: calls.append(x) or x
-        converted(torch.ones(2, 3, 1, 1))
-    assert len(calls) == 2
+    model = cls.convert_sync_batchnorm(model)
+    assert type(model[1]) is cls
+    assert getattr(model[1], "activation", None) is None
+    x = torch.randn(4, 3, 5, 5)
+    if cls is bt.SyncBatchNorm:
+        assert_same(model, reference, x)
+    torch.testing.assert_close(model.eval()(x), reference.eval()(x))
