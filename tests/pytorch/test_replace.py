@@ -11,23 +11,12 @@ from collections import Counter
 import pytest
 import torch
 import torchvision
-from test_replace_nasty import assert_same
+from replace_cases import assert_same, one_thread_in_float64  # noqa: F401
 from torch import nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import batchnorm.torch as bt
-
-
-@pytest.fixture(autouse=True)
-def one_thread_in_float64():
-    """Tensors are tiny, so threads would only wait; and in float64 a network does not magnify roundings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)
 
 
 class Small(nn.Module):

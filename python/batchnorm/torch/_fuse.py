@@ -255,6 +255,8 @@ def _activation(module: nn.Module, node: fx.Node, x: fx.Node) -> str | None:
 
 def _addition(node: fx.Node, x: fx.Node) -> bool:
     """Return whether the node adds a tensor to x in place, or raise Refused if it is no addition to x."""
+    if node.target is _fused.run:
+        raise Refused("the layer that it is added to makes the addition")
     kinds: Any = {"call_function": _ADDITIONS, "call_method": _ADD_METHODS}.get(node.op, {})
     if node.target not in kinds:
         raise Refused(NOTHING_FOLLOWS)
