@@ -42,6 +42,9 @@ use std::ops::Range;
 
 /// Bytes per channel that sums and the coefficients made of them take at most while a gradient is computed from them.
 const ROOM: usize = 128;
+/// Bytes of dx up to which the gradient that passes an activation is kept there between the two passes over the tensor.
+/// A larger one would come back from memory, which takes longer than to compute it twice.
+const CACHED: usize = 4 << 20;
 
 /// Where a backward pass reads dy: from memory of its own, or from an output that is written over it.
 #[derive(Clone, Copy)]
@@ -173,12 +176,32 @@ pub fn backward<T: Element>(
     let count = repeat_n(layout.count() as f64, layout.channels());
     back(dy, pass, count, dresidual, dx, |dy, pass, dx| match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => fused(dy, &pass, planar, dx),
+        _ if pass.has_activation() && dx.bytes() <= CACHED => in_place(dy, pass, dx, |pass, sums, dx| {
+            apply(Input::InPlace, pass, sums, dx)
+        }),
         _ => {
             let sums = gradient_sums(dy.view(dx), pass)?;
             apply(dy, &pass, &sums, dx)?;
             Ok(sums)
         }
     })
+}
+
+/// The sums of a pass that ended in an activation, and dx made from them by `rest`: the gradient that passes the activation
+/// is written to dx first, and replaced there.
+fn in_place<T: Element>(
+    dy: Input<'_, T>,
+    pass: ForwardPass<'_, T>,
+    dx: &mut ViewMut<'_, T>,
+    rest: impl FnOnce(&ForwardPass<'_, T>, &GradientSums, &mut ViewMut<'_, T>) -> Result<(), Error>,
+) -> Result<GradientSums, Error> {
+    let room = Room::new(ROOM * pass.layout().channels())?;
+    pass.through(dy, dx)?;
+    room.free();
+    let pass = pass.without_epilogue();
+    let sums = gradient_sums(dx.as_view(), pass)?;
+    rest(&pass, &sums, dx)?;
+    Ok(sums)
 }
 
 fn fused<T: Element>(
@@ -236,12 +259,9 @@ pub fn infer_backward<T: Element>(
     pass.coefficients.check_range::<T>()?;
     let count = repeat_n(pass.layout().count() as f64, pass.layout().channels());
     let scale_only = pass.coefficients.scale_only()?;
-    back(dy, pass, count, dresidual, dx, |mut dy, mut pass, dx| {
+    back(dy, pass, count, dresidual, dx, |dy, pass, dx| {
         if pass.has_activation() {
-            let room = Room::new(ROOM * pass.layout().channels())?;
-            pass.through(dy, dx)?;
-            room.free();
-            (dy, pass) = (Input::InPlace, pass.without_epilogue());
+            return in_place(dy, pass, dx, |_, _, dx| infer(Input::InPlace, &scale_only, Epilogue::default(), dx));
         }
         let sums = gradient_sums(dy.view(dx), pass)?;
         infer(dy, &scale_only, Epilogue::default(), dx)?;

@@ -118,6 +118,11 @@ impl<'a, T: Element> ViewMut<'a, T> {
         self.layout
     }
 
+    /// Bytes of memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.len() * size_of::<T>()
+    }
+
     /// A view that reads this tensor; the tensor cannot be written while the view exists.
     pub fn as_view(&self) -> View<'_, T> {
         View { data: self.data, layout: self.layout, memory: PhantomData }
