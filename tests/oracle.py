@@ -79,8 +79,10 @@ def infer(x, mean, var, gamma=1.0, beta=0.0, eps=1e-5, channel_axis=1, activatio
         y = centred * s + beta.astype(wide)
         if residual is not None:
             y = y + residual.astype(wide)
-        if activation == "relu":
+        if activation is not None:
             y = np.where(y <= 0, wide.type(0), y)
+        if activation == "relu6":
+            y = np.where(y > 6, wide.type(6), y)
         return y.astype(x.dtype)
 
 
@@ -106,7 +108,7 @@ def followed(f, activation=None, residual=None):
     """`f` with a residual and an activation after it; S counts |residual|."""
     residual = long(0.0 if residual is None else residual)
     v = f.y + residual
-    y = np.maximum(v, 0) if activation == "relu" else v
+    y = {None: v, "relu": np.maximum(v, 0), "relu6": np.clip(v, 0, 6)}[activation]
     return SimpleNamespace(
         **vars(f) | {"y": y, "size": np.maximum(np.maximum(size(f), abs(residual)), abs(y))}
     )

@@ -18,18 +18,23 @@ from cases import Layout, bits, strides
 
 TRAINABLE = tuple(f for f in cases.LAYOUTS if np.prod(f.shape) >= 2 * f.channels)
 FEW = (*TRAINABLE[::6], Layout((3, 20, 33)), Layout((9, 18, 7, 7)), Layout((600, 33)), Layout((2, 3, 4100)))
-FOLLOWS = [(None, True), ("relu", False), ("relu", True)]  # activation, whether there is a residual
+# activation, whether there is a residual
+FOLLOWS = [(None, True), ("relu", False), ("relu", True), ("relu6", False), ("relu6", True)]
+
+each_activation = pytest.mark.parametrize("activation", ["relu", "relu6"])
 
 
 def setting(rng, layout, dtype):
     parameters = cases.parameters(rng, layout.channels)
     x = layout.normal(rng, dtype, parameters[0], np.sqrt(parameters[1]))
-    return x, layout.normal(rng, dtype), layout.normal(rng, dtype, 0, 2), layout.channel_axis, parameters
+    residual, dy = layout.normal(rng, dtype, 1, 4), layout.normal(rng, dtype, 0, 2)
+    return x, residual, dy, layout.channel_axis, parameters
 
 
-def relu_backward(dy, y):
-    """What passes an activation: dy where y > 0."""
-    return np.where(np.asarray(y, np.float64) > 0, dy, np.zeros((), dy.dtype))
+def passing(dy, y, activation):
+    """What passes an activation: dy where y > 0, and for ReLU6 y < 6."""
+    y = np.asarray(y, np.float64)
+    return np.where((y > 0) & ((y < 6) | (activation == "relu")), dy, np.zeros((), dy.dtype))
 
 
 @pytest.mark.parametrize(("activation", "with_residual"), FOLLOWS)
@@ -54,7 +59,7 @@ def test_every_bit_pattern(layout, dtype, seed):
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 256, (2, *layout.shape, dtype.itemsize), np.uint8).view(dtype)[..., 0]
     x, residual = (layout.lay(values) for values in patterns)
-    for activation in (None, "relu"):
+    for activation in (None, "relu", "relu6"):
         wanted = oracle.infer(
             x, 0.0, 1.0, 1.0, 0.0, channel_axis=layout.channel_axis, activation=activation, residual=residual
         )
@@ -62,11 +67,12 @@ def test_every_bit_pattern(layout, dtype, seed):
         assert bits(y) == bits(wanted)
 
 
-def test_relu_of_zeros_and_what_is_not_finite(dtype):
+@each_activation
+def test_zeros_and_what_is_not_finite(dtype, activation):
     x = np.array([[-0.0, 0.0, np.nan, -np.inf, np.inf, -1, 1]] * 9, dtype)
-    follows = {"beta": -0.0, "eps": 0.0, "activation": "relu"}  # a β of -0 leaves -0 as it is
+    follows = {"beta": -0.0, "eps": 0.0, "activation": activation}  # a β of -0 leaves -0 as it is
     y = bn.infer(x, np.zeros(7), np.ones(7), **follows).astype(np.float64)
-    np.testing.assert_array_equal(y[8], [0, 0, np.nan, 0, np.inf, 0, 1])
+    np.testing.assert_array_equal(y[8], [0, 0, np.nan, 0, np.inf if activation == "relu" else 6, 0, 1])
     assert not np.signbit(y[:, :2]).any()
     transposed = bn.infer(x.T.copy(), 0.0, 1.0, channel_axis=0, **follows).T.astype(np.float64)
     np.testing.assert_array_equal(transposed, y)
@@ -89,7 +95,7 @@ def test_a_residual_of_another_memory_order_is_copied(rng, dtype):
         assert bits(bn.infer(x, *p, activation="relu", residual=residual)) == bits(wanted)
         y, cache = bn.train_forward(x, activation="relu", residual=residual)
         buffer = np.empty_like(x)
-        assert bits(bn.backward(x, cache, dresidual=buffer).dresidual) == bits(relu_backward(x, y))
+        assert bits(bn.backward(x, cache, dresidual=buffer).dresidual) == bits(passing(x, y, "relu"))
 
 
 @pytest.mark.parametrize(("activation", "with_residual"), FOLLOWS)
@@ -118,15 +124,16 @@ def assert_gradients(got, wanted):
         assert bits(a) == bits(b), name
 
 
+@each_activation
 @pytest.mark.parametrize("with_residual", [True, False])
 @pytest.mark.parametrize("layout", FEW, ids=str)
-def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
-    """Gradients have the bits of the plain backward pass of dy·(y > 0)."""
+def test_gradients_are_those_of_what_passes(rng, layout, dtype, activation, with_residual):
+    """Gradients have the bits of the plain backward pass of what passes the activation."""
     x, residual, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
     residual = residual if with_residual else None
-    y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis, activation="relu", residual=residual)
+    y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis, activation=activation, residual=residual)
     plain = bn.train_forward(x, gamma, beta, channel_axis=axis)[1]
-    through = relu_backward(dy, y)
+    through = passing(dy, y, activation)
     wanted = bn.backward(through, plain)
     got = bn.backward(dy, cache)
     assert got.dresidual is None
@@ -138,9 +145,9 @@ def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
     assert bn.backward(over, cache, out=over).dx is over
     assert bits(over) == bits(wanted.dx)
 
-    follows = {"activation": "relu", "residual": residual}
+    follows = {"activation": activation, "residual": residual}
     y = bn.infer(x, mean, var, gamma, beta, channel_axis=axis, **follows)
-    frozen = bn.infer_backward(relu_backward(dy, y), x, mean, var, gamma, channel_axis=axis)
+    frozen = bn.infer_backward(passing(dy, y, activation), x, mean, var, gamma, channel_axis=axis)
     arguments = x, mean, var, gamma
     assert_gradients(bn.infer_backward(dy, *arguments, beta=beta, channel_axis=axis, **follows), frozen)
     over = dy.copy(order="K")
@@ -151,12 +158,13 @@ def test_gradients_are_those_of_what_passes(rng, layout, dtype, with_residual):
     assert_gradients(held.backward(dy, x, channel_axis=axis, **follows), frozen)
 
 
+@each_activation
 @pytest.mark.parametrize("layout", FEW, ids=str)
-def test_the_gradient_of_the_residual(rng, layout, dtype):
+def test_the_gradient_of_the_residual(rng, layout, dtype, activation):
     x, residual, dy, axis, (mean, var, gamma, beta) = setting(rng, layout, dtype)
-    follows = {"activation": "relu", "residual": residual}
+    follows = {"activation": activation, "residual": residual}
     y, cache = bn.train_forward(x, gamma, beta, channel_axis=axis, **follows)
-    wanted, through = bn.backward(dy, cache), relu_backward(dy, y)
+    wanted, through = bn.backward(dy, cache), passing(dy, y, activation)
     for out in (None, np.empty_like(x), "over dy"):
         for over_dy in (False, True):
             if over_dy and isinstance(out, str):
@@ -179,7 +187,7 @@ def test_the_gradient_of_the_residual(rng, layout, dtype):
         dy, x, mean, var, gamma, beta=beta, channel_axis=axis, dresidual=buffer, **follows
     )
     assert got.dresidual is buffer
-    assert bits(buffer) == bits(relu_backward(dy, y))
+    assert bits(buffer) == bits(passing(dy, y, activation))
 
 
 def test_without_an_activation_the_gradient_of_the_residual_is_dy(rng, dtype):
@@ -211,10 +219,28 @@ def test_a_value_that_rounds_to_zero_passes_nothing():
         assert (dx[:, 0] > 0).tolist() == [False, True, True, True]
 
 
+def test_a_value_that_rounds_to_six_passes_nothing():
+    """The gradient passes where the rounded y < 6, and ReLU6 is not rounded on the way there."""
+    for dtype in cases.DTYPES:
+        step = {"float64": 2.0**-50, "float32": 2.0**-21, "float16": 2.0**-8, "bfloat16": 2.0**-5}[dtype.name]
+        x = np.array([[6 - 2 * step], [6 - step], [6], [6 + 2 * step], [1e4]], np.float64).astype(dtype)
+        for part, below in ((0, 2), (0.25, 2), (0.5, 1), (0.75, 1)):
+            if part and dtype == np.float64:
+                continue  # there is nothing between neighbours
+            arguments = x, 0.0, 1.0, 1.0
+            follows = {"beta": part * step, "eps": 0.0, "activation": "relu6"}
+            y = bn.infer(*arguments, **follows)
+            assert bits(y) == bits(oracle.infer(*arguments, **follows))
+            assert (y < 6).sum() == below
+            dx = bn.infer_backward(np.ones_like(x), *arguments, **follows).dx
+            assert bits(dx) == bits((y < 6).astype(dtype))
+
+
+@each_activation
 @pytest.mark.parametrize(
     "layout", [Layout((7, 3)), Layout((2, 3, 2, 4), channel_axis=-1), Layout((2, 3, 40))], ids=str
 )
-def test_finite_differences(rng, layout):
+def test_finite_differences(rng, layout, activation):
     x, residual, _, axis, (mean, var, gamma, beta) = setting(rng, layout, np.dtype(np.float64))
     w = layout.normal(rng, np.dtype(np.float64))
 
@@ -232,11 +258,13 @@ def test_finite_differences(rng, layout):
 
     def train(x=x, gamma=gamma, beta=beta, residual=residual):
         return bn.train_forward(
-            x, gamma, beta, eps=0.1, channel_axis=axis, activation="relu", residual=residual
+            x, gamma, beta, eps=0.1, channel_axis=axis, activation=activation, residual=residual
         )
 
     def infer(x=x, gamma=gamma, beta=beta, residual=residual):
-        return bn.infer(x, mean, var, gamma, beta, channel_axis=axis, activation="relu", residual=residual)
+        return bn.infer(
+            x, mean, var, gamma, beta, channel_axis=axis, activation=activation, residual=residual
+        )
 
     y, cache = train()
     buffer = np.empty_like(x)
@@ -250,12 +278,13 @@ def test_finite_differences(rng, layout):
         gamma,
         beta=beta,
         channel_axis=axis,
-        activation="relu",
+        activation=activation,
         residual=residual,
         dresidual=np.empty_like(x),
     )
     assert (y == 0).any()
     assert (y > 0).any()
+    assert (y == 6).any() == (activation == "relu6")
     for got, run in ((trained, lambda **p: train(**p)[0]), (frozen, infer)):
         for gradient, name, values in (
             (got.dx, "x", x),
@@ -279,20 +308,23 @@ def test_micro_batches_merge_to_the_whole(rng):
     np.testing.assert_allclose(sums.dgamma, whole.dgamma, rtol=1e-13)
 
 
+@each_activation
 @pytest.mark.parametrize("training", [True, False])
-def test_the_layer(rng, training):
-    x, residual, dy = rng.standard_normal((3, 16, 3, 5)).astype(np.float32)
+def test_the_layer(rng, training, activation):
+    x, residual, dy = (3 * rng.standard_normal((3, 16, 3, 5))).astype(np.float32)
     layer, plain = bn.BatchNorm(3), bn.BatchNorm(3)
     for each in (layer, plain):
         each.gamma, each.beta = [1, 2, -1], [0.5, 0, -0.5]
         each(x)
         each.training = training
-    y = layer(x, activation="relu", residual=residual)
-    np.testing.assert_allclose(y, np.maximum(plain(x) + residual, 0), atol=1e-6)
+    y = layer(x, activation=activation, residual=residual)
+    np.testing.assert_allclose(
+        y, np.clip(plain(x) + residual, 0, 6 if activation == "relu6" else None), atol=1e-6
+    )
     assert layer.freeze().fingerprint == plain.freeze().fingerprint
     buffer = np.empty_like(x)
     dx = layer.backward(dy, dresidual=buffer)
-    assert bits(buffer) == bits(relu_backward(dy, y))
+    assert bits(buffer) == bits(passing(dy, y, activation))
     assert bits(plain.backward(buffer)) == bits(dx)
     assert bits(plain.grad_gamma) == bits(layer.grad_gamma)
     assert bits(plain.grad_beta) == bits(layer.grad_beta)
@@ -312,9 +344,9 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_refused(call):
-    with pytest.raises(ValueError, match=r'^activation is "gelu"; wanted None or "relu"$'):
+    with pytest.raises(ValueError, match=r'^activation is "gelu"; wanted None, "relu" or "relu6"$'):
         call(activation="gelu")
-    with pytest.raises(TypeError, match=r'^activation is .*int; wanted None or "relu"$'):
+    with pytest.raises(TypeError, match=r'^activation is .*int; wanted None, "relu" or "relu6"$'):
         call(activation=1)
     with pytest.raises(ValueError, match=r"^residual has shape .*; wanted that of x"):
         call(residual=X[:3])

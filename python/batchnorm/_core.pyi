@@ -207,7 +207,7 @@ class Coefficients:
         *,
         channel_axis: int = 1,
         out: NDArray[Any] | None = None,
-        activation: Literal["relu"] | None = None,
+        activation: Literal["relu", "relu6"] | None = None,
         residual: Any | None = None,
     ) -> NDArray[Any]:
         """Normalize x by these coefficients; `batchnorm.infer` documents the arguments."""
@@ -218,7 +218,7 @@ class Coefficients:
         *,
         channel_axis: int = 1,
         out: NDArray[Any] | None = None,
-        activation: Literal["relu"] | None = None,
+        activation: Literal["relu", "relu6"] | None = None,
         residual: Any | None = None,
         dresidual: NDArray[Any] | None = None,
     ) -> Gradients:
@@ -269,7 +269,7 @@ class Host:
         threads: int,
         update_weight: float,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Normalize x by its own batch statistics (Algorithm 1): y = activation(γ·x̂ + β + residual), rounded once.
 
@@ -306,7 +306,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Normalize x by frozen statistics (Algorithm 2): y = activation((x − mean)·γ/√(var + ε) + β + residual).
 
@@ -341,7 +341,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the gradients of a training pass, through the batch statistics (section 3): dx, dγ and dβ.
 
@@ -380,7 +380,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 
@@ -433,7 +433,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Normalize x by given moments: y = activation(γ·(x − mean)/√(σ² + ε) + β + residual), with the biased variance.
 
@@ -464,7 +464,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the sums of a backward pass: dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
 
@@ -498,7 +498,7 @@ class Host:
         *,
         threads: int,
         eps: float,
-        activation: Literal["relu"] | None,
+        activation: Literal["relu", "relu6"] | None,
     ) -> None:
         """Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 
@@ -604,7 +604,7 @@ def normalize(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]:
     """Normalize x by given moments: y = γ·(x − mean)/√(var + ε) + β, with the biased variance (Algorithm 1).
@@ -640,7 +640,7 @@ def train_forward(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
 ) -> tuple[NDArray[Any], Cache]:
     """Normalize x by its own batch statistics, as training does (Algorithm 1): y = γ·x̂ + β.
@@ -763,7 +763,7 @@ def infer(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
 ) -> NDArray[Any]:
     """Normalize x by frozen statistics (Algorithm 2): y = (x − mean)·s + β with s = γ/√(var + ε).
@@ -805,7 +805,7 @@ def infer_backward(
     eps: float = 1e-5,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-    activation: Literal["relu"] | None = None,
+    activation: Literal["relu", "relu6"] | None = None,
     residual: Any | None = None,
     dresidual: NDArray[Any] | None = None,
 ) -> Gradients:

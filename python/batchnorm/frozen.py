@@ -44,7 +44,7 @@ class FrozenCache:
     coefficients: Coefficients
     x: NDArray[Any]
     channel_axis: int
-    activation: Literal["relu"] | None = None
+    activation: Literal["relu", "relu6"] | None = None
     residual: Any | None = None
 
     def backward(
@@ -286,13 +286,13 @@ class FrozenBatchNorm:
         return self._coefficients.infer(self._tensor(x), channel_axis=self.channel_axis, out=out)
 
     def _forward(
-        self, x: Any, activation: Literal["relu"] | None = None, residual: Any | None = None
+        self, x: Any, activation: Literal["relu", "relu6"] | None = None, residual: Any | None = None
     ) -> tuple[NDArray[Any], FrozenCache]:
         """Normalize x and return a cache for the backward pass, as a trainable layer does in eval mode.
 
         Args:
             x: Tensor, as `__call__` takes it.
-            activation: None or "relu", applied last.
+            activation: None, "relu" or "relu6", applied last.
             residual: Array of x's shape and dtype that is added before the activation.
 
         Returns:

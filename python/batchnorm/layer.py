@@ -150,7 +150,7 @@ class BatchNorm:
         return self
 
     def __call__(
-        self, x: Any, activation: Literal["relu"] | None = None, residual: Any | None = None
+        self, x: Any, activation: Literal["relu", "relu6"] | None = None, residual: Any | None = None
     ) -> NDArray[Any]:
         """Normalize a batch: y = activation(γ·x̂ + β + residual), rounded once.
 
@@ -160,7 +160,7 @@ class BatchNorm:
         Args:
             x: Array of rank 2 or more with `channels` entries on `channel_axis`; float16, bfloat16 or
                 float32 for a float32 layer, float64 for a float64 layer.
-            activation: None or "relu".
+            activation: None, "relu" or "relu6".
             residual: Array of x's shape and dtype that is added before the activation.
 
         Returns:

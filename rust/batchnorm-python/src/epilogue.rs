@@ -50,13 +50,13 @@ impl<'py> Epilogue<'py> {
 
 /// The activation that the argument of that name gives.
 pub(crate) fn activation_of(value: &Bound<'_, PyAny>) -> PyResult<Activation> {
+    const WANTED: &str = "wanted None, \"relu\" or \"relu6\"";
     let Ok(name) = value.cast::<PyString>() else {
-        return Err(PyTypeError::new_err(format!("activation is {}; wanted None or \"relu\"", type_name(value))));
+        return Err(PyTypeError::new_err(format!("activation is {}; {WANTED}", type_name(value))));
     };
-    match name.to_str()? {
-        "relu" => Ok(Activation::Relu),
-        other => Err(PyValueError::new_err(format!("activation is {other:?}; wanted None or \"relu\""))),
-    }
+    let name = name.to_str()?;
+    let found = Activation::ALL.into_iter().find(|activation| activation.name() == name);
+    found.ok_or_else(|| PyValueError::new_err(format!("activation is {name:?}; {WANTED}")))
 }
 
 /// The input of a pass: a view of x, or no view if the pass works in place and the output is the memory of x.

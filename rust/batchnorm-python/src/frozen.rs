@@ -26,7 +26,7 @@ use pyo3::prelude::*;
 ///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
 ///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
-///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+///     activation: None, "relu" or "relu6", applied last: max(·, 0), or min(max(·, 0), 6); NaN stays NaN.
 ///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 ///
 /// Returns:
@@ -59,8 +59,8 @@ pub(crate) fn infer<'py>(
 
 /// Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 ///
-/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
-/// else 0. `beta` and `residual` are needed for nothing else.
+/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0
+/// (and y < 6 for relu6), else 0. `beta` and `residual` are needed for nothing else.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -72,7 +72,7 @@ pub(crate) fn infer<'py>(
 ///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
 ///     out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
-///     activation: The activation of the forward pass: None or "relu".
+///     activation: The activation of the forward pass: None, "relu" or "relu6".
 ///     residual: The residual of the forward pass, or None.
 ///     dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
 ///         the activation; dy itself, or memory that no input shares. Only with residual.

@@ -163,7 +163,7 @@ impl Host {
     ///     threads: Number of threads that the host works with.
     ///     update_weight: w, the weight of the new value in the running statistics.
     ///     eps: ε, finite and more than 0.
-    ///     activation: None or "relu".
+    ///     activation: None, "relu" or "relu6".
     ///
     /// Raises:
     ///     ValueError: A shape, memory order or value is not as described.
@@ -218,7 +218,7 @@ impl Host {
     ///     y: Tensor to write y to.
     ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite, 0 or more; 0 only if every var is more than 0.
-    ///     activation: None or "relu".
+    ///     activation: None, "relu" or "relu6".
     ///
     /// Raises:
     ///     ValueError: A shape, memory order or value is not as described.
@@ -399,7 +399,7 @@ impl Host {
     ///     y: Tensor to write y to.
     ///     threads: Number of threads that the host works with.
     ///     eps: ε, finite and more than 0.
-    ///     activation: None or "relu".
+    ///     activation: None, "relu" or "relu6".
     ///
     /// Raises:
     ///     ValueError: A shape, memory order or value is not as described.

@@ -50,7 +50,7 @@ pub(crate) fn moments(py: Python<'_>, x: &Bound<'_, PyAny>, channel_axis: isize)
 ///     eps: ε, finite and more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
 ///     out: Array of x's shape, dtype and memory order to write y to; it must not share memory with x or residual.
-///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+///     activation: None, "relu" or "relu6", applied last: max(·, 0), or min(max(·, 0), 6); NaN stays NaN.
 ///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 ///
 /// Returns:
@@ -101,7 +101,7 @@ pub(crate) fn normalize<'py>(
 ///     eps: ε, finite and more than 0.
 ///     channel_axis: The axis of the channels; negative counts from the end.
 ///     out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
-///     activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+///     activation: None, "relu" or "relu6", applied last: max(·, 0), or min(max(·, 0), 6); NaN stays NaN.
 ///     residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 ///
 /// Returns:
@@ -141,8 +141,8 @@ pub(crate) fn train_forward<'py>(
 
 /// Compute the sums of a backward pass, dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
 ///
-/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
-/// else 0.
+/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0
+/// (and y < 6 for relu6), else 0.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -174,8 +174,8 @@ pub(crate) fn gradient_sums(
 
 /// Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 ///
-/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
-/// else 0.
+/// If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0
+/// (and y < 6 for relu6), else 0.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -218,8 +218,8 @@ pub(crate) fn gradient_apply<'py>(
 ///
 /// The result has exactly the bits of `gradient_sums` followed by `gradient_apply`.
 ///
-/// If the forward pass ended in an activation, dy passes where the rounded y > 0. That is computed again from x and
-/// residual, which must not have changed since; y is not needed.
+/// If the forward pass ended in an activation, dy passes where the rounded y > 0 (and y < 6 for relu6). That is computed
+/// again from x and residual, which must not have changed since; y is not needed.
 ///
 /// Args:
 ///     dy: ∂ℓ/∂y, of the shape and dtype of x.

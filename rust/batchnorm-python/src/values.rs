@@ -247,10 +247,10 @@ impl Cache {
         self.residual.as_ref().map(|residual| residual.bind(py).clone())
     }
 
-    /// The name of the forward pass's activation, "relu"; None if it had none.
+    /// The name of the forward pass's activation, "relu" or "relu6"; None if it had none.
     #[getter]
     fn activation(&self) -> Option<&'static str> {
-        self.activation.map(|Activation::Relu| "relu")
+        self.activation.map(Activation::name)
     }
 
     /// The moments by which x was normalized.

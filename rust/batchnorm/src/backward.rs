@@ -19,8 +19,8 @@
 //!
 //! With frozen statistics only the first term is left: dxᵢ = γ/√(σ²+ε)·dyᵢ. Sums and dx are computed in float64.
 //!
-//! Where an activation followed, dy above stands for the gradient that passes it: dy where y > 0, else 0, which is also the
-//! gradient of the residual. Each part of it is computed into the memory where it is used next, while that is in cache.
+//! Where an activation followed, dy above stands for the gradient that passes it: dy where y > 0 (and y < 6 for ReLU6), else 0,
+//! which is also the gradient of the residual. Each part of it is computed into the memory where it is used next, while that is in cache.
 
 use crate::coefficients::Coefficients;
 use crate::element::Element;

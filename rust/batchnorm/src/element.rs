@@ -60,6 +60,8 @@ pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + '
     const SPLIT_MEAN: bool;
     /// The largest `Wide` that rounds to 0 in this type: half its least positive number, since ties go to even.
     const ROUNDS_TO_ZERO: Self::Wide;
+    /// The least `Wide` that rounds to 6 in this type: halfway to the number before it, since ties go to even.
+    const ROUNDS_TO_SIX: Self::Wide;
 
     /// Converts to the precision in which x is normalized, exactly.
     fn widen(self) -> Self::Wide;
@@ -82,6 +84,7 @@ pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + '
 impl Element for f64 {
     const SPLIT_MEAN: bool = false;
     const ROUNDS_TO_ZERO: Self::Wide = 0.0;
+    const ROUNDS_TO_SIX: Self::Wide = 6.0;
     #[inline(always)]
     fn widen(self) -> f64 {
         self
@@ -95,6 +98,7 @@ impl Element for f64 {
 impl Element for f32 {
     const SPLIT_MEAN: bool = false;
     const ROUNDS_TO_ZERO: Self::Wide = f64::from_bits((1023 - 150) << 52); // 2^-150
+    const ROUNDS_TO_SIX: Self::Wide = 6.0 - 1.0 / (1u64 << 22) as f64;
     #[inline(always)]
     fn widen(self) -> f64 {
         self.into()
@@ -108,6 +112,7 @@ impl Element for f32 {
 impl Element for f16 {
     const SPLIT_MEAN: bool = true;
     const ROUNDS_TO_ZERO: Self::Wide = f32::from_bits((127 - 25) << 23); // 2^-25
+    const ROUNDS_TO_SIX: Self::Wide = 6.0 - 1.0 / (1u64 << 9) as f32;
     #[inline(always)]
     fn widen(self) -> f32 {
         self.to_f32()
@@ -121,6 +126,7 @@ impl Element for f16 {
 impl Element for bf16 {
     const SPLIT_MEAN: bool = true;
     const ROUNDS_TO_ZERO: Self::Wide = f32::from_bits(1 << 15); // 2^-134, subnormal
+    const ROUNDS_TO_SIX: Self::Wide = 6.0 - 1.0 / (1u64 << 6) as f32;
     #[inline(always)]
     fn widen(self) -> f32 {
         self.to_f32()

@@ -11,6 +11,21 @@ use crate::view::View;
 pub enum Activation {
     /// max(v, 0); NaN stays NaN and −0 becomes 0. Its backward is dy where y > 0, else 0.
     Relu,
+    /// min(max(v, 0), 6); NaN stays NaN and −0 becomes 0. Its backward is dy where 0 < y < 6, else 0.
+    Relu6,
+}
+
+impl Activation {
+    /// All activations.
+    pub const ALL: [Self; 2] = [Self::Relu, Self::Relu6];
+
+    /// Its name: "relu" or "relu6".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::Relu6 => "relu6",
+        }
+    }
 }
 
 /// What follows normalization in the same pass: y = activation(v + residual), where v = γx̂ + β.

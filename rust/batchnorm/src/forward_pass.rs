@@ -6,7 +6,7 @@ use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::input::Input;
-use crate::kernels::{NormalizeRows, NormalizeRuns, ReluBackward};
+use crate::kernels::{ActivationBackward, NormalizeRows, NormalizeRuns};
 use crate::layout::Layout;
 use crate::memory::collected;
 use crate::partition::{Family, Interleaved, Planar, tile};
@@ -25,8 +25,8 @@ pub struct ForwardPass<'a, T: Copy> {
     pub epilogue: Epilogue<View<'a, T>>,
 }
 
-// The methods `through_…` return, for one part of the tensor, the gradient that passes the activation: dy where y > 0,
-// else 0. Without an activation that is dy itself. With one, the gradient is written to `to`, which may be dy's own memory.
+// The methods `through_…` return, for one part of the tensor, the gradient that passes the activation: dy where y > 0
+// (and y < 6 for ReLU6), else 0. Without an activation that is dy itself. With one, the gradient is written to `to`, which may be dy's own memory.
 impl<'a, T: Element> ForwardPass<'a, T> {
     /// The layout of all tensors of the pass.
     pub(crate) fn layout(&self) -> Layout {
@@ -55,12 +55,12 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         dy: Tile<'t, T>,
         to: &'t TileMut<'_, T>,
     ) -> Tile<'t, T> {
-        if !self.has_activation() {
+        let Some(activation) = self.epilogue.activation else {
             return dy;
-        }
+        };
         let (x, residual) = self.tiles(planar.inner, rect);
         let coefficients = |r: usize| self.coefficients.of_channel::<T>((rect.rows.start + r) % planar.channels);
-        dispatch(NormalizeRuns { x, y: to, coefficients, then: ReluBackward { dy, residual } });
+        dispatch(NormalizeRuns { x, y: to, coefficients, then: ActivationBackward { activation, dy, residual } });
         to.as_tile()
     }
 
@@ -73,16 +73,16 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         dy: Tile<'t, T>,
         to: &'t TileMut<'_, T>,
     ) -> Result<Tile<'t, T>, Error> {
-        if !self.has_activation() {
+        let Some(activation) = self.epilogue.activation else {
             return Ok(dy);
-        }
+        };
         let (x, residual) = self.tiles(planar.width(), rect);
         let run = x.cols() / channels.len();
         let of_channels = collected(channels.clone().map(|c| self.coefficients.of_channel::<T>(c)))?;
         let coefficients = |c: usize| of_channels[c];
         for r in 0..x.rows() {
             let residual = residual.map(|residual| residual.split_row(r, run));
-            let then = ReluBackward { dy: dy.split_row(r, run), residual };
+            let then = ActivationBackward { activation, dy: dy.split_row(r, run), residual };
             dispatch(NormalizeRuns { x: x.split_row(r, run), y: &to.split_row(r, run), coefficients, then });
         }
         Ok(to.as_tile())
@@ -101,11 +101,11 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         dy: Tile<'t, T>,
         to: &'t TileMut<'_, T>,
     ) -> Tile<'t, T> {
-        let Some(columns) = columns else {
+        let (Some(activation), Some(columns)) = (self.epilogue.activation, columns) else {
             return dy;
         };
         let (x, residual) = self.tiles(rows.width, rect);
-        let then = ReluBackward { dy, residual };
+        let then = ActivationBackward { activation, dy, residual };
         dispatch(NormalizeRows { x, y: to, coefficients: columns.slices(), then });
         to.as_tile()
     }

@@ -1,7 +1,7 @@
 //! Elementwise kernels: the loop over rows, and the expressions that compute each element from inputs at the same place.
 
 use super::LANES;
-use crate::element::Element;
+use crate::element::{Element, Wide};
 use crate::epilogue::{Activation, Epilogue};
 use crate::simd::{Kernel, Lanes, WIDTH};
 use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
@@ -98,7 +98,7 @@ pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector
     T::normalize::<L>(T::load::<L>(x), c)
 }
 
-/// A result computed from the normalized value v: y, or the gradient that passes ReLU.
+/// A result computed from the normalized value v: y, or the gradient that passes the activation.
 pub(crate) trait FromNormalized<T: Element>: Copy {
     /// The inputs, besides v, that one row is computed from.
     type Inputs: Copy;
@@ -128,6 +128,12 @@ fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<R
     }
 }
 
+/// The largest value of ReLU6, in the precision of v.
+#[inline(always)]
+fn six<T: Element>() -> T::Wide {
+    T::Wide::from_f64(6.0)
+}
+
 /// The epilogue applied to the normalized value: y = activation(v + residual).
 impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     type Inputs = Epilogue<Row<'a, T>>;
@@ -145,6 +151,7 @@ impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
         let v = plus_residual_eight::<L, T>(v, inputs.residual, i);
         T::store::<L>(match inputs.activation {
             Some(Activation::Relu) => T::relu::<L>(v),
+            Some(Activation::Relu6) => T::at_most::<L>(T::relu::<L>(v), T::splat::<L>(six::<T>())),
             None => v,
         })
     }
@@ -152,41 +159,49 @@ impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     fn one(inputs: Self::Inputs, i: usize, v: T::Wide) -> T {
         let (v, zero) = (plus_residual(v, inputs.residual, i), T::Wide::default());
         T::narrow(match inputs.activation {
-            Some(Activation::Relu) if v <= zero => zero,
+            Some(_) if v <= zero => zero,
+            Some(Activation::Relu6) if v > six::<T>() => six::<T>(),
             _ => v,
         })
     }
 }
 
-/// Backward of ReLU: dy where y > 0, else 0.
+/// Backward of an activation: dy where y > 0 (and y < 6 for ReLU6), else 0.
 ///
-/// y itself is not needed: it is positive exactly where v + residual rounds to more than 0.
+/// y itself is not needed: it is positive exactly where v + residual rounds to more than 0, and less than 6 where that
+/// rounds to less than 6.
 #[derive(Clone, Copy)]
-pub(crate) struct ReluBackward<'a, T: Element> {
+pub(crate) struct ActivationBackward<'a, T: Element> {
+    pub(crate) activation: Activation,
     pub(crate) dy: Tile<'a, T>,
     pub(crate) residual: Option<Tile<'a, T>>,
 }
 
-impl<'a, T: Element> FromNormalized<T> for ReluBackward<'a, T> {
-    type Inputs = (Row<'a, T>, Option<Row<'a, T>>);
+impl<'a, T: Element> FromNormalized<T> for ActivationBackward<'a, T> {
+    type Inputs = (Activation, Row<'a, T>, Option<Row<'a, T>>);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.dy.row(r), self.residual.map(|tile| tile.row(r)))
+        (self.activation, self.dy.row(r), self.residual.map(|tile| tile.row(r)))
     }
     #[inline(always)]
     fn flat(&self) -> Self {
-        Self { dy: self.dy.flat(), residual: self.residual.map(|tile| tile.flat()) }
+        Self { dy: self.dy.flat(), residual: self.residual.map(|tile| tile.flat()), ..*self }
     }
     #[inline(always)]
-    fn eight<L: Lanes>((dy, residual): Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH] {
+    fn eight<L: Lanes>((activation, dy, residual): Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH] {
         let v = plus_residual_eight::<L, T>(v, residual, i);
         let dy = T::load::<L>(dy.chunk::<WIDTH>(i).part(0));
-        T::store::<L>(T::pass::<L>(dy, v, T::splat::<L>(T::ROUNDS_TO_ZERO)))
+        let passes = T::pass::<L>(dy, v, T::splat::<L>(T::ROUNDS_TO_ZERO));
+        T::store::<L>(match activation {
+            Activation::Relu => passes,
+            Activation::Relu6 => T::pass_below::<L>(passes, v, T::splat::<L>(T::ROUNDS_TO_SIX)),
+        })
     }
     #[inline(always)]
-    fn one((dy, residual): Self::Inputs, i: usize, v: T::Wide) -> T {
-        let passes = plus_residual(v, residual, i) > T::ROUNDS_TO_ZERO;
+    fn one((activation, dy, residual): Self::Inputs, i: usize, v: T::Wide) -> T {
+        let v = plus_residual(v, residual, i);
+        let passes = v > T::ROUNDS_TO_ZERO && (activation == Activation::Relu || v < T::ROUNDS_TO_SIX);
         if passes { dy.one(i) } else { T::narrow(T::Wide::default()) }
     }
 }

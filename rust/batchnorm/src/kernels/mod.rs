@@ -9,7 +9,7 @@ mod planar;
 
 use crate::simd::Lanes;
 pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, ROWS};
-pub(crate) use map::{DxCoefficients, ReluBackward, Transfer};
+pub(crate) use map::{ActivationBackward, DxCoefficients, Transfer};
 pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
 
 /// Number of lanes of every sum, whatever the register width. Sixteen are four AVX2 registers of float64, which hide the

@@ -38,6 +38,12 @@ pub trait Vectors: Copy + Sized {
     /// d where v > floor, else 0.
     #[doc(hidden)]
     fn pass<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, floor: Self::Vector<L>) -> Self::Vector<L>;
+    /// top where v > top, else v.
+    #[doc(hidden)]
+    fn at_most<L: Lanes>(v: Self::Vector<L>, top: Self::Vector<L>) -> Self::Vector<L>;
+    /// d where v < ceiling, else 0.
+    #[doc(hidden)]
+    fn pass_below<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, ceiling: Self::Vector<L>) -> Self::Vector<L>;
     /// Loads eight elements as float64, exactly.
     #[doc(hidden)]
     fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2];
@@ -84,6 +90,14 @@ macro_rules! in_float64 {
             #[inline(always)]
             fn pass<L: Lanes>(d: [L::D; 2], v: [L::D; 2], floor: [L::D; 2]) -> [L::D; 2] {
                 std::array::from_fn(|h| L::pass(d[h], v[h], floor[h]))
+            }
+            #[inline(always)]
+            fn at_most<L: Lanes>(v: [L::D; 2], top: [L::D; 2]) -> [L::D; 2] {
+                std::array::from_fn(|h| L::at_most(v[h], top[h]))
+            }
+            #[inline(always)]
+            fn pass_below<L: Lanes>(d: [L::D; 2], v: [L::D; 2], ceiling: [L::D; 2]) -> [L::D; 2] {
+                std::array::from_fn(|h| L::pass_below(d[h], v[h], ceiling[h]))
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {
@@ -141,6 +155,14 @@ macro_rules! in_float32 {
             #[inline(always)]
             fn pass<L: Lanes>(d: L::S, v: L::S, floor: L::S) -> L::S {
                 L::pass_s(d, v, floor)
+            }
+            #[inline(always)]
+            fn at_most<L: Lanes>(v: L::S, top: L::S) -> L::S {
+                L::at_most_s(v, top)
+            }
+            #[inline(always)]
+            fn pass_below<L: Lanes>(d: L::S, v: L::S, ceiling: L::S) -> L::S {
+                L::pass_below_s(d, v, ceiling)
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {

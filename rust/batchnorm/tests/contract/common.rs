@@ -45,10 +45,14 @@ type Backward<'c, T> = &'c mut dyn FnMut(Option<&mut ViewMut<'_, T>>, &mut ViewM
 
 /// Everything that a layer computes, as bits: alone, and with a residual and an activation.
 pub(crate) fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
-    let residual = tensor::<T>(layout, 3, 0.0);
-    let residual = Some(View::new(&residual, layout).unwrap());
-    let follows = [Epilogue::default(), Epilogue { activation: Some(Activation::Relu), residual }];
-    follows.into_iter().flat_map(|epilogue| all_with(layout, mean, epilogue)).collect()
+    let alone = all_with(layout, mean, Epilogue::default());
+    // Residuals such that many values reach 0, and for ReLU6 also 6.
+    let follows = [(Activation::Relu, 0.0), (Activation::Relu6, 5.0)].into_iter().flat_map(|(activation, about)| {
+        let residual = tensor::<T>(layout, 3, about);
+        let residual = Some(View::new(&residual, layout).unwrap());
+        all_with(layout, mean, Epilogue { activation: Some(activation), residual })
+    });
+    alone.into_iter().chain(follows).collect()
 }
 
 fn all_with<T: Element>(layout: Layout, mean: f64, epilogue: Epilogue<View<'_, T>>) -> Vec<Vec<u64>> {
@@ -91,11 +95,13 @@ fn all_with<T: Element>(layout: Layout, mean: f64, epilogue: Epilogue<View<'_, T
     });
     let frozen_sums = frozen_sums.unwrap();
 
-    // The gradient that passes is dy where y > 0.
-    let passes = |(&dy, &y): (&T, &u64)| if f64::from_bits(y) > 0.0 { dy.to_f64().to_bits() } else { 0 };
-    let through = |y: &[u64]| match epilogue.activation {
-        Some(Activation::Relu) => dy_values.iter().zip(y).map(passes).collect(),
-        None => bits(&dy_values),
+    // The gradient that passes is dy where y > 0, and for ReLU6 y < 6.
+    let through = |y: &[u64]| {
+        let Some(activation) = epilogue.activation else { return bits(&dy_values) };
+        let ceiling = if activation == Activation::Relu6 { 6.0 } else { f64::INFINITY };
+        let passes = |y: f64| y > 0.0 && y < ceiling;
+        let each = dy_values.iter().zip(y);
+        each.map(|(dy, &y)| if passes(f64::from_bits(y)) { dy.to_f64().to_bits() } else { 0 }).collect()
     };
     // Every place of dy, with dresidual and without it.
     for (dy, in_dx, in_dresidual) in

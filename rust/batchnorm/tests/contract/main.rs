@@ -123,6 +123,56 @@ fn relu_at_the_least_number<T: Element>(least: f64) {
     }
 }
 
+#[test]
+fn relu6_at_six_and_the_number_before_it() {
+    let _settings = own_settings();
+    relu6_at_six::<f64>(2f64.powi(-50));
+    relu6_at_six::<f32>(2f64.powi(-21));
+    relu6_at_six::<f16>(2f64.powi(-8));
+    relu6_at_six::<bf16>(2f64.powi(-5));
+    set_simd_level(None).unwrap();
+}
+
+/// β is a quarter of the distance between numbers below 6, and x goes up to 6 in such distances. So v lies at a quarter, at
+/// the middle (which rounds to 6) and at three quarters of the last distance, and just above 6. Ten values are computed one
+/// by one, forty as vectors.
+fn relu6_at_six<T: Element>(step: f64) {
+    for (outer, inner) in [(1, 40), (40, 1), (1, 10), (10, 1)] {
+        let (layout, len) = (Layout::new(outer, 1, inner).unwrap(), outer * inner);
+        let values =
+            [f64::NEG_INFINITY, -1.0, -0.0, 1.0, 6.0 - 2.0 * step, 6.0 - step, 6.0, 6.0 + 2.0 * step, 1e4, f64::NAN];
+        let x: Vec<T> = (0..len).map(|i| T::from_f64(values[i % 10])).collect();
+        let dy = vec![T::from_f64(3.0); len];
+        let (mut y, mut dx, mut dresidual) = (dy.clone(), dy.clone(), dy.clone());
+        let (x, dy) = (View::new(&x, layout).unwrap(), View::new(&dy, layout).unwrap());
+        let epilogue = Epilogue { activation: Some(Activation::Relu6), residual: None };
+        for quarters in [0.0, 1.0, 2.0, 3.0] {
+            // In float64 there is nothing between neighbours.
+            let beta = if size_of::<T>() == 8 { 0.0 } else { quarters / 4.0 * step };
+            let parameters = Parameters { gamma: None, beta: Some(&[beta]), eps: 0.0 };
+            let coefficients = Coefficients::new(&[0.0], &[1.0], parameters).unwrap();
+            for level in simd_levels() {
+                set_simd_level(Some(level.name())).unwrap();
+                infer(Input::View(x), &coefficients, epilogue, &mut ViewMut::new(&mut y, layout).unwrap()).unwrap();
+                let pass = ForwardPass { x, coefficients: &coefficients, epilogue };
+                let mut dx = ViewMut::new(&mut dx, layout).unwrap();
+                let mut to = ViewMut::new(&mut dresidual, layout).unwrap();
+                infer_backward(Dy::View(dy), pass, Some(&mut to), &mut dx).unwrap();
+                for (i, (y, passed)) in y.iter().zip(&dresidual).enumerate() {
+                    let (y, v) = (y.to_f64(), values[i % 10] + beta);
+                    let wanted = if v.is_nan() { v } else { T::from_f64(v.clamp(0.0, 6.0)).to_f64() };
+                    assert!(y == wanted || (y.is_nan() && v.is_nan()), "{level:?} {quarters} {i}: {y} {wanted}");
+                    assert!(!y.is_sign_negative() || y.is_nan(), "{level:?} {i}");
+                    assert_eq!(passed.to_f64(), if y > 0.0 && y < 6.0 { 3.0 } else { 0.0 }, "{level:?} {quarters} {i}");
+                    // The last number below 6 is y itself, or rounds to 6 from the middle on.
+                    let below_six = beta < step / 2.0;
+                    assert!(i % 10 != 5 || (y < 6.0) == below_six, "{level:?} {quarters}");
+                }
+            }
+        }
+    }
+}
+
 /// Outputs from 8 MiB on are written with non-temporal stores, wherever in a cache line their rows begin and end: whole
 /// tensors, short rows of one channel, and the last columns of wide rows.
 #[test]

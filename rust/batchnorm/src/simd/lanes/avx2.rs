@@ -79,6 +79,15 @@ impl Lanes for Avx2 {
     fn pass(d: __m256d, v: __m256d, floor: __m256d) -> __m256d {
         avx2!(_mm256_and_pd(d, _mm256_cmp_pd::<_CMP_GT_OQ>(v, floor)))
     }
+    /// The instruction returns its second operand where one is NaN.
+    #[inline(always)]
+    fn at_most(v: __m256d, top: __m256d) -> __m256d {
+        avx2!(_mm256_min_pd(top, v))
+    }
+    #[inline(always)]
+    fn pass_below(d: __m256d, v: __m256d, ceiling: __m256d) -> __m256d {
+        avx2!(_mm256_and_pd(d, _mm256_cmp_pd::<_CMP_LT_OQ>(v, ceiling)))
+    }
     #[inline(always)]
     fn keep(d: __m256d, mask: [u64; 4]) -> __m256d {
         avx2!(_mm256_and_pd(d, std::mem::transmute::<[u64; 4], __m256d>(mask)))
@@ -122,6 +131,15 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn pass_s(d: __m256, v: __m256, floor: __m256) -> __m256 {
         avx2!(_mm256_and_ps(d, _mm256_cmp_ps::<_CMP_GT_OQ>(v, floor)))
+    }
+    /// The instruction returns its second operand where one is NaN.
+    #[inline(always)]
+    fn at_most_s(v: __m256, top: __m256) -> __m256 {
+        avx2!(_mm256_min_ps(top, v))
+    }
+    #[inline(always)]
+    fn pass_below_s(d: __m256, v: __m256, ceiling: __m256) -> __m256 {
+        avx2!(_mm256_and_ps(d, _mm256_cmp_ps::<_CMP_LT_OQ>(v, ceiling)))
     }
     #[inline(always)]
     fn of_f16(values: [f16; 8]) -> __m256 {

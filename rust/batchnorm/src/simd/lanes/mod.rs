@@ -33,6 +33,10 @@ pub trait Lanes: Copy + 'static {
     fn relu(v: Self::D) -> Self::D;
     /// d where v > floor, else 0.
     fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D;
+    /// top where v > top, else v.
+    fn at_most(v: Self::D, top: Self::D) -> Self::D;
+    /// d where v < ceiling, else 0.
+    fn pass_below(d: Self::D, v: Self::D, ceiling: Self::D) -> Self::D;
     /// Bitwise AND of each lane with its mask.
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D;
     /// Converts four float32, exactly.
@@ -56,6 +60,10 @@ pub trait Lanes: Copy + 'static {
     fn relu_s(v: Self::S) -> Self::S;
     /// d where v > floor, else 0.
     fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S;
+    /// top where v > top, else v.
+    fn at_most_s(v: Self::S, top: Self::S) -> Self::S;
+    /// d where v < ceiling, else 0.
+    fn pass_below_s(d: Self::S, v: Self::S, ceiling: Self::S) -> Self::S;
     /// Converts eight float16, exactly.
     fn of_f16(values: [f16; 8]) -> Self::S;
     /// Rounds to float16, to nearest.

@@ -58,6 +58,14 @@ impl Lanes for Portable {
         from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
     }
     #[inline(always)]
+    fn at_most(v: Self::D, top: Self::D) -> Self::D {
+        zip(v, top, |v, top| if v > top { top } else { v })
+    }
+    #[inline(always)]
+    fn pass_below(d: Self::D, v: Self::D, ceiling: Self::D) -> Self::D {
+        from_fn(|lane| if v[lane] < ceiling[lane] { d[lane] } else { 0.0 })
+    }
+    #[inline(always)]
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D {
         from_fn(|lane| f64::from_bits(d[lane].to_bits() & mask[lane]))
     }
@@ -100,6 +108,14 @@ impl Lanes for Portable {
     #[inline(always)]
     fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S {
         from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
+    }
+    #[inline(always)]
+    fn at_most_s(v: Self::S, top: Self::S) -> Self::S {
+        zip(v, top, |v, top| if v > top { top } else { v })
+    }
+    #[inline(always)]
+    fn pass_below_s(d: Self::S, v: Self::S, ceiling: Self::S) -> Self::S {
+        from_fn(|lane| if v[lane] < ceiling[lane] { d[lane] } else { 0.0 })
     }
     #[inline(always)]
     fn of_f16(values: [f16; 8]) -> Self::S {
