@@ -301,11 +301,20 @@ def is_eager(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    return not any(
-        tensor is not None
-        and (type(tensor) not in PLAIN or not tensor.is_cpu or tensor.is_neg() or tensor._is_zerotensor())
-        for tensor in tensors
+    return all(
+        tensor is None or (type(tensor) in PLAIN and _keys_of(tensor) in PLAIN_KEYS) for tensor in tensors
     )
+
+
+def _keys_of(tensor: Tensor) -> int:
+    """What the dispatcher sees of a tensor: its device and layout, whether it is batched, negated or lazy."""
+    return int(torch._C._dispatch_keys(tensor).raw_repr())
+
+
+with torch.inference_mode():
+    _INFERENCE_KEYS: Final = _keys_of(torch.empty(0, device="cpu"))
+# The keys of dense tensors on the CPU, made outside and inside inference mode.
+PLAIN_KEYS: Final = frozenset([_keys_of(torch.empty(0, device="cpu")), _INFERENCE_KEYS])
 
 
 def _train_below(*args: Any) -> Any:
