@@ -76,8 +76,9 @@ def test_several_python_threads():
 
 
 def _in_the_child(layer, inputs, dy, wanted):
+    """Compares by NumPy, since PyTorch's own large operators hang in a forked child."""
     for one, two in zip(step(layer, inputs, dy), wanted, strict=True):
-        assert torch.equal(one, two)
+        assert one.detach().numpy().tobytes() == two.detach().numpy().tobytes()
 
 
 def test_a_forked_child():
@@ -87,7 +88,7 @@ def test_a_forked_child():
     wanted = step(layer, [x], dy)
     child = multiprocessing.get_context("fork").Process(target=_in_the_child, args=(layer, [x], dy, wanted))
     child.start()
-    child.join(60)
+    child.join(30)
     alive = child.is_alive()
     if alive:
         child.kill()
