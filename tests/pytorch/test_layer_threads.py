@@ -11,7 +11,6 @@ import torch
 from layer_cases import pair, tensors
 from torch import nn
 
-import batchnorm.torch as bt
 from batchnorm.torch._host import HOST
 
 # Large enough that every pass is shared among threads.
@@ -77,8 +76,9 @@ def test_several_python_threads():
 
 
 def _in_the_child(layer, inputs, dy, wanted):
+    """Compares by NumPy, since PyTorch's own large operators hang in a forked child."""
     for one, two in zip(step(layer, inputs, dy), wanted, strict=True):
-        assert torch.equal(one, two)
+        assert one.detach().numpy().tobytes() == two.detach().numpy().tobytes()
 
 
 def test_a_forked_child():
@@ -86,21 +86,12 @@ def test_a_forked_child():
     layer, _ = pair(nn.BatchNorm2d, LARGE[1])
     x, dy = tensors(LARGE, 2)
     wanted = step(layer, [x], dy)
-    child = multiprocessing.get_context("fork").Process(
-        target=_pass_without_autograd, args=(layer, x.detach(), wanted[0].detach())
-    )
+    child = multiprocessing.get_context("fork").Process(target=_in_the_child, args=(layer, [x], dy, wanted))
     child.start()
-    child.join(60)
+    child.join(30)
     alive = child.is_alive()
     if alive:
         child.kill()
         child.join()
     assert not alive
     assert child.exitcode == 0
-
-
-def _pass_without_autograd(layer, x, wanted):
-    """Autograd refuses to start in a forked child of a process that used it; forward passes are allowed."""
-    with torch.no_grad():
-        y = bt.BatchNorm2d.forward(layer, x)
-    assert y.numpy().tobytes() == wanted.numpy().tobytes()

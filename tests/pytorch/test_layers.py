@@ -198,6 +198,23 @@ def test_any_memory_order(training, of_x, of_residual, of_dy):
 
 
 @MODES
+@pytest.mark.parametrize("negated", ["x", "residual", "dy"])
+def test_lazily_negated_tensors(training, negated):
+    """PyTorch has views whose values are the negated ones in memory."""
+    layer, _ = pair(activation="relu", training=training)
+    plain = dict(zip(("x", "residual", "dy"), tensors(SHAPES[nn.BatchNorm2d], 3, grad=False), strict=True))
+    view = torch.complex(plain[negated], -plain[negated]).conj().imag
+    assert view.is_neg()
+    results = []
+    for given in (plain, plain | {negated: view}):
+        inputs = [given[name].detach().requires_grad_() for name in ("x", "residual")]
+        y = copy.deepcopy(layer)(*inputs)
+        results.append((y, *torch.autograd.grad(y, inputs, given["dy"])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@MODES
 def test_autocast(training):
     """The convolution gives bfloat16, and batch norm keeps that, with parameters of float32."""
     ours, theirs = pair(training=training)

@@ -37,7 +37,8 @@ def losses(model, batches, rate):
 
 
 # At a usual rate rounding grows tenfold every step or two (a ReLU flips, and a gradient with it): after ten
-# steps PyTorch in float32 is some percent off PyTorch in float64. So float32 is compared at a small rate, and with more values a channel.
+# steps PyTorch in float32 is some percent off PyTorch in float64. So float32 is compared at a small rate, and
+# with more values a channel.
 @pytest.mark.parametrize(
     ("dtype", "rate", "size", "order"),
     [

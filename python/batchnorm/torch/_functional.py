@@ -6,8 +6,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from batchnorm.torch import _ops
 from batchnorm.torch._formulas import composite
@@ -19,8 +17,6 @@ PARAMETERS: Final = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
-# All other subclasses of Tensor decide for themselves what an operator does.
-PLAIN: Final = (Tensor, Parameter)
 
 
 def batch_norm(
@@ -59,7 +55,7 @@ def batch_norm(
     """
     compiling = torch.compiler.is_compiling()
     if (
-        (torch.compiler.is_exporting() if compiling else not _is_eager())
+        (torch.compiler.is_exporting() if compiling else not _ops.is_eager(x, residual))
         or not _have_kernel(x, residual, running_mean, running_var, weight, bias)
         or not eps > 0.0
         or (x.numel() == x.shape[1] if training else running_mean is None or running_var is None)
@@ -77,22 +73,12 @@ def batch_norm(
             residual=residual,
         )
     if training:
-        train = _ops.TRAIN if compiling else _ops.train
-        y, _ = train(x, weight, bias, residual, running_mean, running_var, update_weight, eps, activation)
+        args = x, weight, bias, residual, running_mean, running_var, update_weight, eps, activation
+        y, _ = _ops.TRAIN(*args) if compiling else _ops.train(*args, kernel=_ops.train_cpu)
     else:
-        infer = _ops.INFER if compiling else _ops.infer
-        y = infer(x, weight, bias, residual, running_mean, running_var, eps, activation)
+        given = x, weight, bias, residual, running_mean, running_var, eps, activation
+        y = _ops.INFER(*given) if compiling else _ops.infer(*given, kernel=_ops.infer_cpu)
     return y
-
-
-def _is_eager() -> bool:
-    """Whether only autograd stands between a call and the CPU: no transform, tracer or mode."""
-    return not (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-    )
 
 
 def _have_kernel(
@@ -126,4 +112,9 @@ def _have_kernel(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested
+    return (
+        type(tensor) in _ops.PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )

@@ -24,14 +24,18 @@ from typing import Any, Final, Literal, cast
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.library import Library, register_fake
+from torch.nn import Parameter
 
 from batchnorm.torch import _formulas
 from batchnorm.torch._host import HOST
 
 Activation = Literal["relu", "relu6"] | None
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+# All other subclasses of Tensor decide for themselves what an operator does.
+PLAIN: Final = (Tensor, Parameter)
 
 LIBRARY: Final[Any] = Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
@@ -73,7 +77,7 @@ def _ordered(like: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
-def _train_cpu(
+def train_cpu(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -107,7 +111,7 @@ def _train_cpu(
     return y, moments
 
 
-def _infer_cpu(
+def infer_cpu(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -228,7 +232,8 @@ def _gradients_fake(
     )
 
 
-# Autograd kernels. Each leads to its operator's kernel below autograd.
+# Autograd kernels. Each leads to its operator below autograd. Eager code has them call the CPU kernel itself,
+# which spares the way through the dispatcher.
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
@@ -239,11 +244,10 @@ class BatchNormTrain(Function):
     """Node of the graph for train."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        """Call train below autograd, and save what backward needs."""
+    def forward(ctx: Any, kernel: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
+        """Call the kernel, and save what backward needs."""
         x, weight, bias, residual, _, _, _, eps, activation = args
-        with BelowAutograd():
-            y, moments = TRAIN(*args)
+        y, moments = kernel(*args)
         ctx.save_for_backward(x, weight, bias, None if activation is None else residual, moments)
         ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
@@ -252,19 +256,18 @@ class BatchNormTrain(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Call the operator backward."""
-        return (*_gradients_of(ctx, grads[0], backward), None, None, None, None, None)
+        """Compute the gradients as the operator backward does."""
+        return (None, *_gradients_of(ctx, grads[0], backward, backward_cpu), None, None, None, None, None)
 
 
 class BatchNormInfer(Function):
     """Node of the graph for infer."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """Call infer below autograd, and save what backward needs."""
+    def forward(ctx: Any, kernel: Callable[..., Any], *args: Any) -> Tensor:
+        """Call the kernel, and save what backward needs."""
         x, weight, bias, residual, mean, var, eps, activation = args
-        with BelowAutograd():
-            y: Tensor = INFER(*args)
+        y: Tensor = kernel(*args)
         ctx.save_for_backward(x, weight, bias, None if activation is None else residual, mean, var)
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation
@@ -272,35 +275,69 @@ class BatchNormInfer(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Call the operator infer_backward."""
-        return (*_gradients_of(ctx, grads[0], infer_backward), None, None, None, None)
+        """Compute the gradients as the operator infer_backward does."""
+        gradients = _gradients_of(ctx, grads[0], infer_backward, infer_backward_cpu)
+        return (None, *gradients, None, None, None, None)
 
 
 def _gradients_of(
-    ctx: Any, dy: Tensor | None, function: Callable[..., Gradients]
+    ctx: Any, dy: Tensor | None, function: Callable[..., Gradients], kernel: Callable[..., Gradients]
 ) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None, None
+    function = kernel if is_eager(dy) and not torch.is_grad_enabled() else function
     dx, dresidual, dweight, dbias = function(dy, *ctx.saved_tensors, *ctx.settings)
-    if ctx.settings[1] is None and ctx.needs_input_grad[3]:
+    if ctx.settings[1] is None and ctx.needs_input_grad[4]:
         dresidual = dy
     return dx, dweight, dbias, dresidual
 
 
-def train(*args: Any) -> tuple[Tensor, Tensor]:
-    """Call the operator train: its autograd kernel, which eager code may call without the dispatcher."""
-    if _needs_graph(*args[:4]):
-        return cast(tuple[Tensor, Tensor], BatchNormTrain.apply(*args))
-    with BelowAutograd():
-        return cast(tuple[Tensor, Tensor], TRAIN(*args))
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether only autograd stands between a call and the CPU: no transform, tracer, mode or lazy value."""
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    return all(
+        tensor is None or (type(tensor) in PLAIN and _keys_of(tensor) in PLAIN_KEYS) for tensor in tensors
+    )
 
 
-def infer(*args: Any) -> Tensor:
-    """Call the operator infer: its autograd kernel, which eager code may call without the dispatcher."""
-    if _needs_graph(*args[:4]):
-        return cast(Tensor, BatchNormInfer.apply(*args))
+def _keys_of(tensor: Tensor) -> int:
+    """What the dispatcher sees of a tensor: its device and layout, whether it is batched, negated or lazy."""
+    return int(torch._C._dispatch_keys(tensor).raw_repr())
+
+
+with torch.inference_mode():
+    _INFERENCE_KEYS: Final = _keys_of(torch.empty(0, device="cpu"))
+# The keys of dense tensors on the CPU, made outside and inside inference mode.
+PLAIN_KEYS: Final = frozenset([_keys_of(torch.empty(0, device="cpu")), _INFERENCE_KEYS])
+
+
+def _train_below(*args: Any) -> Any:
     with BelowAutograd():
-        return cast(Tensor, INFER(*args))
+        return TRAIN(*args)
+
+
+def _infer_below(*args: Any) -> Any:
+    with BelowAutograd():
+        return INFER(*args)
+
+
+def train(*args: Any, kernel: Callable[..., Any] = _train_below) -> tuple[Tensor, Tensor]:
+    """Call the operator train with a graph where one is wanted; eager code gives the CPU kernel."""
+    return cast(
+        tuple[Tensor, Tensor],
+        BatchNormTrain.apply(kernel, *args) if _needs_graph(*args[:4]) else kernel(*args),
+    )
+
+
+def infer(*args: Any, kernel: Callable[..., Any] = _infer_below) -> Tensor:
+    """Call the operator infer with a graph where one is wanted; eager code gives the CPU kernel."""
+    return cast(Tensor, BatchNormInfer.apply(kernel, *args) if _needs_graph(*args[:4]) else kernel(*args))
 
 
 def backward(*args: Any) -> Gradients:
@@ -319,10 +356,12 @@ def infer_backward(*args: Any) -> Gradients:
         return cast(Gradients, INFER_BACKWARD(*args))
 
 
+backward_cpu: Final = _gradients_cpu(HOST.backward, _train_gradients)
+infer_backward_cpu: Final = _gradients_cpu(HOST.infer_backward, _infer_gradients)
 _KERNELS: Final[list[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]] = [
-    ("train", _train_cpu, _train_fake, train),
-    ("infer", _infer_cpu, _infer_fake, infer),
-    ("backward", _gradients_cpu(HOST.backward, _train_gradients), _gradients_fake, backward),
+    ("train", train_cpu, _train_fake, train),
+    ("infer", infer_cpu, _infer_fake, infer),
+    ("backward", backward_cpu, _gradients_fake, backward),
     (
         "infer_backward",
         _gradients_cpu(HOST.infer_backward, _infer_gradients),
