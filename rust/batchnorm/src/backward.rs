@@ -176,9 +176,9 @@ pub fn backward<T: Element>(
     let count = repeat_n(layout.count() as f64, layout.channels());
     back(dy, pass, count, dresidual, dx, |dy, pass, dx| match Family::of(layout) {
         Family::Planar(planar) if planar.fuses() && !layout.is_empty() => fused(dy, &pass, planar, dx),
-        _ if pass.has_activation() && dx.bytes() <= CACHED => in_place(dy, pass, dx, |pass, sums, dx| {
-            apply(Input::InPlace, pass, sums, dx)
-        }),
+        _ if pass.has_activation() && dx.bytes() <= CACHED => {
+            in_place(dy, pass, dx, |pass, sums, dx| apply(Input::InPlace, pass, sums, dx))
+        }
         _ => {
             let sums = gradient_sums(dy.view(dx), pass)?;
             apply(dy, &pass, &sums, dx)?;
