@@ -103,8 +103,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     machine, how = results["machine"], results["how"]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, {machine['simd']}; medians of "
-        f"{how['rounds']} interleaved rounds. A step is forward, loss and backward, without an optimizer; eval is "
-        "a pass without gradients",
+        f"{how['rounds']} interleaved rounds. A step is forward, loss and backward, without an optimizer; "
+        "eval is a pass without gradients",
         "versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     ]
     if how["quick"]:

@@ -149,7 +149,7 @@ def test_frozen_statistics_have_the_bits_of_the_functions(shape, memory, dtype, 
 @pytest.mark.parametrize("update_weight", [0.1, 1.0, 0.25])
 def test_running_statistics_are_those_of_pytorch(dtype, update_weight):
     s = Setting((16, 5, 9, 9), dtype=dtype)
-    ours, judge = (s.mean.clone(), s.var.clone()), (s.mean.double(), s.var.double())
+    ours, judge = (s.mean.clone(), s.var.clone()), (s.mean.clone().double(), s.var.clone().double())
     s.train(running=ours, update_weight=update_weight)
     functional.batch_norm(s.x.double(), *judge, training=True, momentum=update_weight)
     count, mean, m2 = s.moments
@@ -163,11 +163,11 @@ def test_running_statistics_are_those_of_pytorch(dtype, update_weight):
 
 def test_each_vector_has_a_dtype_of_its_own():
     s = Setting((16, 5, 3), dtype=torch.float32)
-    running = s.mean.double(), s.var.float()
+    running = s.mean.double(), s.var.clone()
     s.train(running=running, weight=s.weight.double(), bias=None)
     y, _ = bn.train_forward(s.x, s.weight, eps=EPS)
     assert_bits(s.y, y)
-    again = s.mean.float(), s.var.double()
+    again = s.mean.clone(), s.var.double()
     s.train(running=again, weight=None, bias=None)
     assert_bits(running[0].float(), again[0])
     assert_bits(running[1], again[1].float())
@@ -220,7 +220,7 @@ NOT_TAKEN = {
     "liar": lambda x: Liar(),
     "meta": lambda x: x.to("meta"),
     "sparse": lambda x: x.to_sparse(),
-    "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "nested": lambda x: torch.nested.nested_tensor([*torch.atleast_2d(x)], layout=torch.jagged),
     "integers": lambda x: x.long(),
     "complex": lambda x: x.to(torch.complex64),
     "bool": lambda x: x.bool(),
