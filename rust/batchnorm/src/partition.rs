@@ -36,10 +36,13 @@ const SLAB: usize = 4 << 20;
 /// The number of groups that the channels are divided into, unless `SLAB` demands more. The runs of a group are adjacent, and
 /// long runs are read faster than short ones.
 const GROUPS: usize = 32;
-/// The least number of bytes of x in a group, unless there are no more. The runs of neighbouring groups are neighbours in memory,
-/// and two threads that write neighbouring runs of a few hundred bytes hinder each other: on two cores, a training pass over
-/// 1 MiB in runs of 512 bytes was slower than on one.
-const LEAST_GROUP: usize = 64 << 10;
+/// The least number of bytes of x in a group, of small and of larger tensors, unless there are no more. The runs of a group
+/// are adjacent, and two threads hinder each other if they read and write neighbouring runs of a few KiB. Measured on two
+/// cores: a training pass over 1 MiB in runs of 512 bytes was slower on two threads than on one; in runs of 4 KiB one over
+/// 2 MiB took twice the time of runs of 8 KiB.
+const LEAST_GROUP: (usize, usize) = (64 << 10, 128 << 10);
+/// The number of groups that a small tensor is divided into.
+const LEAST_GROUPS: usize = 8;
 /// The largest number of channels in a group, which bounds the memory that a task needs for them.
 const GROUP: usize = 1024;
 
@@ -126,7 +129,8 @@ impl Planar {
     /// Channels in a group, for work that passes over it twice: `element` bytes each.
     pub(crate) fn group(&self, element: usize) -> usize {
         let channel = (self.outer * self.inner * element).max(1);
-        let least = LEAST_GROUP.div_ceil(channel).min(self.channels);
+        let bytes = (self.channels * channel / LEAST_GROUPS).clamp(LEAST_GROUP.0, LEAST_GROUP.1);
+        let least = bytes.div_ceil(channel).min(self.channels);
         self.channels.div_ceil(GROUPS).max(least).min(SLAB / channel).clamp(1, GROUP)
     }
 
