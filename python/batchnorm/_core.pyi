@@ -162,7 +162,7 @@ class Cache:
         """The residual of the forward pass; None if it had none."""
     @property
     def activation(self) -> str | None:
-        """The name of the forward pass's activation, "relu"; None if it had none."""
+        """The name of the forward pass's activation, "relu" or "relu6"; None if it had none."""
     @property
     def moments(self) -> Moments:
         """The moments by which x was normalized."""
@@ -290,7 +290,7 @@ class Host:
             threads: Number of threads that the host works with.
             update_weight: w, the weight of the new value in the running statistics.
             eps: ε, finite and more than 0.
-            activation: None or "relu".
+            activation: None, "relu" or "relu6".
 
         Raises:
             ValueError: A shape, memory order or value is not as described.
@@ -322,7 +322,7 @@ class Host:
             y: Tensor to write y to.
             threads: Number of threads that the host works with.
             eps: ε, finite, 0 or more; 0 only if every var is more than 0.
-            activation: None or "relu".
+            activation: None, "relu" or "relu6".
 
         Raises:
             ValueError: A shape, memory order or value is not as described.
@@ -448,7 +448,7 @@ class Host:
             y: Tensor to write y to.
             threads: Number of threads that the host works with.
             eps: ε, finite and more than 0.
-            activation: None or "relu".
+            activation: None, "relu" or "relu6".
 
         Raises:
             ValueError: A shape, memory order or value is not as described.
@@ -623,7 +623,7 @@ def normalize(
         eps: ε, finite and more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write y to; it must not share memory with x or residual.
-        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        activation: None, "relu" or "relu6", applied last: max(·, 0), or min(max(·, 0), 6); NaN stays NaN.
         residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
@@ -658,7 +658,7 @@ def train_forward(
         eps: ε, finite and more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
-        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        activation: None, "relu" or "relu6", applied last: max(·, 0), or min(max(·, 0), 6); NaN stays NaN.
         residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
@@ -673,8 +673,8 @@ def train_forward(
 def gradient_sums(dy: Any, cache: Cache, *, x: Any | None = None) -> GradientSums:
     """Compute the sums of a backward pass, dγ = Σdy·x̂ and dβ = Σdy of each channel (section 3).
 
-    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
-    else 0.
+    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0
+    (and y < 6 for relu6), else 0.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -700,8 +700,8 @@ def gradient_apply(
 ) -> NDArray[Any]:
     """Compute the input gradient from the sums: dx = γ/√(σ²+ε)·(dy − dβ/m − x̂·dγ/m) (section 3, in closed form).
 
-    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
-    else 0.
+    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0
+    (and y < 6 for relu6), else 0.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -733,8 +733,8 @@ def backward(
 
     The result has exactly the bits of `gradient_sums` followed by `gradient_apply`.
 
-    If the forward pass ended in an activation, dy passes where the rounded y > 0. That is computed again from x and
-    residual, which must not have changed since; y is not needed.
+    If the forward pass ended in an activation, dy passes where the rounded y > 0 (and y < 6 for relu6). That is computed
+    again from x and residual, which must not have changed since; y is not needed.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -785,7 +785,7 @@ def infer(
         eps: ε, finite, 0 or more; 0 only if every var is more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write y to; x itself, or memory that no input shares.
-        activation: None or "relu", applied last: max(·, 0); NaN stays NaN.
+        activation: None, "relu" or "relu6", applied last: max(·, 0), or min(max(·, 0), 6); NaN stays NaN.
         residual: Tensor of x's shape and dtype that is added before the activation; copied if its memory order differs.
 
     Returns:
@@ -813,8 +813,8 @@ def infer_backward(
 ) -> Gradients:
     """Compute the gradients with frozen statistics: dx = γ/√(var + ε)·dy, dγ = Σdy·x̂, dβ = Σdy.
 
-    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0,
-    else 0. `beta` and `residual` are needed for nothing else.
+    If the forward pass ended in an activation, dy in these formulas is the gradient that passes it: dy where y > 0
+    (and y < 6 for relu6), else 0. `beta` and `residual` are needed for nothing else.
 
     Args:
         dy: ∂ℓ/∂y, of the shape and dtype of x.
@@ -826,7 +826,7 @@ def infer_backward(
         eps: ε, finite, 0 or more; 0 only if every var is more than 0.
         channel_axis: The axis of the channels; negative counts from the end.
         out: Array of x's shape, dtype and memory order to write dx to; dy itself, or memory that no input shares.
-        activation: The activation of the forward pass: None or "relu".
+        activation: The activation of the forward pass: None, "relu" or "relu6".
         residual: The residual of the forward pass, or None.
         dresidual: Array of x's shape, dtype and memory order to write ∂ℓ/∂residual to, which is the gradient that passes
             the activation; dy itself, or memory that no input shares. Only with residual.
