@@ -45,7 +45,7 @@ type Backward<'c, T> = &'c mut dyn FnMut(Option<&mut ViewMut<'_, T>>, &mut ViewM
 
 /// Everything that a layer computes, as bits: alone, and with a residual and an activation.
 pub(crate) fn everything<T: Element>(layout: Layout, mean: f64) -> Vec<Vec<u64>> {
-    let alone = all_with(layout, mean, Epilogue::default());
+    let alone = all_with::<T>(layout, mean, Epilogue::default());
     // Residuals such that many values reach 0, and for ReLU6 also 6.
     let follows = [(Activation::Relu, 0.0), (Activation::Relu6, 5.0)].into_iter().flat_map(|(activation, about)| {
         let residual = tensor::<T>(layout, 3, about);
