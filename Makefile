@@ -225,9 +225,9 @@ bench-service: setup ## Time the service and other servers over HTTP (needs wrk;
 	@PYTHONPATH=tests $(BIN)/python -m bench_service $(if $(ONLY),--only "$(ONLY)") $(if $(ROUNDS),--rounds "$(ROUNDS)")
 
 .PHONY: bench-network
-bench-network: setup $(TORCH)/.packages ## Time whole networks with PyTorch's layers and with ours (writes bench-output/; ONLY=resnet18, ROUNDS=15)
+bench-network: setup $(TORCH)/.packages ## Time whole networks with PyTorch's layers and with ours (writes bench-output/; ONLY=resnet18, ROUNDS=15, EAGER=1: not compiled)
 	@PYTHONPATH=tests $(TORCH)/bin/python -m bench_network $(if $(ONLY),--only "$(ONLY)") $(if $(ROUNDS),--rounds "$(ROUNDS)") \
-	  $(if $(QUICK),--quick) docs/pytorch.md
+	  $(if $(EAGER),--variant ours --variant "ours fused") $(if $(QUICK),--quick) docs/pytorch.md
 
 .PHONY: clean
 clean: ## Remove what was built
