@@ -30,10 +30,11 @@ use crate::forward_pass::ForwardPass;
 use crate::gradient_sums::{GradientSums, SumAndProducts, dgamma_and_dbeta, gradient_sums, sums_of_block};
 use crate::infer::infer;
 use crate::input::{Input, check_layout};
-use crate::kernels::{DxCoefficients, DxRows, DxRuns, LANES};
+use crate::kernels::{DxCoefficients, DxRows, DxRuns};
 use crate::memory::{Room, collected};
 use crate::pairs::{Groups, OfChannel};
 use crate::partition::{Family, Planar, tile};
+use crate::per_channel::PerChannel;
 use crate::simd::dispatch;
 use crate::verb::begin;
 use crate::view::{View, ViewMut};
@@ -120,7 +121,12 @@ fn apply<T: Element>(
 ) -> Result<(), Error> {
     let layout = pass.layout();
     let of = |c| dx_coefficients(pass.coefficients, c, sums.dgamma()[c], sums.dbeta()[c], sums.count()[c]);
-    let channels: Vec<DxCoefficients<f64>> = collected((0..layout.channels()).map(of))?;
+    let per_channel = DxCoefficients {
+        mean: pass.coefficients.mean_per_channel(),
+        offset: &PerChannel::of((0..layout.channels()).map(|c| of(c).offset))?,
+        slope: &PerChannel::of((0..layout.channels()).map(|c| of(c).slope))?,
+        scale: pass.coefficients.scale_per_channel(),
+    };
     // With an activation a tile of each tensor is to stay in cache until dx is computed from the gradient that passes.
     let elements = tile::<T>(layout) / if pass.has_activation() { 4 } else { 1 };
     match Family::of(layout) {
@@ -128,7 +134,8 @@ fn apply<T: Element>(
             let (dy, cached) = (dy.tile(planar.inner, rect, &dx), dx.cached());
             let dy = pass.through_planes(&planar, rect, dy, &cached);
             let x = pass.x.tile(planar.inner, rect);
-            let coefficients = |r: usize| channels[(rect.rows.start + r) % planar.channels];
+            let channel = |r: usize| (rect.rows.start + r) % planar.channels;
+            let coefficients = |r: usize| per_channel.map(|numbers| numbers.as_slice()[channel(r)]);
             dispatch(DxRuns { dy, x, dx: &dx, coefficients });
             Ok(())
         }),
@@ -137,12 +144,11 @@ fn apply<T: Element>(
             let columns = pass.columns(&rows, rect.cols.clone())?;
             let dy = pass.through_rows(&rows, (columns.as_ref(), rect), dy, &cached);
             let x = pass.x.tile(rows.width, rect);
-            let column =
-                |field: fn(DxCoefficients<f64>) -> f64| rows.spread(rect.cols.clone(), LANES, |c| field(channels[c]));
-            let (mean, offset) = (column(|a| a.mean)?, column(|a| a.offset)?);
-            let (slope, scale) = (column(|a| a.slope)?, column(|a| a.scale)?);
+            let column = |numbers| rows.columns::<f64>(numbers, rect.cols.clone());
+            let (mean, offset) = (column(per_channel.mean)?, column(per_channel.offset)?);
+            let (slope, scale) = (column(per_channel.slope)?, column(per_channel.scale)?);
             let coefficients =
-                DxCoefficients { mean: &mean[..], offset: &offset[..], slope: &slope[..], scale: &scale[..] };
+                DxCoefficients { mean: mean.view(), offset: offset.view(), slope: slope.view(), scale: scale.view() };
             dispatch(DxRows { dy, x, dx: &dx, coefficients });
             Ok(())
         }),
@@ -219,13 +225,16 @@ fn fused<T: Element>(
     dx.map_tiles(&planar.groups(group), |rect, dx| {
         let (dy, cached) = (dy.tile(width, rect, &dx), dx.cached());
         let (x, channels) = (pass.x.tile(width, rect), planar.channels_of(rect));
-        let dy = pass.through_runs(&planar, (&channels, rect), dy, &cached)?;
-        let means = &coefficients.mean()[channels.clone()];
-        let block = |channels: Range<usize>, block| {
-            let rect = planar.rect(&channels, block);
-            sums_of_block(dy.part(&rect), x.part(&rect), &means[channels])
+        // The gradient that passes the activation is written block by block, and summed while the nearest cache has it.
+        let block = |block_channels: Range<usize>, block| {
+            let part = planar.rect(&block_channels, block);
+            let block_channels = channels.start + block_channels.start..channels.start + block_channels.end;
+            let (rect, to) = (part.within(rect), cached.part(&part));
+            let dy = pass.through_runs(&planar, (&block_channels, &rect), dy.part(&part), &to);
+            sums_of_block(dy, x.part(&part), &coefficients.mean()[block_channels])
         };
         let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block)?;
+        let dy = if pass.has_activation() { cached.as_tile() } else { dy };
         let of = |(c, sums): (usize, &OfChannel<SumAndProducts>)| {
             dx_coefficients(coefficients, c, sums.second * coefficients.invstd()[c], sums.first, count)
         };

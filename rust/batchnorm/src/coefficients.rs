@@ -3,11 +3,12 @@
 use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::float_mode::FloatMode;
-use crate::kernels::LANES;
+use crate::kernels::PerColumn;
 use crate::memory::{copied, zeros};
 use crate::moments::Moments;
 use crate::parameters::Parameters;
-use crate::partition::Interleaved;
+use crate::partition::{Columns, Interleaved};
+use crate::per_channel::PerChannel;
 use std::ops::Range;
 
 /// The coefficients of y = (x − mean)·s + β per channel, in float64: of frozen statistics or of those of a batch.
@@ -15,10 +16,10 @@ use std::ops::Range;
 /// γ = √(Var\[x\] + ε), β = E\[x\] restores the identity (section 3). Note the square root: γ = Var\[x\] does not.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Coefficients {
-    mean: Vec<f64>,
+    mean: PerChannel,
     invstd: Vec<f64>,
-    scale: Vec<f64>,
-    beta: Vec<f64>,
+    scale: PerChannel,
+    beta: PerChannel,
     /// In training: how many values per channel the statistics are of.
     count: Option<Vec<f64>>,
 }
@@ -62,8 +63,9 @@ impl Coefficients {
 
     /// Zeros in place of coefficients of frozen statistics, to be [filled](Self::fill).
     fn zeros(channels: usize) -> Result<Self, Error> {
-        let zeros = || zeros(channels);
-        Ok(Self { mean: zeros()?, invstd: zeros()?, scale: zeros()?, beta: zeros()?, count: None })
+        let per_channel = || PerChannel::zeros(channels);
+        let (mean, scale, beta) = (per_channel()?, per_channel()?, per_channel()?);
+        Ok(Self { mean, invstd: zeros(channels)?, scale, beta, count: None })
     }
 
     /// Zeros in place of coefficients of a batch with so many values per channel, to be [filled](Self::fill).
@@ -72,24 +74,35 @@ impl Coefficients {
     }
 
     /// Computes the coefficients of mean and variance of every channel, which takes no memory.
-    pub(crate) fn fill(&mut self, mean_and_var: impl Iterator<Item = (f64, f64)>, parameters: Parameters<'_>) {
+    pub(crate) fn fill(&mut self, mean_and_var: impl Iterator<Item = (f64, f64)> + Clone, parameters: Parameters<'_>) {
         let _mode = FloatMode::standard();
-        for (c, (mean, var)) in mean_and_var.enumerate() {
-            self.mean[c] = mean;
-            self.invstd[c] = 1.0 / parameters.root(var);
-            self.scale[c] = parameters.scale(c, var);
-            self.beta[c] = parameters.shift(c);
+        let (mean, var) = (mean_and_var.clone().map(|(mean, _)| mean), mean_and_var.map(|(_, var)| var));
+        self.mean.fill(mean);
+        for (invstd, var) in self.invstd.iter_mut().zip(var.clone()) {
+            *invstd = 1.0 / parameters.root(var);
         }
+        self.scale.fill(var.enumerate().map(|(c, var)| parameters.scale(c, var)));
+        self.beta.fill((0..self.channels()).map(|c| parameters.shift(c)));
     }
 
     /// Number of channels.
     pub fn channels(&self) -> usize {
-        self.mean.len()
+        self.invstd.len()
     }
 
     /// Mean per channel.
     pub fn mean(&self) -> &[f64] {
+        self.mean.as_slice()
+    }
+
+    /// Mean per channel, for kernels.
+    pub(crate) fn mean_per_channel(&self) -> &PerChannel {
         &self.mean
+    }
+
+    /// s per channel, for kernels.
+    pub(crate) fn scale_per_channel(&self) -> &PerChannel {
+        &self.scale
     }
 
     /// 1/√(var + ε) per channel.
@@ -99,14 +112,14 @@ impl Coefficients {
 
     /// s = γ/√(var + ε) per channel.
     pub fn scale(&self) -> &[f64] {
-        &self.scale
+        self.scale.as_slice()
     }
 
     /// The coefficients of x·s alone, without mean and β: what frozen statistics do to a gradient.
     pub(crate) fn scale_only(&self) -> Result<Self, Error> {
         let mut scale_only = Self::zeros(self.channels())?;
         scale_only.invstd.copy_from_slice(&self.invstd);
-        scale_only.scale.copy_from_slice(&self.scale);
+        scale_only.scale.fill(self.scale().iter().copied());
         Ok(scale_only)
     }
 
@@ -126,7 +139,8 @@ impl Coefficients {
     /// # Errors
     /// [`Error::Range`].
     pub(crate) fn check_range<T: Element>(&self) -> Result<(), Error> {
-        for (what, values) in [("mean", &self.mean), ("gamma/sqrt(var + eps)", &self.scale), ("beta", &self.beta)] {
+        let fields = [("mean", &self.mean), ("gamma/sqrt(var + eps)", &self.scale), ("beta", &self.beta)];
+        for (what, values) in fields.map(|(what, field)| (what, field.as_slice())) {
             if let Some(channel) = values.iter().position(|&value| !fits::<T>(value)) {
                 return Err(Error::Range { what, channel, value: values[channel] });
             }
@@ -136,7 +150,7 @@ impl Coefficients {
 
     /// The coefficients of channel `c` for the kernels.
     pub(crate) fn of_channel<T: Element>(&self, c: usize) -> [T::Wide; 4] {
-        for_kernel::<T>(self.mean[c], self.scale[c], self.beta[c])
+        for_kernel::<T>(self.mean()[c], self.scale()[c], self.beta.as_slice()[c])
     }
 
     /// The coefficients of some columns for the kernels.
@@ -144,25 +158,35 @@ impl Coefficients {
         &self,
         rows: &Interleaved,
         columns: Range<usize>,
-    ) -> Result<Columns<T>, Error> {
-        let part = |values: &[f64]| rows.spread(columns.clone(), LANES, |c| T::Wide::from_f64(values[c]));
-        let high = part(&self.mean)?;
-        // Where the mean is in one part, nothing reads the other; any numbers will do.
+    ) -> Result<OfColumns<'_, T>, Error> {
+        let part = |numbers| rows.columns(numbers, columns.clone());
         let low = match T::SPLIT_MEAN {
-            true => rows.spread(columns.clone(), LANES, |c| self.of_channel::<T>(c)[1])?,
-            false => part(&self.mean)?,
+            true => {
+                let mean = self.mean().iter();
+                let low = PerChannel::of(mean.map(|&mean| low_part::<T>(mean).to_f64()))?;
+                Some(rows.columns(&low, columns.clone())?.into_owned())
+            }
+            false => None,
         };
-        Ok(Columns([high, low, part(&self.scale)?, part(&self.beta)?]))
+        Ok(OfColumns { high: part(&self.mean)?, low, scale: part(&self.scale)?, beta: part(&self.beta)? })
     }
 }
 
-/// Coefficients per column: mean (high and low part), s and β. Those of the first [`LANES`] columns stand again after
-/// the last, as [`crate::kernels::NormalizeRows`] takes them.
-pub(crate) struct Columns<T: Element>([Vec<T::Wide>; 4]);
+/// Coefficients of some columns, as [`crate::kernels::NormalizeRows`] takes them.
+pub(crate) struct OfColumns<'a, T: Element> {
+    high: Columns<'a, T::Wide>,
+    /// The low part of the mean, where it has one.
+    low: Option<Columns<'static, T::Wide>>,
+    scale: Columns<'a, T::Wide>,
+    beta: Columns<'a, T::Wide>,
+}
 
-impl<T: Element> Columns<T> {
-    pub(crate) fn slices(&self) -> [&[T::Wide]; 4] {
-        self.0.each_ref().map(Vec::as_slice)
+impl<T: Element> OfColumns<'_, T> {
+    pub(crate) fn views(&self) -> [PerColumn<'_, T::Wide>; 4] {
+        let high = self.high.view();
+        // Where there is no low part, nothing reads it; any numbers will do.
+        let low = self.low.as_ref().map_or(high, |low| low.view());
+        [high, low, self.scale.view(), self.beta.view()]
     }
 }
 
@@ -180,6 +204,10 @@ pub(crate) fn always_fit<T: Element>(parameters: Parameters<'_>, channels: usize
 
 /// Mean (high and low part), s and β in the precision in which x is normalized.
 pub(crate) fn for_kernel<T: Element>(mean: f64, scale: f64, beta: f64) -> [T::Wide; 4] {
-    let high = T::Wide::from_f64(mean);
-    [high, T::Wide::from_f64(mean - high.to_f64()), T::Wide::from_f64(scale), T::Wide::from_f64(beta)]
+    [T::Wide::from_f64(mean), low_part::<T>(mean), T::Wide::from_f64(scale), T::Wide::from_f64(beta)]
+}
+
+/// What the precision in which x is normalized leaves of a mean, rounded to that precision.
+fn low_part<T: Element>(mean: f64) -> T::Wide {
+    T::Wide::from_f64(mean - T::Wide::from_f64(mean).to_f64())
 }

@@ -30,6 +30,8 @@ pub trait Wide:
     fn from_f64(value: f64) -> Self;
     /// Converts to float64, exactly.
     fn to_f64(self) -> f64;
+    /// The numbers themselves, where this precision is float64.
+    fn shared(numbers: &[f64]) -> Option<&[Self]>;
 }
 
 impl Wide for f32 {
@@ -41,6 +43,9 @@ impl Wide for f32 {
     fn to_f64(self) -> f64 {
         self.into()
     }
+    fn shared(_: &[f64]) -> Option<&[Self]> {
+        None
+    }
 }
 
 impl Wide for f64 {
@@ -51,6 +56,9 @@ impl Wide for f64 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self
+    }
+    fn shared(numbers: &[f64]) -> Option<&[Self]> {
+        Some(numbers)
     }
 }
 

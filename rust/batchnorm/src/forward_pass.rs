@@ -1,6 +1,6 @@
 //! What a backward pass needs of its forward pass, and the gradient that passes the activation.
 
-use crate::coefficients::{Coefficients, Columns};
+use crate::coefficients::{Coefficients, OfColumns};
 use crate::copy::copy;
 use crate::element::Element;
 use crate::epilogue::Epilogue;
@@ -8,7 +8,6 @@ use crate::error::Error;
 use crate::input::Input;
 use crate::kernels::{ActivationBackward, NormalizeRows, NormalizeRuns};
 use crate::layout::Layout;
-use crate::memory::collected;
 use crate::partition::{Family, Interleaved, Planar, tile};
 use crate::simd::dispatch;
 use crate::view::{Rect, Tile, TileMut, View, ViewMut};
@@ -72,24 +71,23 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         (channels, rect): (&Range<usize>, &Rect),
         dy: Tile<'t, T>,
         to: &'t TileMut<'_, T>,
-    ) -> Result<Tile<'t, T>, Error> {
+    ) -> Tile<'t, T> {
         let Some(activation) = self.epilogue.activation else {
-            return Ok(dy);
+            return dy;
         };
         let (x, residual) = self.tiles(planar.width(), rect);
         let run = x.cols() / channels.len();
-        let of_channels = collected(channels.clone().map(|c| self.coefficients.of_channel::<T>(c)))?;
-        let coefficients = |c: usize| of_channels[c];
+        let coefficients = |c: usize| self.coefficients.of_channel::<T>(channels.start + c);
         for r in 0..x.rows() {
             let residual = residual.map(|residual| residual.split_row(r, run));
             let then = ActivationBackward { activation, dy: dy.split_row(r, run), residual };
             dispatch(NormalizeRuns { x: x.split_row(r, run), y: &to.split_row(r, run), coefficients, then });
         }
-        Ok(to.as_tile())
+        to.as_tile()
     }
 
     /// The coefficients of some columns for [`ForwardPass::through_rows`], or `None` without an activation.
-    pub(crate) fn columns(&self, rows: &Interleaved, columns: Range<usize>) -> Result<Option<Columns<T>>, Error> {
+    pub(crate) fn columns(&self, rows: &Interleaved, columns: Range<usize>) -> Result<Option<OfColumns<'a, T>>, Error> {
         self.has_activation().then(|| self.coefficients.of_columns(rows, columns)).transpose()
     }
 
@@ -97,7 +95,7 @@ impl<'a, T: Element> ForwardPass<'a, T> {
     pub(crate) fn through_rows<'t>(
         &self,
         rows: &Interleaved,
-        (columns, rect): (Option<&Columns<T>>, &Rect),
+        (columns, rect): (Option<&OfColumns<'_, T>>, &Rect),
         dy: Tile<'t, T>,
         to: &'t TileMut<'_, T>,
     ) -> Tile<'t, T> {
@@ -106,7 +104,7 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         };
         let (x, residual) = self.tiles(rows.width, rect);
         let then = ActivationBackward { activation, dy, residual };
-        dispatch(NormalizeRows { x, y: to, coefficients: columns.slices(), then });
+        dispatch(NormalizeRows { x, y: to, coefficients: columns.views(), then });
         to.as_tile()
     }
 

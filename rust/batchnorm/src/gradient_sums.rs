@@ -176,7 +176,7 @@ fn planar_sums<T: Element>(
         }
         let mut memory = collected(repeat_n(T::from_f64(0.0), dy.rows() * dy.cols()))?;
         let passing = TileMut::of(&mut memory, dy.rows(), dy.cols());
-        sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing)?, x, mean)
+        sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing), x, mean)
     })?;
     collected(sums.into_iter().map(OfChannel::into_pair))
 }

@@ -45,6 +45,7 @@
 
 mod backward;
 mod bytes;
+mod cache;
 mod coefficients;
 mod copy;
 mod element;
@@ -64,6 +65,7 @@ mod pairs;
 mod parallel;
 mod parameters;
 mod partition;
+mod per_channel;
 mod simd;
 mod train;
 mod tree;

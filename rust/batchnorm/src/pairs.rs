@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::memory;
 use crate::tree::{Merge, Tree};
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -60,16 +61,41 @@ impl<P: Pair> OfColumns<P> {
 
     /// The pairs of the channels, each of which has `inner` columns.
     pub(crate) fn into_channels(self, inner: usize) -> Result<Vec<(f64, f64)>, Error> {
-        let columns = memory::collected(self.first.into_iter().zip(self.second))?;
+        let columns = memory::collected(self.first.iter().copied().zip(self.second.iter().copied()))?;
         if inner == 1 {
             return Ok(columns);
         }
-        let channel = |columns: &[(f64, f64)]| {
-            let leaves = columns.iter().map(|&pair| Ok(OfChannel::<P>::new(self.count, pair)));
-            Tree::of(leaves).map(OfChannel::into_pair)
-        };
-        memory::try_collected(columns.chunks(inner).map(channel))
+        let merges = merges::<P>(inner, self.count)?;
+        let (mut columns, mut channels) = (columns, memory::with_capacity(self.first.len() / inner)?);
+        for columns in columns.chunks_mut(inner) {
+            for &(left, right, weights) in &merges {
+                let right = columns[right];
+                let (first, second) = &mut columns[left];
+                P::merge(weights, first, second, right);
+            }
+            channels.push(columns[0]);
+        }
+        Ok(channels)
     }
+}
+
+/// The merges of a tree over `leaves` pairs of `count` values each, in their order: which pair takes in which, with the weights.
+fn merges<P: Pair>(leaves: usize, count: f64) -> Result<Vec<(usize, usize, P::Weights)>, Error> {
+    /// A node that writes down what it takes in; its pair has the place of its first leaf.
+    struct Node<'a, P: Pair> {
+        place: usize,
+        count: f64,
+        merges: &'a RefCell<Vec<(usize, usize, P::Weights)>>,
+    }
+    impl<P: Pair> Merge for Node<'_, P> {
+        fn merge(&mut self, right: &Self) {
+            self.merges.borrow_mut().push((self.place, right.place, P::weights(self.count, right.count)));
+            self.count += right.count;
+        }
+    }
+    let merges = RefCell::new(memory::with_capacity(leaves)?);
+    Tree::of((0..leaves).map(|place| Ok(Node::<P> { place, count, merges: &merges })))?;
+    Ok(merges.into_inner())
 }
 
 impl<P: Pair> Merge for OfColumns<P> {

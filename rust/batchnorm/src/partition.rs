@@ -3,13 +3,16 @@
 //! It depends on the layout alone, never on the number of threads, which only decides which thread computes which blocks
 //! (contract 3). [`crate::tree`] combines them. Sums of one block stay in registers while the block lies in the first-level cache.
 
+use crate::element::Wide;
 use crate::error::Error;
-use crate::kernels::TOGETHER;
+use crate::kernels::{LANES, PerColumn, TOGETHER};
 use crate::layout::Layout;
 use crate::memory::{collected, try_collected, with_capacity};
 use crate::parallel;
+use crate::per_channel::PerChannel;
 use crate::tree::{Merge, Tree};
 use crate::view::{Grid, Rect};
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// The least number of adjacent values per channel for which the planar kernels are used.
@@ -219,6 +222,23 @@ fn combined<P: Merge>(
     }))
 }
 
+/// Numbers of some columns, as [`PerColumn`] has them.
+pub(crate) struct Columns<'a, W: Wide> {
+    numbers: Cow<'a, [W]>,
+    shift: u32,
+}
+
+impl<W: Wide> Columns<'_, W> {
+    pub(crate) fn view(&self) -> PerColumn<'_, W> {
+        PerColumn { numbers: &self.numbers, shift: self.shift }
+    }
+
+    /// The same in memory of its own.
+    pub(crate) fn into_owned(self) -> Columns<'static, W> {
+        Columns { numbers: Cow::Owned(self.numbers.into_owned()), shift: self.shift }
+    }
+}
+
 impl Interleaved {
     /// Number of blocks in a column.
     pub(crate) fn blocks(&self) -> usize {
@@ -279,6 +299,30 @@ impl Interleaved {
         let inner = self.inner;
         (columns.start / inner..columns.end.div_ceil(inner))
             .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
+    }
+
+    /// The numbers of some columns, of their channels. Where eight adjacent columns are of one channel, there is one for all
+    /// columns of a channel; where each column is a channel and numbers are float64, they are not copied.
+    pub(crate) fn columns<'a, W: Wide>(
+        &self,
+        numbers: &'a PerChannel,
+        columns: Range<usize>,
+    ) -> Result<Columns<'a, W>, Error> {
+        let shift = match self.inner {
+            1 => 0,
+            8 | 16 => self.inner.trailing_zeros(),
+            _ => {
+                let numbers = numbers.as_slice();
+                let spread = self.spread(columns, LANES, |c| W::from_f64(numbers[c]))?;
+                return Ok(Columns { numbers: Cow::Owned(spread), shift: 0 });
+            }
+        };
+        let numbers = numbers.and_more(columns.start / self.inner..columns.end.div_ceil(self.inner));
+        let numbers = match W::shared(numbers) {
+            Some(shared) => Cow::Borrowed(shared),
+            None => Cow::Owned(collected(numbers.iter().map(|&number| W::from_f64(number)))?),
+        };
+        Ok(Columns { numbers, shift })
     }
 
     /// The value of each column's channel, for each of the columns; then those of the first `again` columns once more.

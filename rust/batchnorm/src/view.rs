@@ -8,9 +8,9 @@
 
 mod tile;
 
-use crate::{element::Element, error::Error, layout::Layout, parallel};
+use crate::{cache, element::Element, error::Error, layout::Layout, parallel};
 use std::{marker::PhantomData, ops::Range};
-pub(crate) use tile::{Buffer, ChunkMut, LINE, Row, RowMut, Tile, TileMut};
+pub(crate) use tile::{Buffer, Chunk, ChunkMut, LINE, Row, RowMut, Tile, TileMut};
 
 /// Bytes from which an output is written with non-temporal stores. Measured with 32 MiB of cache: a copy of 4 MiB is as
 /// fast either way; with non-temporal stores one of 8 MiB is 1.1 to 1.2 times faster, one of 16 MiB 1.3 times, one of
@@ -140,7 +140,9 @@ impl<'a, T: Element> ViewMut<'a, T> {
         f: impl Fn(&Rect, TileMut<'_, T>) -> Result<(), Error> + Sync,
     ) -> Result<(), Error> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
-        let streaming = len * size_of::<T>() >= STREAM_FROM && !parallel::is_hosted();
+        let streaming = len * size_of::<T>()
+            >= std::env::var("BN_STREAM").map_or(cache::last_level() / 4, |v| v.parse().unwrap())
+            && !parallel::is_hosted();
         let tiles = grid.len();
         parallel::map(tiles, len * size_of::<T>(), |i| {
             let rect = grid.rect(tiles - 1 - i);
@@ -191,6 +193,12 @@ pub(crate) struct Rect {
 }
 
 impl Rect {
+    /// This rectangle of a rectangle `outer`, as one of the whole matrix.
+    pub(crate) fn within(&self, outer: &Self) -> Self {
+        let moved = |part: &Range<usize>, start: usize| start + part.start..start + part.end;
+        Self { rows: moved(&self.rows, outer.rows.start), cols: moved(&self.cols, outer.cols.start) }
+    }
+
     fn offset(&self, width: usize) -> usize {
         self.rows.start * width + self.cols.start
     }

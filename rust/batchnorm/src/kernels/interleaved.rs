@@ -4,11 +4,11 @@
 //! taken four at a time and added as ((r0 + r1) + (r2 + r3)): the sum of each column stays in cache, and is loaded and
 //! stored once for four rows.
 
-use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
+use super::map::{DxCoefficients, FromNormalized, Kind, Map, normalize_eight, normalize_one, write};
 use super::{LANES, close};
 use crate::element::Element;
 use crate::simd::{Kernel, Lanes, Vectors, WIDTH};
-use crate::view::{ChunkMut, LINE, Rect, Row, Tile, TileMut};
+use crate::view::{Chunk, LINE, Rect, Row, Tile, TileMut};
 use std::array::from_fn;
 
 /// Number of rows that are added in one step: the sums are loaded and stored once for all of them. Rows that are given in
@@ -191,19 +191,41 @@ fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
     }
 }
 
-/// The coefficients of columns `j .. j + 16`.
-#[inline(always)]
-fn columns<W>(column: &[W], j: usize) -> &[[W; WIDTH]] {
-    column[j..j + LANES].as_chunks().0
+/// A number for each column: that of column `j` is `numbers[j >> shift]`.
+///
+/// There are numbers for [`LANES`] columns more than a row has, those of the first ones again: a step may cross from one row
+/// to the next.
+#[derive(Clone, Copy)]
+pub(crate) struct PerColumn<'a, W> {
+    pub(crate) numbers: &'a [W],
+    pub(crate) shift: u32,
+}
+
+impl<W: Copy> PerColumn<'_, W> {
+    #[inline(always)]
+    fn one(self, j: usize) -> W {
+        self.numbers[j >> self.shift]
+    }
+
+    /// The numbers of columns `j .. j + 8`, by `load` or `splat`.
+    #[inline(always)]
+    fn eight<V>(self, j: usize, load: impl Fn([W; WIDTH]) -> V, splat: impl Fn(W) -> V) -> V {
+        if self.shift == 0 {
+            load(self.numbers[j..j + WIDTH].as_chunks().0[0])
+        } else if j >> self.shift == (j + WIDTH - 1) >> self.shift {
+            splat(self.one(j))
+        } else {
+            load(from_fn(|k| self.one(j + k))) // only where rows of the output do not begin with a cache line
+        }
+    }
 }
 
 /// Normalizes rows whose columns are channels: `then` computes the result from v = (x − mean)·s + β.
 pub(crate) struct NormalizeRows<'a, 'b, T: Element, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β of each column. The first [`super::LANES`] are repeated after the last, so that
-    /// a step may cross from one row to the next.
-    pub(crate) coefficients: [&'a [T::Wide]; 4],
+    /// Mean (high and low part), s and β.
+    pub(crate) coefficients: [PerColumn<'a, T::Wide>; 4],
     pub(crate) then: E,
 }
 
@@ -220,27 +242,41 @@ impl<T: Element, E: FromNormalized<T>> Kernel for NormalizeRows<'_, '_, T, E> {
 
 impl<'a, T: Element, E: FromNormalized<T>> Map<T> for NormalizeRows<'a, '_, T, E> {
     type Inputs = (Row<'a, T>, E::Inputs);
+    type Chunk = (Chunk<'a, T, LANES>, E::Chunk);
+    type Columns<L: Lanes> = [T::Vector<L>; 4];
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.x.row(r), self.then.inputs(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(
-        &self,
-        (x, rest): Self::Inputs,
-        i: usize,
-        j: usize,
-        y: ChunkMut<'_, T, LANES, S>,
-    ) {
-        let (x, c) = (x.chunk::<LANES>(i), self.coefficients.map(|column| columns(column, j)));
-        let c = [c.map(|c| T::column::<L>(c[0])), c.map(|c| T::column::<L>(c[1]))];
-        y.put(0, E::eight::<L>(rest, i, normalize_eight::<L, T>(x.part(0), c[0])));
-        y.put(1, E::eight::<L>(rest, i + WIDTH, normalize_eight::<L, T>(x.part(1), c[1])));
+    fn kind((_, rest): Self::Inputs) -> Kind {
+        E::kind(rest)
+    }
+    #[inline(always)]
+    fn of_kind<const KIND: u8>((x, rest): Self::Inputs) -> Self::Inputs {
+        (x, E::of_kind::<KIND>(rest))
+    }
+    #[inline(always)]
+    fn chunk((x, rest): Self::Inputs, i: usize) -> Self::Chunk {
+        (x.chunk(i), E::chunk(rest, i))
+    }
+    #[inline(always)]
+    fn prefetch((x, rest): Self::Inputs, i: usize) {
+        x.prefetch(i);
+        E::prefetch(rest, i);
+    }
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
+        self.coefficients.map(|column| column.eight(j, T::column::<L>, T::splat::<L>))
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((x, rest): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
+        E::eight::<L>(rest, half, normalize_eight::<L, T>(x.part(half), c))
     }
     #[inline(always)]
     fn one(&self, (x, rest): Self::Inputs, i: usize, j: usize) -> T {
-        E::one(rest, i, normalize_one(x.one(i), self.coefficients.map(|column| column[j])))
+        E::one(rest, i, normalize_one(x.one(i), self.coefficients.map(|column| column.one(j))))
     }
 }
 
@@ -306,8 +342,7 @@ pub(crate) struct DxRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    /// Coefficients of each column. The first [`super::LANES`] are repeated after the last.
-    pub(crate) coefficients: DxCoefficients<&'a [f64]>,
+    pub(crate) coefficients: DxCoefficients<PerColumn<'a, f64>>,
 }
 
 impl<T: Element> Kernel for DxRows<'_, '_, T> {
@@ -323,27 +358,32 @@ impl<T: Element> Kernel for DxRows<'_, '_, T> {
 
 impl<'a, T: Element> Map<T> for DxRows<'a, '_, T> {
     type Inputs = (Row<'a, T>, Row<'a, T>);
+    type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
+    type Columns<L: Lanes> = DxCoefficients<[L::D; 2]>;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.dy.row(r), self.x.row(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(
-        &self,
-        (dy, x): Self::Inputs,
-        i: usize,
-        j: usize,
-        dx: ChunkMut<'_, T, LANES, S>,
-    ) {
-        let (dy, x) = (dy.chunk::<LANES>(i), x.chunk::<LANES>(i));
-        let c = self.coefficients.map(|column| columns(column, j));
-        let c = [c.map(|c| f64::load_wide::<L>(c[0])), c.map(|c| f64::load_wide::<L>(c[1]))];
-        dx.put(0, c[0].eight::<L, T>(dy.part(0), x.part(0)));
-        dx.put(1, c[1].eight::<L, T>(dy.part(1), x.part(1)));
+    fn chunk((dy, x): Self::Inputs, i: usize) -> Self::Chunk {
+        (dy.chunk(i), x.chunk(i))
+    }
+    #[inline(always)]
+    fn prefetch((dy, x): Self::Inputs, i: usize) {
+        dy.prefetch(i);
+        x.prefetch(i);
+    }
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
+        self.coefficients.map(|column| column.eight(j, f64::load_wide::<L>, |number| [L::splat(number); 2]))
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
+        c.eight::<L, T>(dy.part(half), x.part(half))
     }
     #[inline(always)]
     fn one(&self, (dy, x): Self::Inputs, i: usize, j: usize) -> T {
-        self.coefficients.map(|column| column[j]).one(dy.one(i), x.one(i))
+        self.coefficients.map(|column| column.one(j)).one(dy.one(i), x.one(i))
     }
 }

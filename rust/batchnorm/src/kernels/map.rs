@@ -4,24 +4,89 @@ use super::LANES;
 use crate::element::{Element, Wide};
 use crate::epilogue::{Activation, Epilogue};
 use crate::simd::{Kernel, Lanes, WIDTH};
-use crate::view::{Buffer, ChunkMut, Row, RowMut, Tile, TileMut};
+use crate::view::{Buffer, Chunk, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
+use std::ops::Range;
 
 /// An elementwise computation of the rows of a tile.
 pub(super) trait Map<T: Element> {
     /// The inputs that one row is computed from.
     type Inputs: Copy;
+    /// Sixteen adjacent elements of each of them.
+    type Chunk: Copy;
+    /// Registers with what eight adjacent columns are computed with.
+    type Columns<L: Lanes>: Copy;
 
     /// The inputs of row `r`.
     fn inputs(&self, r: usize) -> Self::Inputs;
-    /// Computes elements `i .. i + 16`, which lie in columns `j .. j + 16`, and writes them to `y`.
-    fn sixteen<L: Lanes, const S: bool>(&self, inputs: Self::Inputs, i: usize, j: usize, y: ChunkMut<'_, T, LANES, S>);
+    /// The kind of computation that the inputs ask for.
+    #[inline(always)]
+    fn kind(_: Self::Inputs) -> Kind {
+        Kind::Plain
+    }
+    /// The inputs as they are, of the kind [`Map::kind`]; a loop over them does not ask again.
+    #[inline(always)]
+    fn of_kind<const KIND: u8>(inputs: Self::Inputs) -> Self::Inputs {
+        inputs
+    }
+    /// Elements `i .. i + 16` of a row.
+    fn chunk(inputs: Self::Inputs, i: usize) -> Self::Chunk;
+    /// Prefetches element `i` of each input.
+    fn prefetch(inputs: Self::Inputs, i: usize);
+    /// What columns `j .. j + 8` of a row are computed with.
+    fn columns<L: Lanes>(&self, inputs: Self::Inputs, j: usize) -> Self::Columns<L>;
+    /// Computes half `half` of a chunk.
+    fn eight<L: Lanes>(chunk: Self::Chunk, half: usize, columns: Self::Columns<L>) -> [T; WIDTH];
     /// Computes element `i`, which lies in column `j`.
     fn one(&self, inputs: Self::Inputs, i: usize, j: usize) -> T;
 }
 
+/// Activation and residual of a row, as far as loops are compiled for them apart.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    /// Neither.
+    Plain,
+    /// ReLU without a residual.
+    Relu,
+    /// All others.
+    Other,
+}
+
+const PLAIN: u8 = Kind::Plain as u8;
+const RELU: u8 = Kind::Relu as u8;
+
+impl Kind {
+    #[inline(always)]
+    fn of<R>(activation: Option<Activation>, residual: &Option<R>) -> Self {
+        match (activation, residual) {
+            (None, None) => Self::Plain,
+            (Some(Activation::Relu), None) => Self::Relu,
+            _ => Self::Other,
+        }
+    }
+
+    /// Activation and residual again, of a kind that the compiler knows.
+    #[inline(always)]
+    fn known<const KIND: u8, R>(
+        activation: Option<Activation>,
+        residual: Option<R>,
+    ) -> (Option<Activation>, Option<R>) {
+        match KIND {
+            PLAIN => (None, None),
+            RELU => (Some(Activation::Relu), None),
+            _ => (activation, residual),
+        }
+    }
+}
+
 /// Bytes from which a row is written with non-temporal stores. (Cache lines that two rows share are written ordinarily.)
 const STREAM_RUN: usize = 1024;
+/// The number of chunks in the same columns that are computed with what was loaded once for these columns.
+const REUSED: usize = 2;
+/// Smallest distance, in bytes, by which inputs of rows of columns are prefetched. The prefetchers of processors lose track of
+/// a tensor beside the coefficients of its columns. (Measured in the last-level cache: up to twice the time.)
+const AHEAD: usize = 4096;
 
 /// Computes a tile, and if `streaming` writes its whole cache lines with non-temporal stores.
 ///
@@ -54,26 +119,29 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     }
     let first = if STREAMING { y.before_line() } else { 0 };
     let whole = (len - first) / LANES * LANES;
-    // Elements left over at either end are computed by steps that overlap the whole ones. These come first: if the kernel
-    // works in place, the whole steps overwrite what the overlapping ones read.
+    // Elements left over at either end are computed by chunks that overlap the whole ones. These come first: if the kernel
+    // works in place, the whole chunks overwrite what the overlapping ones read.
     let (mut head, mut tail) = (Buffer::<T, LANES>::new(), Buffer::<T, LANES>::new());
     let start = first / LANES * LANES; // a line has up to 32 elements
     if start < first {
-        map.sixteen::<L, false>(inputs, start, start % period, head.chunk());
+        write_chunks::<L, T, M, 1, false>(map, inputs, [start], start % period, [head.chunk()]);
     }
     if first + whole < len {
-        map.sixteen::<L, false>(inputs, len - LANES, (len - LANES) % period, tail.chunk());
+        write_chunks::<L, T, M, 1, false>(map, inputs, [len - LANES], (len - LANES) % period, [tail.chunk()]);
     }
     for i in (0..start).step_by(LANES) {
-        map.sixteen::<L, false>(inputs, i, i % period, y.chunk(i));
+        write_chunks::<L, T, M, 1, false>(map, inputs, [i], i % period, [y.chunk(i)]);
     }
     head.copy_first(y, start, first - start);
-    let mut j = first % period;
-    for i in (first..first + whole).step_by(LANES) {
-        map.sixteen::<L, STREAMING>(inputs, i, j, y.chunk(i));
-        j += LANES;
-        while j >= period {
-            j -= period;
+    let range = first..first + whole;
+    if STREAMING {
+        // Memory takes longer than to ask again and again.
+        write_whole::<L, T, M, true>(y, range, period, map, inputs);
+    } else {
+        match M::kind(inputs) {
+            Kind::Plain => write_whole::<L, T, M, false>(y, range, period, map, M::of_kind::<PLAIN>(inputs)),
+            Kind::Relu => write_whole::<L, T, M, false>(y, range, period, map, M::of_kind::<RELU>(inputs)),
+            Kind::Other => write_whole::<L, T, M, false>(y, range, period, map, inputs),
         }
     }
     // A cache line written by non-temporal stores must not be written again: it would have to come back from memory.
@@ -81,6 +149,86 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
         0 => {}
         over if STREAMING => tail.copy_last(y, over),
         _ => tail.copy_last(y, LANES),
+    }
+}
+
+/// Computes the whole chunks of a row.
+///
+/// Chunks in the same columns are computed together, unless a cache line must be written at once. They are as many chunks
+/// apart as it takes for both columns and chunks to begin again, which is a row of the tensor if its length is a multiple of
+/// a chunk's.
+#[inline(always)]
+fn write_whole<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
+    y: &RowMut<'_, T>,
+    whole: Range<usize>,
+    period: usize,
+    map: &M,
+    inputs: M::Inputs,
+) {
+    if period == usize::MAX {
+        let columns = map.columns::<L>(inputs, 0);
+        for i in whole.step_by(LANES) {
+            let (chunk, y) = (M::chunk(inputs, i), y.chunk::<LANES, STREAMING>(i));
+            y.put(0, M::eight::<L>(chunk, 0, columns));
+            y.put(1, M::eight::<L>(chunk, 1, columns));
+        }
+        return;
+    }
+    let mut start = whole.start;
+    let apart = period << LANES.trailing_zeros().saturating_sub(period.trailing_zeros());
+    if !STREAMING {
+        let ahead = (REUSED * apart).max(AHEAD / size_of::<T>());
+        while whole.end - start >= REUSED * apart {
+            let mut j = start % period;
+            for i in (start..start + apart).step_by(LANES) {
+                let next = start + ahead + REUSED * (i - start);
+                for k in 0..REUSED {
+                    M::prefetch(inputs, next + k * LANES);
+                }
+                let at: [usize; REUSED] = from_fn(|k| i + k * apart);
+                write_chunks::<L, T, M, REUSED, STREAMING>(map, inputs, at, j, at.map(|i| y.chunk(i)));
+                j = after(j, period);
+            }
+            start += REUSED * apart;
+        }
+    }
+    let mut j = start % period;
+    for i in (start..whole.end).step_by(LANES) {
+        if STREAMING {
+            M::prefetch(inputs, i + AHEAD / size_of::<T>());
+        }
+        write_chunks::<L, T, M, 1, STREAMING>(map, inputs, [i], j, [y.chunk(i)]);
+        j = after(j, period);
+    }
+}
+
+/// The column in which the chunk after one that begins in column `j` begins.
+#[inline(always)]
+fn after(mut j: usize, period: usize) -> usize {
+    j += LANES;
+    while j >= period {
+        j -= period;
+    }
+    j
+}
+
+/// Computes the chunks that begin at elements `at`, all of which lie in columns `j .. j + 16`, and writes them to `y`.
+#[inline(always)]
+fn write_chunks<L: Lanes, T: Element, M: Map<T>, const N: usize, const STREAMING: bool>(
+    map: &M,
+    inputs: M::Inputs,
+    at: [usize; N],
+    j: usize,
+    y: [ChunkMut<'_, T, LANES, STREAMING>; N],
+) {
+    let chunks = at.map(|i| M::chunk(inputs, i));
+    let low = map.columns::<L>(inputs, j);
+    for k in 0..N {
+        y[k].put(0, M::eight::<L>(chunks[k], 0, low));
+    }
+    let high = map.columns::<L>(inputs, j + WIDTH);
+    for k in 0..N {
+        y[k].put(1, M::eight::<L>(chunks[k], 1, high));
     }
 }
 
@@ -102,13 +250,23 @@ pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector
 pub(crate) trait FromNormalized<T: Element>: Copy {
     /// The inputs, besides v, that one row is computed from.
     type Inputs: Copy;
+    /// Sixteen adjacent elements of each of them.
+    type Chunk: Copy;
 
     /// The inputs of row `r`.
     fn inputs(&self, r: usize) -> Self::Inputs;
+    /// The kind of computation that the inputs ask for.
+    fn kind(inputs: Self::Inputs) -> Kind;
+    /// The inputs as they are, of the kind [`FromNormalized::kind`]; a loop over them does not ask again.
+    fn of_kind<const KIND: u8>(inputs: Self::Inputs) -> Self::Inputs;
     /// This computation with inputs as one row if their rows are adjacent in memory, else unchanged.
     fn flat(&self) -> Self;
-    /// Computes elements `i .. i + 8`.
-    fn eight<L: Lanes>(inputs: Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH];
+    /// Elements `i .. i + 16` of a row.
+    fn chunk(inputs: Self::Inputs, i: usize) -> Self::Chunk;
+    /// Prefetches element `i` of each input.
+    fn prefetch(inputs: Self::Inputs, i: usize);
+    /// Computes half `half` of a chunk.
+    fn eight<L: Lanes>(chunk: Self::Chunk, half: usize, v: T::Vector<L>) -> [T; WIDTH];
     /// Computes element `i`.
     fn one(inputs: Self::Inputs, i: usize, v: T::Wide) -> T;
 }
@@ -119,11 +277,15 @@ fn plus_residual<T: Element>(v: T::Wide, residual: Option<Row<'_, T>>, i: usize)
     residual.map_or(v, |residual| v + residual.one(i).widen())
 }
 
-/// [`plus_residual`] for elements `i .. i + 8`.
+/// [`plus_residual`] for half `half` of a chunk.
 #[inline(always)]
-fn plus_residual_eight<L: Lanes, T: Element>(v: T::Vector<L>, residual: Option<Row<'_, T>>, i: usize) -> T::Vector<L> {
+fn plus_residual_eight<L: Lanes, T: Element>(
+    v: T::Vector<L>,
+    residual: Option<Chunk<'_, T, LANES>>,
+    half: usize,
+) -> T::Vector<L> {
     match residual {
-        Some(residual) => T::add::<L>(v, T::load::<L>(residual.chunk::<WIDTH>(i).part(0))),
+        Some(residual) => T::add::<L>(v, T::load::<L>(residual.part(half))),
         None => v,
     }
 }
@@ -137,19 +299,37 @@ fn six<T: Element>() -> T::Wide {
 /// The epilogue applied to the normalized value: y = activation(v + residual).
 impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
     type Inputs = Epilogue<Row<'a, T>>;
+    type Chunk = Epilogue<Chunk<'a, T, LANES>>;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         self.map(|tile| tile.row(r))
     }
     #[inline(always)]
+    fn kind(inputs: Self::Inputs) -> Kind {
+        Kind::of(inputs.activation, &inputs.residual)
+    }
+    #[inline(always)]
+    fn of_kind<const KIND: u8>(inputs: Self::Inputs) -> Self::Inputs {
+        let (activation, residual) = Kind::known::<KIND, _>(inputs.activation, inputs.residual);
+        Epilogue { activation, residual }
+    }
+    #[inline(always)]
     fn flat(&self) -> Self {
         self.map(|tile| tile.flat())
     }
     #[inline(always)]
-    fn eight<L: Lanes>(inputs: Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH] {
-        let v = plus_residual_eight::<L, T>(v, inputs.residual, i);
-        T::store::<L>(match inputs.activation {
+    fn chunk(inputs: Self::Inputs, i: usize) -> Self::Chunk {
+        inputs.map(|row| row.chunk(i))
+    }
+    #[inline(always)]
+    fn prefetch(inputs: Self::Inputs, i: usize) {
+        inputs.map(|row| row.prefetch(i));
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>(chunk: Self::Chunk, half: usize, v: T::Vector<L>) -> [T; WIDTH] {
+        let v = plus_residual_eight::<L, T>(v, chunk.residual, half);
+        T::store::<L>(match chunk.activation {
             Some(Activation::Relu) => T::relu::<L>(v),
             Some(Activation::Relu6) => T::at_most::<L>(T::relu::<L>(v), T::splat::<L>(six::<T>())),
             None => v,
@@ -179,24 +359,44 @@ pub(crate) struct ActivationBackward<'a, T: Element> {
 
 impl<'a, T: Element> FromNormalized<T> for ActivationBackward<'a, T> {
     type Inputs = (Activation, Row<'a, T>, Option<Row<'a, T>>);
+    type Chunk = (Activation, Chunk<'a, T, LANES>, Option<Chunk<'a, T, LANES>>);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.activation, self.dy.row(r), self.residual.map(|tile| tile.row(r)))
     }
     #[inline(always)]
+    fn kind((activation, _, residual): Self::Inputs) -> Kind {
+        Kind::of(Some(activation), &residual)
+    }
+    #[inline(always)]
+    fn of_kind<const KIND: u8>((activation, dy, residual): Self::Inputs) -> Self::Inputs {
+        let (known, residual) = Kind::known::<KIND, _>(Some(activation), residual);
+        (known.unwrap_or(activation), dy, residual)
+    }
+    #[inline(always)]
     fn flat(&self) -> Self {
         Self { dy: self.dy.flat(), residual: self.residual.map(|tile| tile.flat()), ..*self }
     }
     #[inline(always)]
-    fn eight<L: Lanes>((activation, dy, residual): Self::Inputs, i: usize, v: T::Vector<L>) -> [T; WIDTH] {
-        let v = plus_residual_eight::<L, T>(v, residual, i);
-        let dy = T::load::<L>(dy.chunk::<WIDTH>(i).part(0));
-        let passes = T::pass::<L>(dy, v, T::splat::<L>(T::ROUNDS_TO_ZERO));
-        T::store::<L>(match activation {
+    fn chunk((activation, dy, residual): Self::Inputs, i: usize) -> Self::Chunk {
+        (activation, dy.chunk(i), residual.map(|row| row.chunk(i)))
+    }
+    #[inline(always)]
+    fn prefetch((_, dy, residual): Self::Inputs, i: usize) {
+        dy.prefetch(i);
+        if let Some(residual) = residual {
+            residual.prefetch(i);
+        }
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((activation, dy, residual): Self::Chunk, half: usize, v: T::Vector<L>) -> [T; WIDTH] {
+        let v = plus_residual_eight::<L, T>(v, residual, half);
+        let passes = T::pass::<L>(dy.part(half), v, T::splat::<L>(T::ROUNDS_TO_ZERO));
+        match activation {
             Activation::Relu => passes,
-            Activation::Relu6 => T::pass_below::<L>(passes, v, T::splat::<L>(T::ROUNDS_TO_SIX)),
-        })
+            Activation::Relu6 => T::pass::<L>(passes, T::splat::<L>(T::ROUNDS_TO_SIX), v),
+        }
     }
     #[inline(always)]
     fn one((activation, dy, residual): Self::Inputs, i: usize, v: T::Wide) -> T {
@@ -208,7 +408,7 @@ impl<'a, T: Element> FromNormalized<T> for ActivationBackward<'a, T> {
 
 /// Coefficients of dx = ((dy − dβ/m) − (x − mean)·(dγ/(m·√(σ²+ε)))) · γ/√(σ²+ε), in float64.
 ///
-/// Each is the number of one channel, or a slice with a number for each column.
+/// Each is the number of one channel, or numbers of all channels or columns.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DxCoefficients<V> {
     pub(crate) mean: V,
@@ -251,16 +451,26 @@ struct Copied<'a, T: Element>(Tile<'a, T>);
 
 impl<'a, T: Element> Map<T> for Copied<'a, T> {
     type Inputs = Row<'a, T>;
+    type Chunk = Chunk<'a, T, LANES>;
+    type Columns<L: Lanes> = ();
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Row<'a, T> {
         self.0.row(r)
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(&self, x: Row<'a, T>, i: usize, _: usize, y: ChunkMut<'_, T, LANES, S>) {
-        let x = x.chunk::<LANES>(i);
-        y.put::<WIDTH>(0, x.part(0));
-        y.put::<WIDTH>(1, x.part(1));
+    fn chunk(x: Row<'a, T>, i: usize) -> Self::Chunk {
+        x.chunk(i)
+    }
+    #[inline(always)]
+    fn prefetch(x: Row<'a, T>, i: usize) {
+        x.prefetch(i);
+    }
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, _: Row<'a, T>, _: usize) {}
+    #[inline(always)]
+    fn eight<L: Lanes>(x: Self::Chunk, half: usize, (): ()) -> [T; WIDTH] {
+        x.part(half)
     }
     #[inline(always)]
     fn one(&self, x: Row<'a, T>, i: usize, _: usize) -> T {
@@ -273,16 +483,27 @@ struct Added<'a, T: Element>(Tile<'a, T>, Tile<'a, T>);
 
 impl<'a, T: Element> Map<T> for Added<'a, T> {
     type Inputs = (Row<'a, T>, Row<'a, T>);
+    type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
+    type Columns<L: Lanes> = ();
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.0.row(r), self.1.row(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(&self, (a, b): Self::Inputs, i: usize, _: usize, y: ChunkMut<'_, T, LANES, S>) {
-        let (a, b) = (a.chunk::<LANES>(i), b.chunk::<LANES>(i));
-        y.put(0, plus::<L, T>(a.part(0), b.part(0)));
-        y.put(1, plus::<L, T>(a.part(1), b.part(1)));
+    fn chunk((a, b): Self::Inputs, i: usize) -> Self::Chunk {
+        (a.chunk(i), b.chunk(i))
+    }
+    #[inline(always)]
+    fn prefetch((a, b): Self::Inputs, i: usize) {
+        a.prefetch(i);
+        b.prefetch(i);
+    }
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, _: Self::Inputs, _: usize) {}
+    #[inline(always)]
+    fn eight<L: Lanes>((a, b): Self::Chunk, half: usize, (): ()) -> [T; WIDTH] {
+        plus::<L, T>(a.part(half), b.part(half))
     }
     #[inline(always)]
     fn one(&self, (a, b): Self::Inputs, i: usize, _: usize) -> T {

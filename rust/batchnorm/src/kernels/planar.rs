@@ -1,10 +1,10 @@
 //! Planar kernels: over runs of adjacent values of one channel.
 
-use super::map::{DxCoefficients, FromNormalized, Map, normalize_eight, normalize_one, write};
+use super::map::{DxCoefficients, FromNormalized, Kind, Map, normalize_eight, normalize_one, write};
 use super::{LANES, Sum, close, total};
 use crate::element::Element;
 use crate::simd::{Kernel, Lanes, WIDTH};
-use crate::view::{ChunkMut, Row, Tile, TileMut};
+use crate::view::{Chunk, Row, Tile, TileMut};
 use std::array::from_fn;
 
 /// Elements `i .. i + 16` in float64, as the sixteen lanes of a sum.
@@ -203,22 +203,37 @@ impl<T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Kernel for 
 
 impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Map<T> for NormalizeRuns<'a, '_, T, F, E> {
     type Inputs = (Row<'a, T>, [T::Wide; 4], E::Inputs);
+    type Chunk = (Chunk<'a, T, LANES>, E::Chunk);
+    type Columns<L: Lanes> = [T::Vector<L>; 4];
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.x.row(r), (self.coefficients)(r), self.then.inputs(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(
-        &self,
-        (x, c, rest): Self::Inputs,
-        i: usize,
-        _: usize,
-        y: ChunkMut<'_, T, LANES, S>,
-    ) {
-        let (x, c) = (x.chunk::<LANES>(i), c.map(T::splat::<L>));
-        y.put(0, E::eight::<L>(rest, i, normalize_eight::<L, T>(x.part(0), c)));
-        y.put(1, E::eight::<L>(rest, i + WIDTH, normalize_eight::<L, T>(x.part(1), c)));
+    fn kind((_, _, rest): Self::Inputs) -> Kind {
+        E::kind(rest)
+    }
+    #[inline(always)]
+    fn of_kind<const KIND: u8>((x, c, rest): Self::Inputs) -> Self::Inputs {
+        (x, c, E::of_kind::<KIND>(rest))
+    }
+    #[inline(always)]
+    fn chunk((x, _, rest): Self::Inputs, i: usize) -> Self::Chunk {
+        (x.chunk(i), E::chunk(rest, i))
+    }
+    #[inline(always)]
+    fn prefetch((x, _, rest): Self::Inputs, i: usize) {
+        x.prefetch(i);
+        E::prefetch(rest, i);
+    }
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, (_, c, _): Self::Inputs, _: usize) -> Self::Columns<L> {
+        c.map(T::splat::<L>)
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((x, rest): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
+        E::eight::<L>(rest, half, normalize_eight::<L, T>(x.part(half), c))
     }
     #[inline(always)]
     fn one(&self, (x, c, rest): Self::Inputs, i: usize, _: usize) -> T {
@@ -288,22 +303,29 @@ impl<T: Element, F: Fn(usize) -> DxCoefficients<f64>> Kernel for DxRuns<'_, '_, 
 
 impl<'a, T: Element, F: Fn(usize) -> DxCoefficients<f64>> Map<T> for DxRuns<'a, '_, T, F> {
     type Inputs = (Row<'a, T>, Row<'a, T>, DxCoefficients<f64>);
+    type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
+    type Columns<L: Lanes> = DxCoefficients<[L::D; 2]>;
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
         (self.dy.row(r), self.x.row(r), (self.coefficients)(r))
     }
     #[inline(always)]
-    fn sixteen<L: Lanes, const S: bool>(
-        &self,
-        (dy, x, c): Self::Inputs,
-        i: usize,
-        _: usize,
-        dx: ChunkMut<'_, T, LANES, S>,
-    ) {
-        let (dy, x, c) = (dy.chunk::<LANES>(i), x.chunk::<LANES>(i), c.map(|v| [L::splat(v); 2]));
-        dx.put(0, c.eight::<L, T>(dy.part(0), x.part(0)));
-        dx.put(1, c.eight::<L, T>(dy.part(1), x.part(1)));
+    fn chunk((dy, x, _): Self::Inputs, i: usize) -> Self::Chunk {
+        (dy.chunk(i), x.chunk(i))
+    }
+    #[inline(always)]
+    fn prefetch((dy, x, _): Self::Inputs, i: usize) {
+        dy.prefetch(i);
+        x.prefetch(i);
+    }
+    #[inline(always)]
+    fn columns<L: Lanes>(&self, (_, _, c): Self::Inputs, _: usize) -> Self::Columns<L> {
+        c.map(|v| [L::splat(v); 2])
+    }
+    #[inline(always)]
+    fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
+        c.eight::<L, T>(dy.part(half), x.part(half))
     }
     #[inline(always)]
     fn one(&self, (dy, x, c): Self::Inputs, i: usize, _: usize) -> T {

@@ -35,15 +35,12 @@ pub trait Vectors: Copy + Sized {
     /// 0 where v ≤ 0, else v.
     #[doc(hidden)]
     fn relu<L: Lanes>(v: Self::Vector<L>) -> Self::Vector<L>;
-    /// d where v > floor, else 0.
+    /// d where a > b, else 0.
     #[doc(hidden)]
-    fn pass<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, floor: Self::Vector<L>) -> Self::Vector<L>;
+    fn pass<L: Lanes>(d: [Self; WIDTH], a: Self::Vector<L>, b: Self::Vector<L>) -> [Self; WIDTH];
     /// top where v > top, else v.
     #[doc(hidden)]
     fn at_most<L: Lanes>(v: Self::Vector<L>, top: Self::Vector<L>) -> Self::Vector<L>;
-    /// d where v < ceiling, else 0.
-    #[doc(hidden)]
-    fn pass_below<L: Lanes>(d: Self::Vector<L>, v: Self::Vector<L>, ceiling: Self::Vector<L>) -> Self::Vector<L>;
     /// Loads eight elements as float64, exactly.
     #[doc(hidden)]
     fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2];
@@ -54,7 +51,7 @@ pub trait Vectors: Copy + Sized {
 
 /// Implements [`Vectors`] for a type that is normalized in float64.
 macro_rules! in_float64 {
-    ($T:ty, $load:expr, $store:expr) => {
+    ($T:ty, $load:expr, $store:expr, $masked:expr) => {
         impl Vectors for $T {
             type Wide = f64;
             type Vector<L: Lanes> = [L::D; 2];
@@ -88,16 +85,12 @@ macro_rules! in_float64 {
                 v.map(|v| L::relu(v))
             }
             #[inline(always)]
-            fn pass<L: Lanes>(d: [L::D; 2], v: [L::D; 2], floor: [L::D; 2]) -> [L::D; 2] {
-                std::array::from_fn(|h| L::pass(d[h], v[h], floor[h]))
+            fn pass<L: Lanes>(d: [Self; WIDTH], a: [L::D; 2], b: [L::D; 2]) -> [Self; WIDTH] {
+                $masked(d, L::above(a, b))
             }
             #[inline(always)]
             fn at_most<L: Lanes>(v: [L::D; 2], top: [L::D; 2]) -> [L::D; 2] {
                 std::array::from_fn(|h| L::at_most(v[h], top[h]))
-            }
-            #[inline(always)]
-            fn pass_below<L: Lanes>(d: [L::D; 2], v: [L::D; 2], ceiling: [L::D; 2]) -> [L::D; 2] {
-                std::array::from_fn(|h| L::pass_below(d[h], v[h], ceiling[h]))
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {
@@ -114,8 +107,8 @@ macro_rules! in_float64 {
     };
 }
 
-in_float64!(f64, L::get, L::put);
-in_float64!(f32, L::of_f32, L::to_f32);
+in_float64!(f64, L::get, L::put, |d, mask| Self::store_wide::<L>(L::masked(Self::load_wide::<L>(d), mask)));
+in_float64!(f32, L::of_f32, L::to_f32, |d, mask| L::put_s(L::masked_s(L::get_s(d), mask)));
 
 /// Implements [`Vectors`] for a type that is normalized in float32.
 macro_rules! in_float32 {
@@ -153,16 +146,12 @@ macro_rules! in_float32 {
                 L::relu_s(v)
             }
             #[inline(always)]
-            fn pass<L: Lanes>(d: L::S, v: L::S, floor: L::S) -> L::S {
-                L::pass_s(d, v, floor)
+            fn pass<L: Lanes>(d: [Self; WIDTH], a: L::S, b: L::S) -> [Self; WIDTH] {
+                L::masked_16(d.map(<$T>::to_bits), L::above_s(a, b)).map(<$T>::from_bits)
             }
             #[inline(always)]
             fn at_most<L: Lanes>(v: L::S, top: L::S) -> L::S {
                 L::at_most_s(v, top)
-            }
-            #[inline(always)]
-            fn pass_below<L: Lanes>(d: L::S, v: L::S, ceiling: L::S) -> L::S {
-                L::pass_below_s(d, v, ceiling)
             }
             #[inline(always)]
             fn load_wide<L: Lanes>(values: [Self; WIDTH]) -> [L::D; 2] {

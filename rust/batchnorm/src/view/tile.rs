@@ -109,6 +109,15 @@ impl<'a, T: Element> TileMut<'a, T> {
         self.cols
     }
 
+    /// The part of this rectangle in the given rows and columns.
+    #[inline(always)]
+    pub(crate) fn part(&self, Rect { rows, cols }: &Rect) -> TileMut<'_, T> {
+        assert!(rows.start < rows.end && rows.end <= self.rows && cols.start < cols.end && cols.end <= self.cols);
+        // SAFETY: the part lies within this rectangle.
+        let data = unsafe { self.data.add(rows.start * self.stride + cols.start) };
+        TileMut { data, rows: rows.len(), cols: cols.len(), ..*self }
+    }
+
     /// This rectangle as one row if its rows are adjacent in memory, else unchanged.
     #[inline(always)]
     pub(crate) fn flat(&self) -> TileMut<'_, T> {

@@ -46,6 +46,8 @@ macro_rules! avx2 {
 impl Lanes for Avx2 {
     type D = __m256d;
     type S = __m256;
+    /// All bits of a 32-bit lane, or none.
+    type Mask = __m256i;
 
     #[inline(always)]
     fn splat(value: f64) -> __m256d {
@@ -75,18 +77,28 @@ impl Lanes for Avx2 {
     fn relu(v: __m256d) -> __m256d {
         avx2!(_mm256_and_pd(v, _mm256_cmp_pd::<_CMP_NLE_UQ>(v, _mm256_setzero_pd())))
     }
-    #[inline(always)]
-    fn pass(d: __m256d, v: __m256d, floor: __m256d) -> __m256d {
-        avx2!(_mm256_and_pd(d, _mm256_cmp_pd::<_CMP_GT_OQ>(v, floor)))
-    }
     /// The instruction returns its second operand where one is NaN.
     #[inline(always)]
     fn at_most(v: __m256d, top: __m256d) -> __m256d {
         avx2!(_mm256_min_pd(top, v))
     }
     #[inline(always)]
-    fn pass_below(d: __m256d, v: __m256d, ceiling: __m256d) -> __m256d {
-        avx2!(_mm256_and_pd(d, _mm256_cmp_pd::<_CMP_LT_OQ>(v, ceiling)))
+    fn above(a: [__m256d; 2], b: [__m256d; 2]) -> __m256i {
+        avx2!({
+            let low = _mm256_castpd_ps(_mm256_cmp_pd::<_CMP_GT_OQ>(a[0], b[0]));
+            let high = _mm256_castpd_ps(_mm256_cmp_pd::<_CMP_GT_OQ>(a[1], b[1]));
+            // Every second half of them: lanes 0, 1, 4, 5, 2, 3, 6, 7; then in order.
+            let mixed = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(low, high));
+            _mm256_castpd_si256(_mm256_permute4x64_pd::<0b11_01_10_00>(mixed))
+        })
+    }
+    #[inline(always)]
+    fn masked([low, high]: [__m256d; 2], mask: __m256i) -> [__m256d; 2] {
+        avx2!({
+            let (mask_low, mask_high) = (_mm256_castsi256_si128(mask), _mm256_extracti128_si256::<1>(mask));
+            let wide = |mask| _mm256_castsi256_pd(_mm256_cvtepi32_epi64(mask));
+            [_mm256_and_pd(low, wide(mask_low)), _mm256_and_pd(high, wide(mask_high))]
+        })
     }
     #[inline(always)]
     fn keep(d: __m256d, mask: [u64; 4]) -> __m256d {
@@ -128,18 +140,25 @@ impl Lanes for Avx2 {
     fn relu_s(v: __m256) -> __m256 {
         avx2!(_mm256_and_ps(v, _mm256_cmp_ps::<_CMP_NLE_UQ>(v, _mm256_setzero_ps())))
     }
-    #[inline(always)]
-    fn pass_s(d: __m256, v: __m256, floor: __m256) -> __m256 {
-        avx2!(_mm256_and_ps(d, _mm256_cmp_ps::<_CMP_GT_OQ>(v, floor)))
-    }
     /// The instruction returns its second operand where one is NaN.
     #[inline(always)]
     fn at_most_s(v: __m256, top: __m256) -> __m256 {
         avx2!(_mm256_min_ps(top, v))
     }
     #[inline(always)]
-    fn pass_below_s(d: __m256, v: __m256, ceiling: __m256) -> __m256 {
-        avx2!(_mm256_and_ps(d, _mm256_cmp_ps::<_CMP_LT_OQ>(v, ceiling)))
+    fn above_s(a: __m256, b: __m256) -> __m256i {
+        avx2!(_mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)))
+    }
+    #[inline(always)]
+    fn masked_s(s: __m256, mask: __m256i) -> __m256 {
+        avx2!(_mm256_and_ps(s, _mm256_castsi256_ps(mask)))
+    }
+    #[inline(always)]
+    fn masked_16(bits: [u16; 8], mask: __m256i) -> [u16; 8] {
+        avx2!({
+            let mask = _mm_packs_epi32(_mm256_castsi256_si128(mask), _mm256_extracti128_si256::<1>(mask));
+            std::mem::transmute(_mm_and_si128(std::mem::transmute::<[u16; 8], __m128i>(bits), mask))
+        })
     }
     #[inline(always)]
     fn of_f16(values: [f16; 8]) -> __m256 {

@@ -16,6 +16,8 @@ pub trait Lanes: Copy + 'static {
     type D: Copy;
     /// A vector of eight float32.
     type S: Copy;
+    /// Which of eight lanes.
+    type Mask: Copy;
 
     /// One value in all lanes.
     fn splat(value: f64) -> Self::D;
@@ -31,12 +33,12 @@ pub trait Lanes: Copy + 'static {
     fn mul(a: Self::D, b: Self::D) -> Self::D;
     /// 0 where v ≤ 0, else v.
     fn relu(v: Self::D) -> Self::D;
-    /// d where v > floor, else 0.
-    fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D;
     /// top where v > top, else v.
     fn at_most(v: Self::D, top: Self::D) -> Self::D;
-    /// d where v < ceiling, else 0.
-    fn pass_below(d: Self::D, v: Self::D, ceiling: Self::D) -> Self::D;
+    /// Where a > b, in eight lanes.
+    fn above(a: [Self::D; 2], b: [Self::D; 2]) -> Self::Mask;
+    /// d in the lanes of the mask, else 0.
+    fn masked(d: [Self::D; 2], mask: Self::Mask) -> [Self::D; 2];
     /// Bitwise AND of each lane with its mask.
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D;
     /// Converts four float32, exactly.
@@ -58,12 +60,14 @@ pub trait Lanes: Copy + 'static {
     fn mul_s(a: Self::S, b: Self::S) -> Self::S;
     /// 0 where v ≤ 0, else v.
     fn relu_s(v: Self::S) -> Self::S;
-    /// d where v > floor, else 0.
-    fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S;
     /// top where v > top, else v.
     fn at_most_s(v: Self::S, top: Self::S) -> Self::S;
-    /// d where v < ceiling, else 0.
-    fn pass_below_s(d: Self::S, v: Self::S, ceiling: Self::S) -> Self::S;
+    /// Where a > b.
+    fn above_s(a: Self::S, b: Self::S) -> Self::Mask;
+    /// s in the lanes of the mask, else 0.
+    fn masked_s(s: Self::S, mask: Self::Mask) -> Self::S;
+    /// Bits in the lanes of the mask, else 0.
+    fn masked_16(bits: [u16; 8], mask: Self::Mask) -> [u16; 8];
     /// Converts eight float16, exactly.
     fn of_f16(values: [f16; 8]) -> Self::S;
     /// Rounds to float16, to nearest.

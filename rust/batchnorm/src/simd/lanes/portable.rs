@@ -24,6 +24,7 @@ fn zip<V: Copy, const N: usize>(a: [V; N], b: [V; N], f: impl Fn(V, V) -> V) -> 
 impl Lanes for Portable {
     type D = [f64; 4];
     type S = [f32; 8];
+    type Mask = [bool; 8];
 
     #[inline(always)]
     fn splat(value: f64) -> Self::D {
@@ -54,16 +55,16 @@ impl Lanes for Portable {
         v.map(|v| if v <= 0.0 { 0.0 } else { v })
     }
     #[inline(always)]
-    fn pass(d: Self::D, v: Self::D, floor: Self::D) -> Self::D {
-        from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
-    }
-    #[inline(always)]
     fn at_most(v: Self::D, top: Self::D) -> Self::D {
         zip(v, top, |v, top| if v > top { top } else { v })
     }
     #[inline(always)]
-    fn pass_below(d: Self::D, v: Self::D, ceiling: Self::D) -> Self::D {
-        from_fn(|lane| if v[lane] < ceiling[lane] { d[lane] } else { 0.0 })
+    fn above(a: [Self::D; 2], b: [Self::D; 2]) -> [bool; 8] {
+        from_fn(|lane| a[lane / 4][lane % 4] > b[lane / 4][lane % 4])
+    }
+    #[inline(always)]
+    fn masked(d: [Self::D; 2], mask: [bool; 8]) -> [Self::D; 2] {
+        from_fn(|half| from_fn(|lane| if mask[4 * half + lane] { d[half][lane] } else { 0.0 }))
     }
     #[inline(always)]
     fn keep(d: Self::D, mask: [u64; 4]) -> Self::D {
@@ -106,16 +107,20 @@ impl Lanes for Portable {
         v.map(|v| if v <= 0.0 { 0.0 } else { v })
     }
     #[inline(always)]
-    fn pass_s(d: Self::S, v: Self::S, floor: Self::S) -> Self::S {
-        from_fn(|lane| if v[lane] > floor[lane] { d[lane] } else { 0.0 })
-    }
-    #[inline(always)]
     fn at_most_s(v: Self::S, top: Self::S) -> Self::S {
         zip(v, top, |v, top| if v > top { top } else { v })
     }
     #[inline(always)]
-    fn pass_below_s(d: Self::S, v: Self::S, ceiling: Self::S) -> Self::S {
-        from_fn(|lane| if v[lane] < ceiling[lane] { d[lane] } else { 0.0 })
+    fn above_s(a: Self::S, b: Self::S) -> [bool; 8] {
+        from_fn(|lane| a[lane] > b[lane])
+    }
+    #[inline(always)]
+    fn masked_s(s: Self::S, mask: [bool; 8]) -> Self::S {
+        from_fn(|lane| if mask[lane] { s[lane] } else { 0.0 })
+    }
+    #[inline(always)]
+    fn masked_16(bits: [u16; 8], mask: [bool; 8]) -> [u16; 8] {
+        from_fn(|lane| if mask[lane] { bits[lane] } else { 0 })
     }
     #[inline(always)]
     fn of_f16(values: [f16; 8]) -> Self::S {

@@ -1,0 +1,54 @@
+//! A number for each channel, as kernels over whole rows load it.
+
+use crate::error::Error;
+use crate::kernels::LANES;
+use crate::memory::zeros;
+use std::ops::Range;
+
+/// A number for each channel, with those of the first [`LANES`] channels once more after the last, since a kernel may go
+/// on from the end of one row to the start of the next.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PerChannel {
+    numbers: Vec<f64>,
+}
+
+impl PerChannel {
+    pub(crate) fn zeros(channels: usize) -> Result<Self, Error> {
+        Ok(Self { numbers: zeros(channels + LANES)? })
+    }
+
+    /// The number of each channel.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub(crate) fn of(numbers: impl ExactSizeIterator<Item = f64>) -> Result<Self, Error> {
+        let mut of_channels = Self::zeros(numbers.len())?;
+        of_channels.fill(numbers);
+        Ok(of_channels)
+    }
+
+    /// Replaces all numbers.
+    pub(crate) fn fill(&mut self, numbers: impl Iterator<Item = f64>) {
+        let channels = self.channels();
+        for (slot, number) in self.numbers[..channels].iter_mut().zip(numbers) {
+            *slot = number;
+        }
+        for i in 0..LANES {
+            self.numbers[channels + i] = self.numbers[i]; // of fewer channels, those that stand again do so once more
+        }
+    }
+
+    pub(crate) fn channels(&self) -> usize {
+        self.numbers.len() - LANES
+    }
+
+    /// The numbers, once.
+    pub(crate) fn as_slice(&self) -> &[f64] {
+        &self.numbers[..self.channels()]
+    }
+
+    /// The numbers of some channels, and [`LANES`] more.
+    pub(crate) fn and_more(&self, channels: Range<usize>) -> &[f64] {
+        &self.numbers[channels.start..channels.end + LANES]
+    }
+}
