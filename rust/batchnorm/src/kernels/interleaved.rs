@@ -202,6 +202,13 @@ pub(crate) struct PerColumn<'a, W> {
 }
 
 impl<W: Copy> PerColumn<'_, W> {
+    /// The numbers of columns `j .. j + 8`, one by one: only where rows of an output larger than the caches do not begin with
+    /// a cache line.
+    #[cold]
+    fn mixed(self, j: usize) -> [W; WIDTH] {
+        from_fn(|k| self.numbers[(j + k) >> self.shift])
+    }
+
     #[inline(always)]
     fn one(self, j: usize) -> W {
         self.numbers[j >> self.shift]
@@ -215,7 +222,7 @@ impl<W: Copy> PerColumn<'_, W> {
         } else if j >> self.shift == (j + WIDTH - 1) >> self.shift {
             splat(self.one(j))
         } else {
-            load(from_fn(|k| self.one(j + k))) // only where rows of the output do not begin with a cache line
+            load(self.mixed(j))
         }
     }
 }
@@ -268,7 +275,13 @@ impl<'a, T: Element, E: FromNormalized<T>> Map<T> for NormalizeRows<'a, '_, T, E
     }
     #[inline(always)]
     fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
-        self.coefficients.map(|column| column.eight(j, T::column::<L>, T::splat::<L>))
+        let [high, low, scale, beta] = self.coefficients; // `map` would not be inlined
+        [
+            high.eight(j, T::column::<L>, T::splat::<L>),
+            low.eight(j, T::column::<L>, T::splat::<L>),
+            scale.eight(j, T::column::<L>, T::splat::<L>),
+            beta.eight(j, T::column::<L>, T::splat::<L>),
+        ]
     }
     #[inline(always)]
     fn eight<L: Lanes>((x, rest): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
