@@ -120,8 +120,10 @@ def fresh_memory(setting: Setting) -> list[Record]:
 
 
 def scaling(setting: Setting) -> list[Record]:
-    """One thread against two, in turns; the pool is made before the clock starts."""
-    records = []
+    """One thread against two, in turns; the pool is made before the clock starts. Needs two processors."""
+    records: list[Record] = []
+    if setting.threads < 2:
+        return records
     for row in THREADS:
         case = Case.of(row)
         for direction, call in case.ours().items():

@@ -68,7 +68,7 @@ SPECIAL_HEADS = ["group", "tensor", "pass", "milliseconds, if no other unit", "r
 
 def special_cells(line: dict[str, Any]) -> list[str]:
     scale, unit = line["unit"]
-    times = ", ".join(f"{name} {ms * scale:.4g}{unit}" for name, ms in line["ms"].items())
+    times = ", ".join(f"{name} {ms * scale:.3g}" for name, ms in line["ms"].items()) + unit
     return [
         line["group"],
         line["row"],

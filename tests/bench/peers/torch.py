@@ -13,6 +13,7 @@ import mmap
 import os
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,22 +22,28 @@ from bench.case import EPS, Call, Case
 
 ARRAYS = ("x", "dy", "out", "gamma", "beta", "mean", "var")
 VARIABLE = "BENCH_TORCH"
+TESTS = Path(__file__).parents[2]
 
 
 class Process:
     """The process that runs PyTorch; raises ImportError where it cannot."""
 
     def __init__(self, interpreter: str) -> None:
+        path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
         try:
             self.popen = subprocess.Popen(
                 [interpreter, "-m", "bench.peers.torch_process"],
+                env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
         except OSError as error:
             raise ImportError(f"{interpreter}: {error.strerror}") from None
-        started = self.answer()
+        try:
+            started = self.answer()
+        except RuntimeError as error:
+            started = {"missing": str(error)}
         if "missing" in started:
             self.popen.communicate()
             raise ImportError(f"{interpreter}: {started['missing']}")
@@ -47,7 +54,7 @@ class Process:
         """The next line that it says."""
         line = self.popen.stdout.readline()
         if not line:
-            raise RuntimeError(f"PyTorch's process ended, status {self.popen.wait()}; it said why above")
+            raise RuntimeError(f"the process for PyTorch ended with status {self.popen.wait()}")
         return json.loads(line)
 
     def ask(self, **command: object) -> dict[str, Any]:
