@@ -1,12 +1,17 @@
 """What the benchmark makes of times: figures are given, none is measured."""
 
+import io
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import bench.__main__ as bench
 from bench import check, page, rows, special, tables, verdicts
 
-HERE = Path(__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 CELL = ("NHWC 32x56x56x256", "forward")
 
 
@@ -145,8 +150,55 @@ def test_only_what_is_between_the_marks_of_a_page_changes(tmp_path):
     assert path.read_text() == (f"before\n{other}old one\n{page.END}between\n{mark}\nnew\n{page.END}after\n")
 
 
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ([], True),
+        (["--threads", "1", "--runs", "3"], True),
+        (["--threads", "3"], False),
+        (["--only", "NC"], False),
+        (["--rounds", "30"], False),
+        (["--pass", "forward"], False),
+    ],
+)
+def test_only_a_whole_run_writes_the_page(options, written, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.setattr(sys, "argv", ["bench", *options, str(PAGE)])
+    assert bench.arguments().page == (PAGE if written else None)
+
+
+def test_a_run_puts_into_the_page_what_it_printed(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{tables.page_mark(1)}{page.END}after\n")
+    cell = line({"ours": 1.0, "floor": 0.6, "NumPy": 0.9}) | {
+        "error_ulps": {"ours": 0.5},
+        "wrong_answers": {},
+    }
+    slow = special.record("moments", "NC 3x4", "moments", {"ours": 1.0}, 1.5, 1.0)
+    results = {
+        "machine": {"processor": "Abacus", "threads": 1, "simd": "beads"},
+        "versions": {"batchnorm": "9", "NumPy": "8"},
+        "absent": {"JAX": "not here"},
+        "how": {"rounds": 31, "runs": 3},
+        "rows": [verdicts.merged([cell])],
+        "special": [verdicts.merged([slow])],
+    }
+    assert tables.report(results, tmp_path, path, Console(file=io.StringIO())) == 0
+    written = path.read_text()
+    assert (tmp_path / "bench.md").read_text() in written
+    for text in (
+        "Abacus, 1 thread, beads; milliseconds, medians of 31 interleaved rounds, of which the medians of 3",
+        "absent: JAX (not here).",
+        f"in 1 of 1 cells: {CELL[0]} {CELL[1]} 0.900 (NumPy)",
+        "| NumPy 0.900 | 0.90 | floor ≤ 1.85: yes, peer ≥ 0.95: NO | 0.50 |",
+        "| moments | NC 3x4 | moments | ours 1 | 1.50 | ≤ 1 | NO |",
+        "goals reached: 1 of 3",
+    ):
+        assert text in written
+
+
 def test_the_documentation_has_a_place_for_one_thread_and_for_two():
-    text = (HERE.parent / "docs" / "performance.md").read_text()
+    text = PAGE.read_text()
     for threads in (1, 2):
         after = text.split(tables.page_mark(threads))
         assert len(after) == 2

@@ -55,6 +55,7 @@ def medians(
     first = {}
     for name, call in calls.items():
         prepare(name)
+        time.sleep(REST)
         call()
         first[name] = once(call)
     number = {name: math.ceil(BATCH / seconds) for name, seconds in first.items()}
