@@ -208,12 +208,13 @@ memcheck: requirements ## The core's tests of every width under Valgrind (skippe
 	else echo "skipped: no valgrind (on Debian and Ubuntu: the package valgrind)"; fi
 
 .PHONY: bench
-bench: setup $(VENV)/.peers ## Time this package, a plain copy and other libraries (writes bench-output/; ONLY=56x56 for a part)
-	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(ONLY),--only "$(ONLY)")
+bench: setup $(VENV)/.peers $(TORCH)/.packages ## Time this package, a plain copy and other libraries (updates docs/performance.md; ONLY=56x56 for a part, THREADS=1, RUNS=3)
+	@BENCH_TORCH=$(TORCH)/bin/python PYTHONPATH=tests $(BIN)/python -m bench $(if $(ONLY),--only "$(ONLY)") \
+	  $(if $(THREADS),--threads "$(THREADS)") $(if $(RUNS),--runs "$(RUNS)") docs/performance.md
 
 .PHONY: bench-check
-bench-check: setup ## Fail if a pass takes far longer than its goal, as a multiple of a plain copy
-	$(call step,Checking speed against the floor of a copy)
+bench-check: setup ## Fail if a pass takes far longer than its goal, as a multiple of a plain copy, or than NumPy
+	$(call step,Checking speed against the floor of a copy and against NumPy)
 	@PYTHONPATH=tests $(BIN)/python -m bench.check
 
 .PHONY: accuracy

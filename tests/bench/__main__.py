@@ -21,6 +21,7 @@ from bench import peers, special, tables
 from bench.case import TOLERANCE, Case
 from bench.rows import DIRECTIONS, ROWS, Row
 from bench.timing import medians
+from bench.verdicts import merged
 
 ROUNDS = 31
 
@@ -79,7 +80,7 @@ def measure_row(
     return lines
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument(
         "--only",
@@ -96,7 +97,13 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="interleaved rounds (default %(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=2, help="threads for us and for every peer (default %(default)s)"
+        "--threads",
+        type=int,
+        default=tables.DEFAULT_THREADS,
+        help="threads for us and for every peer (default %(default)s)",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=1, help="whole runs, whose medians are shown (default %(default)s)"
     )
     parser.add_argument(
         "--output",
@@ -104,18 +111,44 @@ def main() -> int:
         default=Path("bench-output"),
         help="where JSON, table and plot go (default %(default)s)",
     )
+    parser.add_argument(
+        "page",
+        nargs="?",
+        type=Path,
+        help="a page to put the tables in, if it has a place for so many threads and all is timed",
+    )
     args = parser.parse_args()
-
-    processors = sorted(os.sched_getaffinity(0))[: args.threads]
-    if len(processors) < args.threads:
-        parser.error(f"--threads {args.threads}: only {len(processors)} processors")
-    os.sched_setaffinity(0, processors)  # what keeps every peer to that many threads
-    bn.set_num_threads(args.threads)
-
-    rows = [row for row in ROWS if args.only in f"{row.group}, {row.name}"]
-    others = [measurement for measurement in special.ALL if args.only in measurement.group]
-    if not rows and not others:
+    if args.rounds < 1 or args.runs < 1:
+        parser.error("--rounds and --runs are at least 1")
+    args.processors = sorted(os.sched_getaffinity(0))[: args.threads]
+    if len(args.processors) < args.threads:
+        parser.error(f"--threads {args.threads}: only {len(args.processors)} processors")
+    args.rows = [row for row in ROWS if args.only in f"{row.group}, {row.name}"]
+    args.others = [measurement for measurement in special.ALL if args.only in measurement.group]
+    if not args.rows and not args.others:
         parser.error(f"--only {args.only}: no such row")
+    whole = not args.only and not args.directions and args.rounds >= ROUNDS
+    if args.page and not (whole and tables.page_mark(args.threads) in args.page.read_text()):
+        args.page = None
+    return args
+
+
+def run(args: argparse.Namespace, installed: dict[str, Any], told: Any, done: Any) -> tuple[Any, Any]:
+    """The lines and the special records of one whole run."""
+    lines, records = [], []
+    for row in args.rows:
+        lines += measure_row(row, installed, args, told)
+        done()
+    for measurement in args.others:
+        records += measurement.run(special.Setting(args.rounds, args.threads, installed, told))
+        done()
+    return lines, records
+
+
+def main() -> int:
+    args = arguments()
+    os.sched_setaffinity(0, args.processors)  # what keeps every peer to that many threads
+    bn.set_num_threads(args.threads)
     installed, absent = peers.installed()
     console = Console(width=None if sys.stdout.isatty() else 150)
     results: dict[str, Any] = {
@@ -130,23 +163,21 @@ def main() -> int:
             **{name: peer.version() for name, peer in installed.items()},
         },
         "absent": absent,
-        "rows": [],
-        "special": [],
+        "how": {"rounds": args.rounds, "runs": args.runs},
     }
+    parts = args.runs * (len(args.rows) + len(args.others))
     columns = ("{task.description}", MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(rows) + len(others))
+        task = progress.add_task("", total=parts)
 
         def told(what: str) -> None:
             progress.update(task, description=what)
 
-        for row in rows:
-            results["rows"] += measure_row(row, installed, args, told)
-            progress.advance(task)
-        for measurement in others:
-            results["special"] += measurement.run(args.rounds, args.threads, told)
-            progress.advance(task)
-    return tables.report(results, args.output, console)
+        runs = [run(args, installed, told, lambda: progress.advance(task)) for _ in range(args.runs)]
+    results["rows"], results["special"] = (
+        [merged(lines) for lines in zip(*of, strict=True)] for of in zip(*runs, strict=True)
+    )
+    return tables.report(results, args.output, args.page, console)
 
 
 if __name__ == "__main__":

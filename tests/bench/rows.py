@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -72,7 +71,8 @@ OTHER_DTYPES = [
     for dtype in ("float16", "bfloat16", "float64")
     for shape, axis in (((32, 256, 56, 56), 1), ((32, 56, 56, 256), -1))
 ]
-ROWS = BASELINE + RESNET + OTHER_DTYPES
+COMPARED = BASELINE + RESNET  # with the best peer
+ROWS = COMPARED + OTHER_DTYPES
 
 # C = 64 with a large inner size, and what must not cost 1.3 times as much by the byte; all about 100 MB.
 PER_BYTE_REFERENCE = {
@@ -94,6 +94,23 @@ THREADS = [
 ]
 THREADS += [Row((n, 64), group="threads") for n in (64, 1024, 4096, 32_768, 49_152)]
 
+# Tensors that caches hold, timed on one thread.
+IN_CACHE = [
+    Row(shape, group="in cache")
+    for shape in ((128, 256), (512, 256), (16, 96, 16, 16), (16, 576, 4, 4), (1, 64, 56, 56))
+]
+
+# Channels and width of what the batch norms of torchvision's mobilenet_v2 take from 128x128 images, in order.
+MOBILENET_CHANNELS = [
+    *((32, 64), (32, 64), (16, 64), (96, 64), (96, 32), (24, 32), (144, 32), (144, 32), (24, 32)),
+    *((144, 32), (144, 16), (32, 16), *[(192, 16), (192, 16), (32, 16)] * 2),
+    *((192, 16), (192, 8), (64, 8), *[(384, 8), (384, 8), (64, 8)] * 3),
+    *((384, 8), (384, 8), (96, 8), *[(576, 8), (576, 8), (96, 8)] * 2),
+    *((576, 8), (576, 4), (160, 4), *[(960, 4), (960, 4), (160, 4)] * 2),
+    *((960, 4), (960, 4), (320, 4), (1280, 4)),
+]
+MOBILENET = [Row((16, channels, side, side), group="MobileNetV2") for channels, side in MOBILENET_CHANNELS]
+
 # Fresh memory against `out=`.
 FRESH = [
     Row((32, 64, 112, 112), group="fresh"),
@@ -113,7 +130,16 @@ FLOOR, PEER = "floor", "best peer"
 LARGE = 50_000_000
 HALF = ("float16", "bfloat16")
 # The floor of the backward pass is that of reading two tensors and writing one.
+# Not behind is where the best peer takes this share of our time or more; below 1 it is called equal.
+EQUAL = 0.95
+# Families beyond the caches: their goals over the floor.
+PLANAR = {INFERENCE: 1.05, FORWARD: 1.35, BACKWARD: 1.35}
+INTERLEAVED = {INFERENCE: 1.1, FORWARD: 1.85, BACKWARD: 1.85}
 CALL_OVERHEAD = {INFERENCE: 6.0, FORWARD: 12.0}  # against np.add(x, b, out=out)
+FROZEN_OVERHEAD = 4.0  # the same, of a frozen layer
+MOMENTS_LIMIT = 0.85  # against the floor of the forward pass, which writes too
+# Against copies of what all the layers read and write.
+MOBILENET_LIMITS = {FORWARD: 2.0, BACKWARD: 1.8}
 FRESH_LIMIT = 1.25  # against the time with out=
 PER_BYTE_LIMIT = 1.3  # against the reference
 # One thread's time over two threads', from so many bytes; never slower, of which noise may hide 5 %.
@@ -125,24 +151,11 @@ def goals(row: Row, direction: str) -> list[Goal]:
     if row.dtype in HALF:
         return [Goal(FLOOR, 1.3 if direction == INFERENCE else 2.0)]
     wanted = []
-    if direction == INFERENCE and row.nbytes > last_level_cache():
-        wanted.append(Goal(FLOOR, 1.05))
-    if direction != INFERENCE and row.nbytes > LARGE:
-        wanted.append(Goal(FLOOR, (1.3 if direction == FORWARD else 1.5) if row.planar else 2.0))
-    if row.group == "baseline":
-        if direction == INFERENCE or row.nbytes <= LARGE:
-            wanted.append(Goal(PEER, 1.0))
-        elif not row.planar:
-            wanted.append(Goal(PEER, 1 / (1.2 if direction == FORWARD else 1.1)))
+    if row.nbytes > LARGE:
+        wanted.append(Goal(FLOOR, (PLANAR if row.planar else INTERLEAVED)[direction]))
+    if row in COMPARED:
+        wanted.append(Goal(PEER, 1 / EQUAL))
     return wanted
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache that the first processor sees; 32 MiB where the system does not say."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20}
-    found = [int(text[:-1]) * units[text[-1]] for text in (path.read_text().strip() for path in sizes)]
-    return max(found, default=32 << 20)
 
 
 # What a peer took over a streaming copy of the same run, on a two-core AVX2 machine where it was installed,

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.rows import DIRECTIONS, FLOOR, ROWS, STAND_INS, goals
-
-BY_NAME = {row.name: row for row in ROWS}
+from bench.page import put_in
+from bench.rows import DIRECTIONS, FLOOR
+from bench.verdicts import behind, judged, judged_special
 
 
 def processor() -> str:
@@ -24,35 +24,6 @@ def processor() -> str:
     )
 
 
-def best_peer(line: dict[str, Any], absent: list[str]) -> tuple[str, float] | None:
-    """The fastest peer of a line and its time: measured, or as `STAND_INS` has it for an absent one."""
-    ms = {name: t for name, t in line["ms"].items() if name not in ("ours", "floor")}
-    for name in absent:
-        quotient = STAND_INS.get(name, {}).get((line["row"], line["pass"]))
-        if quotient is not None:
-            ms[f"{name}*"] = quotient * line["streaming_ms"]
-    return min(ms.items(), key=lambda item: item[1], default=None)
-
-
-def judged(line: dict[str, Any], absent: list[str]) -> dict[str, Any]:
-    """The line with the goals that its row has, and what was reached."""
-    best = best_peer(line, absent)
-    line["best_peer"] = None if best is None else {"name": best[0], "ms": best[1]}
-    line["goals"] = []
-    for goal in goals(BY_NAME[line["row"]], line["pass"]):
-        other = line["ms"]["floor"] if goal.against == FLOOR else (best[1] if best else None)
-        ratio = None if other is None else line["ms"]["ours"] / other
-        line["goals"].append(
-            {
-                "against": goal.against,
-                "limit": goal.limit,
-                "ratio": ratio,
-                "reached": None if ratio is None else ratio <= goal.limit,
-            }
-        )
-    return line
-
-
 def mark(reached: bool | None) -> str:
     return {True: "yes", False: "NO", None: "no peer"}[reached]
 
@@ -60,7 +31,8 @@ def mark(reached: bool | None) -> str:
 def cells(line: dict[str, Any]) -> list[str]:
     ms, best = line["ms"], line["best_peer"]
     wanted = [
-        f"{'floor' if g['against'] == FLOOR else 'peer'} {g['limit']:.2f}: {mark(g['reached'])}"
+        (f"floor ≤ {g['limit']:.2f}" if g["against"] == FLOOR else f"peer ≥ {1 / g['limit']:.2f}")
+        + f": {mark(g['reached'])}"
         for g in line["goals"]
     ]
     errors = line["error_ulps"]
@@ -69,9 +41,9 @@ def cells(line: dict[str, Any]) -> list[str]:
         line["row"],
         line["pass"],
         *(f"{ms[name]:.3f}" for name in ("ours", "floor")),
-        f"{ms['ours'] / ms['floor']:.2f}",
+        f"{1 / line['over_ours']['floor']:.2f}",
         f"{best['name']} {best['ms']:.3f}" if best else "none",
-        f"{ms['ours'] / best['ms']:.2f}" if best else "",
+        f"{best['over_ours']:.2f}" if best else "",
         ", ".join(wanted) or "",
         f"{errors['ours']:.2f}" if "ours" in errors else "",
         f"{theirs:.3g}" if theirs is not None else "",
@@ -85,23 +57,25 @@ HEADS = [
     "floor",
     "ours / floor",
     "best peer",
-    "ours / peer",
+    "best peer / ours",
     "goal: reached",
     "error, ulp",
     "peer's",
 ]
-SPECIAL_HEADS = ["group", "tensor", "pass", "milliseconds", "ratio", "goal", "reached"]
+DEFAULT_THREADS = 2
+SPECIAL_HEADS = ["group", "tensor", "pass", "milliseconds, if no other unit", "ratio", "goal", "reached"]
 
 
 def special_cells(line: dict[str, Any]) -> list[str]:
-    times = ", ".join(f"{name} {ms:.4g}" for name, ms in line["ms"].items())
+    scale, unit = line["unit"]
+    times = ", ".join(f"{name} {ms * scale:.3g}" for name, ms in line["ms"].items()) + unit
     return [
         line["group"],
         line["row"],
         line["pass"],
         times,
-        f"{line['ratio']:.2f}",
-        line["goal"],
+        "" if line["ratio"] is None else f"{line['ratio']:.2f}",
+        f"{'≥' if line['at_least'] else '≤'} {line['limit']:.3g}",
         mark(line["reached"]),
     ]
 
@@ -112,15 +86,17 @@ def times_cells(line: dict[str, Any], names: list[str]) -> list[str]:
 
 def notes(results: dict[str, Any]) -> list[str]:
     """What must be said beside the figures."""
-    machine, versions = results["machine"], results["versions"]
+    machine, versions, runs = results["machine"], results["versions"], results["how"]["runs"]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, {machine['simd']}; milliseconds, medians of "
-        "interleaved rounds",
+        f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, "
+        f"{machine['simd']}; milliseconds, medians of {results['how']['rounds']} interleaved rounds"
+        + (f", of which the medians of {runs} whole runs, also of quotients" if runs > 1 else ""),
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if results["absent"]:
+        absent = ", ".join(f"{name} ({why})" for name, why in results["absent"].items())
         lines.append(
-            f"absent: {', '.join(results['absent'])}. An absent peer was not measured and is not beaten: "
+            f"absent: {absent}. An absent peer was not measured and is not beaten: "
             "where its time over that of a streaming copy is known from another machine, that quotient times "
             "the streaming copy's time here stands for it, marked *"
         )
@@ -134,6 +110,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     reached = [g["reached"] for line in results["rows"] for g in line["goals"]]
     reached += [line["reached"] for line in results["special"]]
     known = [r for r in reached if r is not None]
+    lines += filter(None, [behind(results["rows"])])
     lines.append(
         f"goals reached: {sum(known)} of {len(known)}"
         + (
@@ -150,9 +127,16 @@ def markdown(heads: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in rows)
 
 
-def report(results: dict[str, Any], folder: Path, console: Console) -> int:
-    """Prints the table, writes JSON, Markdown and plot; gives 1 where a peer's answer was not ours."""
+def page_mark(threads: int) -> str:
+    """The line of a page after which the tables of a run on so many threads stand."""
+    option = "" if threads == DEFAULT_THREADS else f" THREADS={threads}"
+    return f"<!-- printed by `make bench{option}` -->\n"
+
+
+def report(results: dict[str, Any], folder: Path, page: Path | None, console: Console) -> int:
+    """Prints the table, writes JSON, Markdown, plot and page; gives 1 where a peer's answer was not ours."""
     lines = [judged(line, results["absent"]) for line in results["rows"]]
+    results["special"] = [judged_special(record) for record in results["special"]]
     names = [
         "ours",
         "floor",
@@ -164,7 +148,8 @@ def report(results: dict[str, Any], folder: Path, console: Console) -> int:
         (SPECIAL_HEADS, [special_cells(line) for line in results["special"]]),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(f"{note}.\n" for note in notes(results))
+    said = notes(results)
+    text = "\n".join(f"{note}.\n" for note in said)
     for heads, rows in sections:
         if rows:
             table = Table(*heads)
@@ -172,14 +157,15 @@ def report(results: dict[str, Any], folder: Path, console: Console) -> int:
                 table.add_row(*row)
             console.print(table)
             text += "\n" + markdown(heads, rows)
-    console.print("\n".join(notes(results)), highlight=False)
+    console.print("\n".join(said), highlight=False, markup=False)
     (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "bench.md").write_text(text)
     if lines:
         plot(lines, folder / "bench.png")
-    console.print(
-        f"written: {folder}/bench.json, bench.md" + (", bench.png" if lines else ""), highlight=False
-    )
+    if page:
+        put_in(page, page_mark(results["machine"]["threads"]), text)
+    written = f"{folder}/bench.json, bench.md" + ", bench.png" * bool(lines) + (f"; {page}" if page else "")
+    console.print(f"written: {written}", highlight=False)
     return int(any(line["wrong_answers"] for line in lines))
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.page import put_in
 from bench_network.measure import OPERATORS, ratio
 from bench_network.rows import ADDED, EAGER, MEMORY_PEAK, PASSES, PYTORCH, REST, STEP, VARIANTS, goals
 
 MARK = "<!-- printed by `make bench-network` -->\n"
-END = "<!-- end -->\n"
 YES, NO, UNDECIDED = "yes", "NO", "undecided"
 
 
@@ -122,12 +122,6 @@ def markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [heads, ["---"] * len(heads), *others])
 
 
-def put_in(page: Path, text: str) -> None:
-    """Write `text` between the marks of a page."""
-    before, found = page.read_text().split(MARK)
-    page.write_text(f"{before}{MARK}\n{text}\n{END}{found.split(END, 1)[1]}")
-
-
 def report(results: dict[str, Any], folder: Path, page: Path | None, console: Console) -> int:
     """Print the tables; write JSON, Markdown and plot, and the page if there is one."""
     lines = results["rows"]
@@ -151,7 +145,7 @@ def report(results: dict[str, Any], folder: Path, page: Path | None, console: Co
     written = "bench-network.json, bench-network.md, bench-network.png"
     console.print(f"written: {folder}/{written}" + (f"; {page}" if page else ""), highlight=False)
     if page:
-        put_in(page, text)
+        put_in(page, MARK, text)
     return 0
 
 
