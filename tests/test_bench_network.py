@@ -198,8 +198,8 @@ def test_runs_that_leave_the_page(given, why):
 @pytest.mark.parametrize(
     ("settings", "page", "compiled"),
     [
-        ([], PAGE, 2),
-        (["EAGER=1"], PAGE, 0),
+        ([], "docs/pytorch.md", 2),
+        (["EAGER=1"], "docs/pytorch.md", 0),
         (["EAGER=1", "ROUNDS=3"], None, 0),
         (["ONLY=resnet50"], None, 1),
         (["QUICK=1"], None, 2),
@@ -221,7 +221,7 @@ def test_the_makefile_asks_for_sets_that_the_page_may_show(settings, page, compi
     ).stdout
     (command,) = [c for c in printed.replace("\\\n", " ").splitlines() if "-m bench_network" in c]
     args = arguments(shlex.split(command.split("-m bench_network", 1)[1]))
-    assert args.page == (page and page.relative_to(ROOT))
+    assert args.page == (page and Path(page))
     assert sum(COMPILED in row.variants(args.asked) for row in args.rows) == compiled
 
 

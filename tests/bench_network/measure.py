@@ -86,6 +86,7 @@ def rounds_of(
         calls[name] = partial(step, model, x, classes) if direction == STEP else partial(evaluate, model, x)
         for _ in range(WARM):
             calls[name]()
+        model.zero_grad(set_to_none=True)  # as after each call, so that none is timed that frees gradients
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffled = list(calls), random.Random(0)
     told(f"{direction}: {rounds} rounds")

@@ -95,7 +95,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, {machine['simd']}; medians of "
         f"{how['rounds']} interleaved rounds. A step is forward, loss and backward, without an optimizer; "
-        "eval is a pass without gradients",
+        "eval is a pass without gradients. Peak memory is of a whole process, PyTorch's own code included",
         "versions: " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         variants_said(results["rows"]),
     ]
