@@ -127,8 +127,9 @@ def test_only_what_was_measured_is_judged():
 
 def test_what_noise_buries_is_undecided():
     """Where PyTorch's is below the rest, a quotient is the smaller the more we add, and means nothing."""
-    small = {"pytorch": [9.0, 9.0, 11.0, 11.0], "rest": [10.0] * 4}
-    goals = found(judged(line(**small, ours=[30.0] * 4, ours_fused=[9.5, 9.5, 9.9, 9.9])))
+    small = {"pytorch": [9.0, 9.0, 9.0, 11.0], "rest": [10.0] * 4}
+    goals = found(judged(line(**small, ours=[30.0] * 4, ours_fused=[13.0] * 4)))
+    assert goals[ADDED, OURS][0] == -20
     assert goals[ADDED, OURS][1] == goals[ADDED, FUSED][1] == UNDECIDED
     assert goals[WHOLE, OURS][1] == NO
     assert [buried(lower) for lower in ([1.0] * 4, [1.0] * 4 + [-1.0], [1.0, 1.0, 1.0, 0.0])] == [
