@@ -244,6 +244,26 @@ def test_rows():
     assert not {row.name for row in rows.QUICK} & {row.name for row in ROWS}
 
 
+@pytest.mark.parametrize(
+    ("operator", "kinds"),
+    [
+        ("aten::native_batch_norm", ["batch norm"]),
+        ("NativeBatchNormBackward0", ["batch norm"]),
+        ("batchnorm::train", ["batch norm"]),
+        ("aten::relu_", ["ReLU"]),
+        ("aten::threshold_backward", ["ReLU"]),
+        ("aten::hardtanh_", ["ReLU"]),
+        ("aten::clamp_min", ["ReLU"]),
+        ("aten::add", ["addition"]),
+        ("aten::add_", ["addition"]),
+        ("aten::addmm", []),
+        ("aten::convolution", []),
+    ],
+)
+def test_an_operator_counts_as_one_kind(operator, kinds):
+    assert [kind for kind, name in rows.OPERATORS.items() if name.search(operator)] == kinds
+
+
 def reported(lines, folder, page=None):
     """What `report` writes and prints of some lines."""
     results = {

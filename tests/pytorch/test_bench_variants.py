@@ -65,6 +65,7 @@ def test_the_rest_has_no_batch_norm_relu_or_addition():
     rest = networks.made(REST, model, ROW)
     assert [name for name, m in rest.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)] == weighted
     assert not [m for m in rest.modules() if isinstance(m, networks.NORMS + networks.ACTIVATIONS)]
+    assert not [m for m in rest.modules() if m._forward_hooks]
     assert targets(rest).count(networks.one_of_both) == 3
     assert not {operator.add, operator.iadd, torch.add, functional.relu} & set(targets(rest))
 
@@ -157,6 +158,17 @@ def test_a_variant_that_computes_something_else_is_found(spoil, what, name):
     spoil(models[name])
     with pytest.raises(measure.DifferentError, match=f"^{ROW.name}: {what} of {name} is off by "):
         measure.compare(models, ROW, quiet)
+
+
+@pytest.mark.parametrize(("what", "limit"), [("loss", 1e-3), ("gradient", 5e-2), ("output", 1e-2)])
+def test_differences_have_limits(what, limit, monkeypatch):
+    """Relative ones: of what is 100 everywhere, slightly more or less than the limit is off."""
+    monkeypatch.setattr(measure, "answers", lambda given, row: given)
+    theirs = {name: torch.full((9,), 100.0) for name in ("loss", "gradient", "output")}
+    below, above = (theirs | {what: theirs[what] * (1 + part * limit)} for part in (0.9, 1.1))
+    measure.compare({PYTORCH: theirs, OURS: below}, ROW, quiet)
+    with pytest.raises(measure.DifferentError, match=f"{what} of {OURS} is off by "):
+        measure.compare({PYTORCH: theirs, OURS: above}, ROW, quiet)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e30, float("inf"), float("nan")])
