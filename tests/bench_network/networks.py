@@ -18,7 +18,7 @@ from bench_network.rows import CHANNELS_LAST, COMPILED, FUSED, FUSED_COMPILED, O
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6)
 FUNCTIONS = (functional.relu, functional.relu_, functional.relu6, torch.relu, torch.relu_)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
+ADDITIONS = (operator.add, torch.add)  # torch.fx records += as +
 CLASSES = 1000
 
 

@@ -276,9 +276,10 @@ impl<'a, T: Element, E: FromNormalized<T>> Map<T> for NormalizeRows<'a, '_, T, E
     #[inline(always)]
     fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
         let [high, low, scale, beta] = self.coefficients; // `map` would not be inlined
+        let high = high.eight(j, T::column::<L>, T::splat::<L>);
         [
-            high.eight(j, T::column::<L>, T::splat::<L>),
-            low.eight(j, T::column::<L>, T::splat::<L>),
+            high,
+            if T::SPLIT_MEAN { low.eight(j, T::column::<L>, T::splat::<L>) } else { high },
             scale.eight(j, T::column::<L>, T::splat::<L>),
             beta.eight(j, T::column::<L>, T::splat::<L>),
         ]
