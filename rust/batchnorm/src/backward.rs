@@ -147,8 +147,7 @@ fn apply<T: Element>(
             let column = |numbers| rows.columns::<f64>(numbers, rect.cols.clone());
             let (mean, offset) = (column(per_channel.mean)?, column(per_channel.offset)?);
             let (slope, scale) = (column(per_channel.slope)?, column(per_channel.scale)?);
-            let coefficients =
-                DxCoefficients { mean: mean.view(), offset: offset.view(), slope: slope.view(), scale: scale.view() };
+            let coefficients = DxCoefficients { mean: &*mean, offset: &*offset, slope: &*slope, scale: &*scale };
             dispatch(DxRows { dy, x, dx: &dx, coefficients });
             Ok(())
         }),

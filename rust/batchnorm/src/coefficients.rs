@@ -3,12 +3,12 @@
 use crate::element::{Element, Wide};
 use crate::error::Error;
 use crate::float_mode::FloatMode;
-use crate::kernels::PerColumn;
 use crate::memory::{copied, zeros};
 use crate::moments::Moments;
 use crate::parameters::Parameters;
-use crate::partition::{Columns, Interleaved};
+use crate::partition::Interleaved;
 use crate::per_channel::PerChannel;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// The coefficients of y = (x − mean)·s + β per channel, in float64: of frozen statistics or of those of a batch.
@@ -164,9 +164,9 @@ impl Coefficients {
             true => {
                 let mean = self.mean().iter();
                 let low = PerChannel::of(mean.map(|&mean| low_part::<T>(mean).to_f64()))?;
-                Some(rows.columns(&low, columns.clone())?.into_owned())
+                rows.columns(&low, columns.clone())?.into_owned()
             }
-            false => None,
+            false => Vec::new(), // nothing reads it
         };
         Ok(OfColumns { high: part(&self.mean)?, low, scale: part(&self.scale)?, beta: part(&self.beta)? })
     }
@@ -174,19 +174,16 @@ impl Coefficients {
 
 /// Coefficients of some columns, as [`crate::kernels::NormalizeRows`] takes them.
 pub(crate) struct OfColumns<'a, T: Element> {
-    high: Columns<'a, T::Wide>,
+    high: Cow<'a, [T::Wide]>,
     /// The low part of the mean, where it has one.
-    low: Option<Columns<'static, T::Wide>>,
-    scale: Columns<'a, T::Wide>,
-    beta: Columns<'a, T::Wide>,
+    low: Vec<T::Wide>,
+    scale: Cow<'a, [T::Wide]>,
+    beta: Cow<'a, [T::Wide]>,
 }
 
 impl<T: Element> OfColumns<'_, T> {
-    pub(crate) fn views(&self) -> [PerColumn<'_, T::Wide>; 4] {
-        let high = self.high.view();
-        // Where there is no low part, nothing reads it; any numbers will do.
-        let low = self.low.as_ref().map_or(high, |low| low.view());
-        [high, low, self.scale.view(), self.beta.view()]
+    pub(crate) fn slices(&self) -> [&[T::Wide]; 4] {
+        [&self.high, &self.low, &self.scale, &self.beta]
     }
 }
 

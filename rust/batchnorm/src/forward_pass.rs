@@ -104,7 +104,7 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         };
         let (x, residual) = self.tiles(rows.width, rect);
         let then = ActivationBackward { activation, dy, residual };
-        dispatch(NormalizeRows { x, y: to, coefficients: columns.views(), then });
+        dispatch(NormalizeRows { x, y: to, coefficients: columns.slices(), then });
         to.as_tile()
     }
 

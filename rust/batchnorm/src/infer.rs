@@ -41,7 +41,7 @@ pub fn infer<T: Element>(
             let x = x.tile(rows.width, rect, &y);
             let columns = coefficients.of_columns::<T>(&rows, rect.cols.clone())?;
             let then = epilogue.map(|residual| residual.tile(rows.width, rect));
-            dispatch(NormalizeRows { x, y: &y, coefficients: columns.views(), then });
+            dispatch(NormalizeRows { x, y: &y, coefficients: columns.slices(), then });
             Ok(())
         }),
     }

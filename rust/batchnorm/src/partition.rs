@@ -5,7 +5,7 @@
 
 use crate::element::Wide;
 use crate::error::Error;
-use crate::kernels::{LANES, PerColumn, TOGETHER};
+use crate::kernels::{LANES, TOGETHER};
 use crate::layout::Layout;
 use crate::memory::{collected, try_collected, with_capacity};
 use crate::parallel;
@@ -222,23 +222,6 @@ fn combined<P: Merge>(
     }))
 }
 
-/// Numbers of some columns, as [`PerColumn`] has them.
-pub(crate) struct Columns<'a, W: Wide> {
-    numbers: Cow<'a, [W]>,
-    shift: u32,
-}
-
-impl<W: Wide> Columns<'_, W> {
-    pub(crate) fn view(&self) -> PerColumn<'_, W> {
-        PerColumn { numbers: &self.numbers, shift: self.shift }
-    }
-
-    /// The same in memory of its own.
-    pub(crate) fn into_owned(self) -> Columns<'static, W> {
-        Columns { numbers: Cow::Owned(self.numbers.into_owned()), shift: self.shift }
-    }
-}
-
 impl Interleaved {
     /// Number of blocks in a column.
     pub(crate) fn blocks(&self) -> usize {
@@ -294,35 +277,20 @@ impl Interleaved {
         Grid::new(self.rows, self.width, (elements / cols).max(LEAST_ROWS), cols)
     }
 
-    /// The channels of some columns, each with the number of these columns that belong to it.
-    pub(crate) fn channels_of(&self, columns: Range<usize>) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let inner = self.inner;
-        (columns.start / inner..columns.end.div_ceil(inner))
-            .map(move |c| (c, columns.end.min((c + 1) * inner) - columns.start.max(c * inner)))
-    }
-
-    /// The numbers of some columns, of their channels. Where eight adjacent columns are of one channel, there is one for all
-    /// columns of a channel; where each column is a channel and numbers are float64, they are not copied.
+    /// The number of each column's channel, for each of the columns; then those of the first [`LANES`] columns once more.
+    /// Where each column is a channel and numbers are float64, they are not copied.
     pub(crate) fn columns<'a, W: Wide>(
         &self,
         numbers: &'a PerChannel,
         columns: Range<usize>,
-    ) -> Result<Columns<'a, W>, Error> {
-        let shift = match self.inner {
-            1 => 0,
-            8 | 16 => self.inner.trailing_zeros(),
-            _ => {
-                let numbers = numbers.as_slice();
-                let spread = self.spread(columns, LANES, |c| W::from_f64(numbers[c]))?;
-                return Ok(Columns { numbers: Cow::Owned(spread), shift: 0 });
-            }
-        };
-        let numbers = numbers.and_more(columns.start / self.inner..columns.end.div_ceil(self.inner));
-        let numbers = match W::shared(numbers) {
-            Some(shared) => Cow::Borrowed(shared),
-            None => Cow::Owned(collected(numbers.iter().map(|&number| W::from_f64(number)))?),
-        };
-        Ok(Columns { numbers, shift })
+    ) -> Result<Cow<'a, [W]>, Error> {
+        if self.inner == 1
+            && let Some(shared) = W::shared(numbers.and_more(columns.clone()))
+        {
+            return Ok(Cow::Borrowed(shared));
+        }
+        let numbers = numbers.as_slice();
+        self.spread(columns, LANES, |c| W::from_f64(numbers[c])).map(Cow::Owned)
     }
 
     /// The value of each column's channel, for each of the columns; then those of the first `again` columns once more.
@@ -334,10 +302,12 @@ impl Interleaved {
     ) -> Result<Vec<V>, Error> {
         let n = columns.len();
         let mut values = with_capacity(n + again)?;
-        if self.inner == 1 {
-            values.extend(columns.map(value)); // the same as below, and several times faster
-        } else {
-            values.extend(self.channels_of(columns).flat_map(|(c, n)| std::iter::repeat_n(value(c), n)));
+        // Channel by channel: to ask for the channel of each column takes several times as long.
+        let (mut c, mut end) = (columns.start / self.inner, 0);
+        while end < n {
+            end = n.min((c + 1) * self.inner - columns.start);
+            values.resize(end, value(c));
+            c += 1;
         }
         for i in 0..again {
             values.push(values[i]); // of fewer columns than `again`, those that stand again do so once more

@@ -12,10 +12,10 @@ use crate::{cache, element::Element, error::Error, layout::Layout, parallel};
 use std::{marker::PhantomData, ops::Range};
 pub(crate) use tile::{Buffer, Chunk, ChunkMut, LINE, Row, RowMut, Tile, TileMut};
 
-/// Bytes from which an output is written with non-temporal stores. Measured with 32 MiB of cache: a copy of 4 MiB is as
-/// fast either way; with non-temporal stores one of 8 MiB is 1.1 to 1.2 times faster, one of 16 MiB 1.3 times, one of
-/// 32 MiB 1.4 times. In the program of a host library none is, since its next operator reads the output from the caches.
-const STREAM_FROM: usize = 8 << 20;
+/// The share of the last-level cache from which an output is written with non-temporal stores: the input and what else is live
+/// want room too. Measured with 32 MiB: from 8 to 16 MiB passes take as long either way, above that 1.2 times as long without. In
+/// the program of a host library none is, since its next operator reads the output from the caches.
+const STREAM_FROM: usize = 4;
 
 /// Makes this thread's non-temporal stores visible to every thread that synchronizes with it afterwards.
 #[inline]
@@ -140,9 +140,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
         f: impl Fn(&Rect, TileMut<'_, T>) -> Result<(), Error> + Sync,
     ) -> Result<(), Error> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
-        let streaming = len * size_of::<T>()
-            >= std::env::var("BN_STREAM").map_or(cache::last_level() / 4, |v| v.parse().unwrap())
-            && !parallel::is_hosted();
+        let streaming = len * size_of::<T>() >= cache::last_level() / STREAM_FROM && !parallel::is_hosted();
         let tiles = grid.len();
         parallel::map(tiles, len * size_of::<T>(), |i| {
             let rect = grid.rect(tiles - 1 - i);
@@ -262,8 +260,9 @@ mod tests {
                 .unwrap();
             found.unwrap()
         };
-        assert!(streams(STREAM_FROM));
-        assert!(!streams(STREAM_FROM - 8));
-        assert!(!parallel::hosted(None, 2, || streams(STREAM_FROM)));
+        let least = cache::last_level() / STREAM_FROM;
+        assert!(streams(least.next_multiple_of(8)));
+        assert!(!streams(least - 8));
+        assert!(!parallel::hosted(None, 2, || streams(2 * least)));
     }
 }

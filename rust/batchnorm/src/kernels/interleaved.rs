@@ -191,48 +191,19 @@ fn add_deviations_of<L: Lanes, T: Element, const R: usize>(
     }
 }
 
-/// A number for each column: that of column `j` is `numbers[j >> shift]`.
-///
-/// There are numbers for [`LANES`] columns more than a row has, those of the first ones again: a step may cross from one row
-/// to the next.
-#[derive(Clone, Copy)]
-pub(crate) struct PerColumn<'a, W> {
-    pub(crate) numbers: &'a [W],
-    pub(crate) shift: u32,
-}
-
-impl<W: Copy> PerColumn<'_, W> {
-    /// The numbers of columns `j .. j + 8`, one by one: only where rows of an output larger than the caches do not begin with
-    /// a cache line.
-    #[cold]
-    fn mixed(self, j: usize) -> [W; WIDTH] {
-        from_fn(|k| self.numbers[(j + k) >> self.shift])
-    }
-
-    #[inline(always)]
-    fn one(self, j: usize) -> W {
-        self.numbers[j >> self.shift]
-    }
-
-    /// The numbers of columns `j .. j + 8`, by `load` or `splat`.
-    #[inline(always)]
-    fn eight<V>(self, j: usize, load: impl Fn([W; WIDTH]) -> V, splat: impl Fn(W) -> V) -> V {
-        if self.shift == 0 {
-            load(self.numbers[j..j + WIDTH].as_chunks().0[0])
-        } else if j >> self.shift == (j + WIDTH - 1) >> self.shift {
-            splat(self.one(j))
-        } else {
-            load(self.mixed(j))
-        }
-    }
+/// The numbers of columns `j .. j + 8`.
+#[inline(always)]
+fn columns<W: Copy>(numbers: &[W], j: usize) -> [W; WIDTH] {
+    numbers[j..j + WIDTH].as_chunks().0[0]
 }
 
 /// Normalizes rows whose columns are channels: `then` computes the result from v = (x − mean)·s + β.
 pub(crate) struct NormalizeRows<'a, 'b, T: Element, E> {
     pub(crate) x: Tile<'a, T>,
     pub(crate) y: &'a TileMut<'b, T>,
-    /// Mean (high and low part), s and β.
-    pub(crate) coefficients: [PerColumn<'a, T::Wide>; 4],
+    /// Mean (high and low part, which may be missing where it is not used), s and β of each column. The first
+    /// [`super::LANES`] are repeated after the last, so that a step may cross from one row to the next.
+    pub(crate) coefficients: [&'a [T::Wide]; 4],
     pub(crate) then: E,
 }
 
@@ -243,7 +214,7 @@ impl<T: Element, E: FromNormalized<T>> Kernel for NormalizeRows<'_, '_, T, E> {
     fn run<L: Lanes>(self) {
         let period = self.y.cols();
         let flat = NormalizeRows { x: self.x.flat(), then: self.then.flat(), ..self };
-        write::<L, T, _>(&self.y.flat_with(&self.x), period, self.y.streaming(), &flat);
+        write::<L, T, _>(&self.y.flat_with(&self.x), period, E::STREAMS && self.y.streaming(), &flat);
     }
 }
 
@@ -275,14 +246,10 @@ impl<'a, T: Element, E: FromNormalized<T>> Map<T> for NormalizeRows<'a, '_, T, E
     }
     #[inline(always)]
     fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
-        let [high, low, scale, beta] = self.coefficients; // `map` would not be inlined
-        let high = high.eight(j, T::column::<L>, T::splat::<L>);
-        [
-            high,
-            if T::SPLIT_MEAN { low.eight(j, T::column::<L>, T::splat::<L>) } else { high },
-            scale.eight(j, T::column::<L>, T::splat::<L>),
-            beta.eight(j, T::column::<L>, T::splat::<L>),
-        ]
+        let [high, low, scale, beta] = self.coefficients;
+        let high = T::column::<L>(columns(high, j));
+        let low = if T::SPLIT_MEAN { T::column::<L>(columns(low, j)) } else { high };
+        [high, low, T::column::<L>(columns(scale, j)), T::column::<L>(columns(beta, j))]
     }
     #[inline(always)]
     fn eight<L: Lanes>((x, rest): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
@@ -290,7 +257,9 @@ impl<'a, T: Element, E: FromNormalized<T>> Map<T> for NormalizeRows<'a, '_, T, E
     }
     #[inline(always)]
     fn one(&self, (x, rest): Self::Inputs, i: usize, j: usize) -> T {
-        E::one(rest, i, normalize_one(x.one(i), self.coefficients.map(|column| column.one(j))))
+        let [high, low, scale, beta] = self.coefficients;
+        let low = if T::SPLIT_MEAN { low[j] } else { high[j] };
+        E::one(rest, i, normalize_one(x.one(i), [high[j], low, scale[j], beta[j]]))
     }
 }
 
@@ -356,7 +325,8 @@ pub(crate) struct DxRows<'a, 'b, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    pub(crate) coefficients: DxCoefficients<PerColumn<'a, f64>>,
+    /// Coefficients of each column. The first [`super::LANES`] are repeated after the last.
+    pub(crate) coefficients: DxCoefficients<&'a [f64]>,
 }
 
 impl<T: Element> Kernel for DxRows<'_, '_, T> {
@@ -390,7 +360,7 @@ impl<'a, T: Element> Map<T> for DxRows<'a, '_, T> {
     }
     #[inline(always)]
     fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
-        self.coefficients.map(|column| column.eight(j, f64::load_wide::<L>, |number| [L::splat(number); 2]))
+        self.coefficients.map(|numbers| f64::load_wide::<L>(columns(numbers, j)))
     }
     #[inline(always)]
     fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
@@ -398,6 +368,6 @@ impl<'a, T: Element> Map<T> for DxRows<'a, '_, T> {
     }
     #[inline(always)]
     fn one(&self, (dy, x): Self::Inputs, i: usize, j: usize) -> T {
-        self.coefficients.map(|column| column.one(j)).one(dy.one(i), x.one(i))
+        self.coefficients.map(|numbers| numbers[j]).one(dy.one(i), x.one(i))
     }
 }

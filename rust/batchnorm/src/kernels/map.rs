@@ -248,6 +248,8 @@ pub(super) fn normalize_eight<L: Lanes, T: Element>(x: [T; WIDTH], c: [T::Vector
 
 /// A result computed from the normalized value v: y, or the gradient that passes the activation.
 pub(crate) trait FromNormalized<T: Element>: Copy {
+    /// Whether it may be written with non-temporal stores; what is read again at once is not.
+    const STREAMS: bool;
     /// The inputs, besides v, that one row is computed from.
     type Inputs: Copy;
     /// Sixteen adjacent elements of each of them.
@@ -298,6 +300,7 @@ fn six<T: Element>() -> T::Wide {
 
 /// The epilogue applied to the normalized value: y = activation(v + residual).
 impl<'a, T: Element> FromNormalized<T> for Epilogue<Tile<'a, T>> {
+    const STREAMS: bool = true;
     type Inputs = Epilogue<Row<'a, T>>;
     type Chunk = Epilogue<Chunk<'a, T, LANES>>;
 
@@ -358,6 +361,7 @@ pub(crate) struct ActivationBackward<'a, T: Element> {
 }
 
 impl<'a, T: Element> FromNormalized<T> for ActivationBackward<'a, T> {
+    const STREAMS: bool = false;
     type Inputs = (Activation, Row<'a, T>, Option<Row<'a, T>>);
     type Chunk = (Activation, Chunk<'a, T, LANES>, Option<Chunk<'a, T, LANES>>);
 

@@ -8,7 +8,7 @@ mod map;
 mod planar;
 
 use crate::simd::Lanes;
-pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, PerColumn, ROWS};
+pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, ROWS};
 pub(crate) use map::{ActivationBackward, DxCoefficients, Transfer};
 pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
 

@@ -197,7 +197,7 @@ impl<T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Kernel for 
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        write::<L, T, _>(self.y, usize::MAX, self.y.streaming(), &self);
+        write::<L, T, _>(self.y, usize::MAX, E::STREAMS && self.y.streaming(), &self);
     }
 }
 
