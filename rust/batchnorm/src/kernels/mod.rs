@@ -6,11 +6,13 @@
 mod interleaved;
 mod map;
 mod planar;
+mod transfer;
 
 use crate::simd::Lanes;
 pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, ROWS};
-pub(crate) use map::{ActivationBackward, DxCoefficients, Transfer};
+pub(crate) use map::{ActivationBackward, DxCoefficients};
 pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
+pub(crate) use transfer::Transfer;
 
 /// Number of lanes of every sum, whatever the register width. Sixteen are four AVX2 registers of float64, which hide the
 /// latency of an addition.
