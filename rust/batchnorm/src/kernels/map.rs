@@ -3,7 +3,7 @@
 use super::LANES;
 use crate::element::{Element, Wide};
 use crate::epilogue::{Activation, Epilogue};
-use crate::simd::{Kernel, Lanes, WIDTH};
+use crate::simd::{Lanes, WIDTH};
 use crate::view::{Buffer, Chunk, ChunkMut, Row, RowMut, Tile, TileMut};
 use std::array::from_fn;
 use std::ops::Range;
