@@ -136,7 +136,7 @@ fn apply<T: Element>(
             let x = pass.x.tile(planar.inner, rect);
             let channel = |r: usize| (rect.rows.start + r) % planar.channels;
             let coefficients = |r: usize| per_channel.map(|numbers| numbers.as_slice()[channel(r)]);
-            dispatch(DxRuns { dy, x, dx: &dx, coefficients });
+            dispatch(DxRuns { dy, x, dx: pass.output(&dx, &cached), coefficients });
             Ok(())
         }),
         Family::Interleaved(rows) => dx.map_tiles(&rows.tiles(elements), |rect, dx| {
@@ -148,7 +148,7 @@ fn apply<T: Element>(
             let (mean, offset) = (column(per_channel.mean)?, column(per_channel.offset)?);
             let (slope, scale) = (column(per_channel.slope)?, column(per_channel.scale)?);
             let coefficients = DxCoefficients { mean: &*mean, offset: &*offset, slope: &*slope, scale: &*scale };
-            dispatch(DxRows { dy, x, dx: &dx, coefficients });
+            dispatch(DxRows { dy, x, dx: pass.output(&dx, &cached), coefficients });
             Ok(())
         }),
     }
@@ -238,6 +238,7 @@ fn fused<T: Element>(
             dx_coefficients(coefficients, c, sums.second * coefficients.invstd()[c], sums.first, count)
         };
         let of_channels = collected(channels.clone().zip(&sums).map(of))?;
+        let dx = pass.output(&dx, &cached);
         // Last runs first: they are still in the nearest cache.
         for r in (0..planar.outer).rev() {
             let (dy, x, dx) =

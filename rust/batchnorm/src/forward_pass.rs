@@ -41,6 +41,12 @@ impl<'a, T: Element> ForwardPass<'a, T> {
         self.epilogue.activation.is_some()
     }
 
+    /// What dx is written to: `dx`; or, after the gradient that passes the activation has been written there, `cached`, since
+    /// a non-temporal store to a line in the caches would first have to empty it.
+    pub(crate) fn output<'t, 'm>(&self, dx: &'t TileMut<'m, T>, cached: &'t TileMut<'m, T>) -> &'t TileMut<'m, T> {
+        if self.has_activation() { cached } else { dx }
+    }
+
     /// The forward pass without its epilogue, for a gradient that has passed the activation already.
     pub(crate) fn without_epilogue(&self) -> Self {
         Self { epilogue: Epilogue::default(), ..*self }

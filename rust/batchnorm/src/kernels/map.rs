@@ -127,13 +127,13 @@ fn write_row<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     let (mut head, mut tail) = (Buffer::<T, LANES>::new(), Buffer::<T, LANES>::new());
     let start = first / LANES * LANES; // a line has up to 32 elements
     if start < first {
-        write_chunks::<L, T, M, 1, false>(map, inputs, [start], start % period, [head.chunk()]);
+        write_chunk::<L, T, M, false>(map, inputs, start, start % period, head.chunk());
     }
     if first + whole < len {
-        write_chunks::<L, T, M, 1, false>(map, inputs, [len - LANES], (len - LANES) % period, [tail.chunk()]);
+        write_chunk::<L, T, M, false>(map, inputs, len - LANES, (len - LANES) % period, tail.chunk());
     }
     for i in (0..start).step_by(LANES) {
-        write_chunks::<L, T, M, 1, false>(map, inputs, [i], i % period, [y.chunk(i)]);
+        write_chunk::<L, T, M, false>(map, inputs, i, i % period, y.chunk(i));
     }
     head.copy_first(y, start, first - start);
     let range = first..first + whole;
@@ -188,15 +188,14 @@ fn write_whole<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
                     M::prefetch(inputs, start + ahead + REUSED * (i - start) + k * LANES);
                 }
             }
-            let at: [usize; REUSED] = from_fn(|k| i + k * apart);
-            write_chunks::<L, T, M, REUSED, STREAMING>(map, inputs, at, j, at.map(|i| y.chunk(i)));
+            write_chunks::<L, T, M, STREAMING>(map, inputs, (i, apart), j, y);
             j = after(j, period);
         }
         start += REUSED * apart;
     }
     let mut j = start % period;
     for i in (start..whole.end).step_by(LANES) {
-        write_chunks::<L, T, M, 1, STREAMING>(map, inputs, [i], j, [y.chunk(i)]);
+        write_chunk::<L, T, M, STREAMING>(map, inputs, i, j, y.chunk(i));
         j = after(j, period);
     }
 }
@@ -211,32 +210,49 @@ fn after(mut j: usize, period: usize) -> usize {
     j
 }
 
-/// Computes the chunks that begin at elements `at`, all of which lie in columns `j .. j + 16`, and writes them to `y`.
+/// Computes the chunk that begins at element `i`, which lies in columns `j .. j + 16`, and writes it to `y`.
 #[inline(always)]
-fn write_chunks<L: Lanes, T: Element, M: Map<T>, const N: usize, const STREAMING: bool>(
+fn write_chunk<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
     map: &M,
     inputs: M::Inputs,
-    at: [usize; N],
+    i: usize,
     j: usize,
-    y: [ChunkMut<'_, T, LANES, STREAMING>; N],
+    y: ChunkMut<'_, T, LANES, STREAMING>,
 ) {
-    let chunks = at.map(|i| M::chunk(inputs, i));
+    let chunk = M::chunk(inputs, i);
+    y.put(0, M::eight::<L>(chunk, 0, map.columns::<L>(inputs, j)));
+    y.put(1, M::eight::<L>(chunk, 1, map.columns::<L>(inputs, j + WIDTH)));
+}
+
+/// Computes [`REUSED`] chunks, `apart` elements apart, of which the first begins at element `i`. All lie in columns `j .. j + 16`.
+#[inline(always)]
+fn write_chunks<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
+    map: &M,
+    inputs: M::Inputs,
+    (i, apart): (usize, usize),
+    j: usize,
+    y: &RowMut<'_, T>,
+) {
+    // Loops, since closures that the compiler does not inline would not be compiled for the level.
     let low = map.columns::<L>(inputs, j);
     if STREAMING {
         // Each cache line at once.
         let high = map.columns::<L>(inputs, j + WIDTH);
-        for k in 0..N {
-            y[k].put(0, M::eight::<L>(chunks[k], 0, low));
-            y[k].put(1, M::eight::<L>(chunks[k], 1, high));
+        for k in 0..REUSED {
+            let (chunk, y) = (M::chunk(inputs, i + k * apart), y.chunk::<LANES, true>(i + k * apart));
+            y.put(0, M::eight::<L>(chunk, 0, low));
+            y.put(1, M::eight::<L>(chunk, 1, high));
         }
         return;
     }
-    for k in 0..N {
-        y[k].put(0, M::eight::<L>(chunks[k], 0, low));
+    for k in 0..REUSED {
+        let (chunk, y) = (M::chunk(inputs, i + k * apart), y.chunk::<LANES, false>(i + k * apart));
+        y.put(0, M::eight::<L>(chunk, 0, low));
     }
     let high = map.columns::<L>(inputs, j + WIDTH);
-    for k in 0..N {
-        y[k].put(1, M::eight::<L>(chunks[k], 1, high));
+    for k in 0..REUSED {
+        let (chunk, y) = (M::chunk(inputs, i + k * apart), y.chunk::<LANES, false>(i + k * apart));
+        y.put(1, M::eight::<L>(chunk, 1, high));
     }
 }
 
