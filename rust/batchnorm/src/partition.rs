@@ -27,7 +27,7 @@ const INTERLEAVED_BLOCK: usize = 256;
 /// The largest number of columns that a task sums together: their sums stay in the first-level cache. This constant and the
 /// number of tasks do not change the bits of a result.
 const STRIP: usize = 1024;
-/// The least number of rows in a tile of an elementwise pass, since each tile first copies the coefficients of its columns.
+/// The least number of rows in a tile of an elementwise pass, since a tile may first copy the coefficients of its columns.
 const LEAST_ROWS: usize = 32;
 /// The number of tasks that the statistics are divided into if the layout allows it: enough for the threads of any machine.
 const TASKS: usize = 64;
