@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from bench.rows import last_level_cache
 
 VIEW = (Path(__file__).parents[1] / "rust/batchnorm/src/view.rs").read_text()
+
+
+def last_level_cache():
+    """Bytes, as the core finds them; 32 MiB where the system does not tell."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return max(
+        (int(text[:-1]) * units[text[-1]] for text in (p.read_text().strip() for p in sizes)),
+        default=32 << 20,
+    )
+
+
 SHARE = int(re.search(r"const STREAM_FROM: usize = (\d+);", VIEW)[1])
 FROM = last_level_cache() // SHARE
 GUARD = 64
