@@ -134,6 +134,19 @@ def test_the_check_fails_above_twice_the_goal_and_behind_numpy():
     ]
 
 
+def test_the_check_fails_only_what_fails_twice(monkeypatch):
+    monkeypatch.setattr(check, "PAUSE", 0.0)
+
+    def outcome(*ours):
+        left = [[{"ours": t, check.NUMPY: 1.0}] * 3 for t in ours]
+        made = check.judged(lambda: left.pop(0), [])
+        return [verdict.passes for verdict in made], len(left)
+
+    assert outcome(0.9, 2.0) == ([True], 1)
+    assert outcome(2.0, 0.9) == ([True], 0)
+    assert outcome(2.0, 1.1) == ([False], 0)
+
+
 def test_the_check_compares_rows_with_every_goal_over_the_floor():
     limits = {goal for row in check.ROWS for p in rows.DIRECTIONS for goal in rows.goals(row, p)}
     floors = {goal for row in rows.ROWS for p in rows.DIRECTIONS for goal in rows.goals(row, p)}

@@ -6,8 +6,11 @@ goal, or above NumPy's time, so that other work on the machine does not decide.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rich.console import Console
@@ -24,6 +27,7 @@ from bench.timing import medians
 ROWS = (BASELINE[1], BASELINE[5], OTHER_DTYPES[0], BASELINE[3], BASELINE[7])
 NUMPY = "NumPy"
 RUNS, ROUNDS, SLACK = 3, 5, 2
+PAUSE = 10.0  # seconds
 
 
 class Verdict(NamedTuple):
@@ -57,6 +61,15 @@ def measured(case: Case, direction: str, theirs: dict[str, object]) -> list[dict
     return [{name: m.ms for name, m in medians(calls, ROUNDS).items()} for _ in range(RUNS)]
 
 
+def judged(measure: Callable[[], list[dict[str, float]]], limits: list[float]) -> list[Verdict]:
+    """The verdicts of a pass. One that does not pass is measured once more, when other work may be over."""
+    made = verdicts(measure(), limits)
+    if all(verdict.passes for verdict in made):
+        return made
+    time.sleep(PAUSE)
+    return verdicts(measure(), limits)
+
+
 def main() -> int:
     table = Table("tensor", "pass", "over", "ours", "fails above", "")
     failed = 0
@@ -65,7 +78,8 @@ def main() -> int:
         theirs = numpy.calls(case, bn.get_num_threads())
         for direction in DIRECTIONS:
             limits = [goal.limit for goal in goals(row, direction) if goal.against == FLOOR]
-            for verdict in verdicts(measured(case, direction, theirs), limits):
+            measure = functools.partial(measured, case, direction, theirs)
+            for verdict in judged(measure, limits):
                 failed += not verdict.passes
                 text = ", ".join(f"{ratio:.2f}" for ratio in verdict.ratios)
                 mark = "passes" if verdict.passes else "FAILS"
