@@ -1,7 +1,8 @@
 """Fails where we are far from the goals over the floor of a copy, or behind NumPy; `make bench-check`.
 
 A handful of rows, each measured three times: it fails only where the median of the three is above twice the
-goal, or above NumPy's time, so that other work on the machine does not decide.
+goal, or above NumPy's time, and is so again ten seconds later, so that other work on the machine does not
+decide.
 """
 
 from __future__ import annotations
