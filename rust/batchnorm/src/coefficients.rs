@@ -74,15 +74,13 @@ impl Coefficients {
     }
 
     /// Computes the coefficients of mean and variance of every channel, which takes no memory.
-    pub(crate) fn fill(&mut self, mean_and_var: impl Iterator<Item = (f64, f64)> + Clone, parameters: Parameters<'_>) {
+    pub(crate) fn fill(&mut self, mean_and_var: impl Iterator<Item = (f64, f64)>, parameters: Parameters<'_>) {
         let _mode = FloatMode::standard();
-        let (mean, var) = (mean_and_var.clone().map(|(mean, _)| mean), mean_and_var.map(|(_, var)| var));
-        self.mean.fill(mean);
-        for (invstd, var) in self.invstd.iter_mut().zip(var.clone()) {
+        let of_channels = self.invstd.iter_mut().zip(mean_and_var).enumerate().map(|(c, (invstd, (mean, var)))| {
             *invstd = 1.0 / parameters.root(var);
-        }
-        self.scale.fill(var.enumerate().map(|(c, var)| parameters.scale(c, var)));
-        self.beta.fill((0..self.channels()).map(|c| parameters.shift(c)));
+            [mean, parameters.scale(c, var), parameters.shift(c)]
+        });
+        PerChannel::fill_together([&mut self.mean, &mut self.scale, &mut self.beta], of_channels);
     }
 
     /// Number of channels.

@@ -65,7 +65,7 @@ impl Moments {
     }
 
     /// Mean and biased variance of every channel.
-    pub(crate) fn mean_and_var(&self) -> impl Iterator<Item = (f64, f64)> + Clone {
+    pub(crate) fn mean_and_var(&self) -> impl Iterator<Item = (f64, f64)> {
         self.mean.iter().copied().zip(self.divided(0.0))
     }
 
@@ -109,7 +109,7 @@ impl Moments {
         collected(self.divided(1.0))
     }
 
-    fn divided(&self, less: f64) -> impl ExactSizeIterator<Item = f64> + Clone {
+    fn divided(&self, less: f64) -> impl ExactSizeIterator<Item = f64> {
         self.m2.iter().zip(&self.count).map(move |(m2, n)| m2 / (n - less))
     }
 

@@ -29,12 +29,21 @@ impl PerChannel {
 
     /// Replaces all numbers.
     pub(crate) fn fill(&mut self, numbers: impl Iterator<Item = f64>) {
-        let channels = self.channels();
-        for (slot, number) in self.numbers[..channels].iter_mut().zip(numbers) {
-            *slot = number;
+        Self::fill_together([self], numbers.map(|number| [number]));
+    }
+
+    /// Replaces all numbers of several, channel by channel.
+    pub(crate) fn fill_together<const N: usize>(mut all: [&mut Self; N], numbers: impl Iterator<Item = [f64; N]>) {
+        for (c, of_channel) in numbers.enumerate() {
+            for (one, number) in all.iter_mut().zip(of_channel) {
+                one.numbers[c] = number;
+            }
         }
-        for i in 0..LANES {
-            self.numbers[channels + i] = self.numbers[i]; // of fewer channels, those that stand again do so once more
+        for one in all {
+            let channels = one.channels();
+            for i in 0..LANES {
+                one.numbers[channels + i] = one.numbers[i]; // of fewer channels, those that stand again do so once more
+            }
         }
     }
 

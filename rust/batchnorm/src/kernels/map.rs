@@ -31,8 +31,9 @@ pub(super) trait Map<T: Element> {
     }
     /// Elements `i .. i + 16` of a row.
     fn chunk(inputs: Self::Inputs, i: usize) -> Self::Chunk;
-    /// Prefetches element `i` of each input.
-    fn prefetch(inputs: Self::Inputs, i: usize);
+    /// Prefetches element `i` of each input, where the columns of a row differ.
+    #[inline(always)]
+    fn prefetch(_: Self::Inputs, _: usize) {}
     /// What columns `j .. j + 8` of a row are computed with.
     fn columns<L: Lanes>(&self, inputs: Self::Inputs, j: usize) -> Self::Columns<L>;
     /// Computes half `half` of a chunk.

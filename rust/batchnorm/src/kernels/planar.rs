@@ -223,11 +223,6 @@ impl<'a, T: Element, F: Fn(usize) -> [T::Wide; 4], E: FromNormalized<T>> Map<T> 
         (x.chunk(i), E::chunk(rest, i))
     }
     #[inline(always)]
-    fn prefetch((x, _, rest): Self::Inputs, i: usize) {
-        x.prefetch(i);
-        E::prefetch(rest, i);
-    }
-    #[inline(always)]
     fn columns<L: Lanes>(&self, (_, c, _): Self::Inputs, _: usize) -> Self::Columns<L> {
         c.map(T::splat::<L>)
     }
@@ -313,11 +308,6 @@ impl<'a, T: Element, F: Fn(usize) -> DxCoefficients<f64>> Map<T> for DxRuns<'a, 
     #[inline(always)]
     fn chunk((dy, x, _): Self::Inputs, i: usize) -> Self::Chunk {
         (dy.chunk(i), x.chunk(i))
-    }
-    #[inline(always)]
-    fn prefetch((dy, x, _): Self::Inputs, i: usize) {
-        dy.prefetch(i);
-        x.prefetch(i);
     }
     #[inline(always)]
     fn columns<L: Lanes>(&self, (_, _, c): Self::Inputs, _: usize) -> Self::Columns<L> {

@@ -24,10 +24,6 @@ impl<'a, T: Element> Map<T> for Copied<'a, T> {
         x.chunk(i)
     }
     #[inline(always)]
-    fn prefetch(x: Row<'a, T>, i: usize) {
-        x.prefetch(i);
-    }
-    #[inline(always)]
     fn columns<L: Lanes>(&self, _: Row<'a, T>, _: usize) {}
     #[inline(always)]
     fn eight<L: Lanes>(x: Self::Chunk, half: usize, (): ()) -> [T; WIDTH] {
@@ -54,11 +50,6 @@ impl<'a, T: Element> Map<T> for Added<'a, T> {
     #[inline(always)]
     fn chunk((a, b): Self::Inputs, i: usize) -> Self::Chunk {
         (a.chunk(i), b.chunk(i))
-    }
-    #[inline(always)]
-    fn prefetch((a, b): Self::Inputs, i: usize) {
-        a.prefetch(i);
-        b.prefetch(i);
     }
     #[inline(always)]
     fn columns<L: Lanes>(&self, _: Self::Inputs, _: usize) {}
