@@ -22,12 +22,13 @@
 //! Where an activation followed, dy above stands for the gradient that passes it: dy where y > 0 (and y < 6 for ReLU6), else 0,
 //! which is also the gradient of the residual. Each part of it is computed into the memory where it is used next, while that is in cache.
 
+use crate::bounds::Bounds;
 use crate::coefficients::Coefficients;
 use crate::element::Element;
 use crate::epilogue::Epilogue;
 use crate::error::Error;
 use crate::forward_pass::ForwardPass;
-use crate::gradient_sums::{GradientSums, SumAndProducts, dgamma_and_dbeta, gradient_sums, sums_of_block};
+use crate::gradient_sums::{GradientSums, SumAndProducts, dgamma_and_dbeta, sums_of, sums_of_block};
 use crate::infer::infer;
 use crate::input::{Input, check_layout};
 use crate::kernels::{DxCoefficients, DxRows, DxRuns};
@@ -110,12 +111,17 @@ pub fn gradient_apply<T: Element>(
     dx: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
     let _mode = begin()?;
-    back(dy, pass, sums.count().iter().copied(), dresidual, dx, |dy, pass, dx| apply(dy, &pass, sums, dx))
+    back(dy, pass, sums.count().iter().copied(), dresidual, dx, |dy, pass, dx| {
+        let (pass, bounds) = pass.bounded()?;
+        apply(dy, &pass, bounds.as_ref(), sums, dx)
+    })
 }
 
+/// dx from dy and the sums; with bounds, dy counts only between them.
 fn apply<T: Element>(
     dy: Input<'_, T>,
     pass: &ForwardPass<'_, T>,
+    bounds: Option<&Bounds<T>>,
     sums: &GradientSums,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<(), Error> {
@@ -135,8 +141,11 @@ fn apply<T: Element>(
             let dy = pass.through_planes(&planar, rect, dy, &cached);
             let x = pass.x.tile(planar.inner, rect);
             let channel = |r: usize| (rect.rows.start + r) % planar.channels;
-            let coefficients = |r: usize| per_channel.map(|numbers| numbers.as_slice()[channel(r)]);
-            dispatch(DxRuns { dy, x, dx: pass.output(&dx, &cached), coefficients });
+            let of_row = |r: usize| {
+                let c = channel(r);
+                (per_channel.map(|numbers| numbers.as_slice()[c]), bounds.map(|bounds| bounds.of_channel(c)))
+            };
+            dispatch(DxRuns { dy, x, dx: pass.output(&dx, &cached), of_row });
             Ok(())
         }),
         Family::Interleaved(rows) => dx.map_tiles(&rows.tiles(elements), |rect, dx| {
@@ -148,7 +157,9 @@ fn apply<T: Element>(
             let (mean, offset) = (column(per_channel.mean)?, column(per_channel.offset)?);
             let (slope, scale) = (column(per_channel.slope)?, column(per_channel.scale)?);
             let coefficients = DxCoefficients { mean: &*mean, offset: &*offset, slope: &*slope, scale: &*scale };
-            dispatch(DxRows { dy, x, dx: pass.output(&dx, &cached), coefficients });
+            let bounds = bounds.map(|bounds| bounds.of_columns(&rows, rect.cols.clone())).transpose()?;
+            let bounds = bounds.as_ref().map(|[least, most]| [&**least, &**most]);
+            dispatch(DxRows { dy, x, dx: pass.output(&dx, &cached), coefficients, bounds });
             Ok(())
         }),
     }
@@ -179,15 +190,19 @@ pub fn backward<T: Element>(
     let _mode = begin()?;
     let layout = pass.layout();
     let count = repeat_n(layout.count() as f64, layout.channels());
-    back(dy, pass, count, dresidual, dx, |dy, pass, dx| match Family::of(layout) {
-        Family::Planar(planar) if planar.fuses() && !layout.is_empty() => fused(dy, &pass, planar, dx),
-        _ if pass.has_activation() && dx.bytes() <= CACHED => {
-            in_place(dy, pass, dx, |pass, sums, dx| apply(Input::InPlace, pass, sums, dx))
-        }
-        _ => {
-            let sums = gradient_sums(dy.view(dx), pass)?;
-            apply(dy, &pass, &sums, dx)?;
-            Ok(sums)
+    back(dy, pass, count, dresidual, dx, |dy, pass, dx| {
+        let (pass, bounds) = pass.bounded()?;
+        let bounds = bounds.as_ref();
+        match Family::of(layout) {
+            Family::Planar(planar) if planar.fuses() && !layout.is_empty() => fused(dy, &pass, bounds, planar, dx),
+            _ if pass.has_activation() && dx.bytes() <= CACHED => {
+                in_place(dy, pass, dx, |pass, sums, dx| apply(Input::InPlace, pass, None, sums, dx))
+            }
+            _ => {
+                let sums = sums_of(dy.view(dx), &pass, bounds)?;
+                apply(dy, &pass, bounds, &sums, dx)?;
+                Ok(sums)
+            }
         }
     })
 }
@@ -204,7 +219,7 @@ fn in_place<T: Element>(
     pass.through(dy, dx)?;
     room.free();
     let pass = pass.without_epilogue();
-    let sums = gradient_sums(dx.as_view(), pass)?;
+    let sums = sums_of(dx.as_view(), &pass, None)?;
     rest(&pass, &sums, dx)?;
     Ok(sums)
 }
@@ -212,6 +227,7 @@ fn in_place<T: Element>(
 fn fused<T: Element>(
     dy: Input<'_, T>,
     pass: &ForwardPass<'_, T>,
+    bounds: Option<&Bounds<T>>,
     planar: Planar,
     dx: &mut ViewMut<'_, T>,
 ) -> Result<GradientSums, Error> {
@@ -230,7 +246,8 @@ fn fused<T: Element>(
             let block_channels = channels.start + block_channels.start..channels.start + block_channels.end;
             let (rect, to) = (part.within(rect), cached.part(&part));
             let dy = pass.through_runs(&planar, (&block_channels, &rect), dy.part(&part), &to);
-            sums_of_block(dy, x.part(&part), &coefficients.mean()[block_channels])
+            let bounds = bounds.map(|bounds| bounds.of_channels(block_channels.clone()));
+            sums_of_block(dy, x.part(&part), &coefficients.mean()[block_channels], bounds)
         };
         let sums = planar.fold(0..channels.len(), 0..planar.blocks(), block)?;
         let dy = if pass.has_activation() { cached.as_tile() } else { dy };
@@ -243,7 +260,8 @@ fn fused<T: Element>(
         for r in (0..planar.outer).rev() {
             let (dy, x, dx) =
                 (dy.split_row(r, planar.inner), x.split_row(r, planar.inner), dx.split_row(r, planar.inner));
-            dispatch(DxRuns { dy, x, dx: &dx, coefficients: |c: usize| of_channels[c] });
+            let bounds = |c: usize| bounds.map(|bounds| bounds.of_channel(channels.start + c));
+            dispatch(DxRuns { dy, x, dx: &dx, of_row: |c: usize| (of_channels[c], bounds(c)) });
         }
         let sums = channels.clone().zip(sums).map(|(c, sums)| dgamma_and_dbeta(pass, c, sums.into_pair()));
         groups.write(&channels, sums);
@@ -272,7 +290,7 @@ pub fn infer_backward<T: Element>(
         if pass.has_activation() {
             return in_place(dy, pass, dx, |_, _, dx| infer(Input::InPlace, &scale_only, Epilogue::default(), dx));
         }
-        let sums = gradient_sums(dy.view(dx), pass)?;
+        let sums = sums_of(dy.view(dx), &pass, None)?;
         infer(dy, &scale_only, Epilogue::default(), dx)?;
         Ok(sums)
     })

@@ -146,6 +146,11 @@ impl Coefficients {
         Ok(())
     }
 
+    /// Whether all are finite in the precision in which x is normalized.
+    pub(crate) fn are_finite<T: Element>(&self) -> bool {
+        (0..self.channels()).all(|c| self.of_channel::<T>(c).iter().all(|number| number.to_f64().is_finite()))
+    }
+
     /// The coefficients of channel `c` for the kernels.
     pub(crate) fn of_channel<T: Element>(&self, c: usize) -> [T::Wide; 4] {
         for_kernel::<T>(self.mean()[c], self.scale()[c], self.beta.as_slice()[c])

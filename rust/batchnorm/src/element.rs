@@ -76,6 +76,13 @@ pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + '
     /// Converts from the precision in which x is normalized; rounds to nearest, ties to even.
     fn narrow(wide: Self::Wide) -> Self;
 
+    /// Its place in the order of all numbers of the type, from −∞ to ∞; −0 comes just before 0. NaN is beyond either end.
+    #[doc(hidden)]
+    fn rank(self) -> i64;
+    /// The number at a place.
+    #[doc(hidden)]
+    fn of_rank(rank: i64) -> Self;
+
     /// Converts to float64, exactly.
     #[inline(always)]
     fn to_f64(self) -> f64 {
@@ -87,6 +94,22 @@ pub trait Element: sealed::Sealed + Vectors<Wide: Wide> + Copy + Send + Sync + '
     fn from_f64(value: f64) -> Self {
         Self::narrow(Self::Wide::from_f64(value))
     }
+}
+
+/// Implements the order of a type's numbers by their bits: read as an integer, those of negative numbers are in reverse order.
+macro_rules! ordered_as {
+    ($Int:ty, $Bits:ty) => {
+        #[inline(always)]
+        fn rank(self) -> i64 {
+            let bits = self.to_bits() as $Int;
+            (if bits < 0 { bits ^ <$Int>::MAX } else { bits }).into()
+        }
+        #[inline(always)]
+        fn of_rank(rank: i64) -> Self {
+            let rank = rank as $Int;
+            Self::from_bits((if rank < 0 { rank ^ <$Int>::MAX } else { rank }) as $Bits)
+        }
+    };
 }
 
 impl Element for f64 {
@@ -101,6 +124,7 @@ impl Element for f64 {
     fn narrow(wide: f64) -> Self {
         wide
     }
+    ordered_as!(i64, u64);
 }
 
 impl Element for f32 {
@@ -115,6 +139,7 @@ impl Element for f32 {
     fn narrow(wide: f64) -> Self {
         wide as f32
     }
+    ordered_as!(i32, u32);
 }
 
 impl Element for f16 {
@@ -129,6 +154,7 @@ impl Element for f16 {
     fn narrow(wide: f32) -> Self {
         Self::from_f32(wide)
     }
+    ordered_as!(i16, u16);
 }
 
 impl Element for bf16 {
@@ -143,4 +169,5 @@ impl Element for bf16 {
     fn narrow(wide: f32) -> Self {
         Self::from_f32(wide)
     }
+    ordered_as!(i16, u16);
 }

@@ -1,5 +1,6 @@
 //! What a backward pass needs of its forward pass, and the gradient that passes the activation.
 
+use crate::bounds::Bounds;
 use crate::coefficients::{Coefficients, OfColumns};
 use crate::copy::copy;
 use crate::element::Element;
@@ -45,6 +46,21 @@ impl<'a, T: Element> ForwardPass<'a, T> {
     /// a non-temporal store to a line in the caches would first have to empty it.
     pub(crate) fn output<'t, 'm>(&self, dx: &'t TileMut<'m, T>, cached: &'t TileMut<'m, T>) -> &'t TileMut<'m, T> {
         if self.has_activation() { cached } else { dx }
+    }
+
+    /// The pass, and the bounds of x between which the gradient passes its activation. Where it has them, it comes without its
+    /// epilogue: then kernels find the gradient by the bounds alone.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub(crate) fn bounded(self) -> Result<(Self, Option<Bounds<T>>), Error> {
+        let bounds = match self.epilogue {
+            Epilogue { activation: Some(activation), residual: None } => {
+                Bounds::of(activation, self.coefficients, self.layout())?
+            }
+            _ => None,
+        };
+        Ok((if bounds.is_some() { self.without_epilogue() } else { self }, bounds))
     }
 
     /// The forward pass without its epilogue, for a gradient that has passed the activation already.

@@ -1,5 +1,6 @@
 //! The sums of a backward pass, per channel: dγ = Σdy·x̂ and dβ = Σdy.
 
+use crate::bounds::Bounds;
 use crate::bytes;
 use crate::element::Element;
 use crate::error::Error;
@@ -137,17 +138,27 @@ pub fn gradient_sums<T: Element>(dy: View<'_, T>, pass: ForwardPass<'_, T>) -> R
     let _mode = begin()?;
     check_layout("dy", dy.layout(), pass.layout())?;
     pass.check()?;
+    let (pass, bounds) = pass.bounded()?;
+    sums_of(dy, &pass, bounds.as_ref())
+}
+
+/// [`gradient_sums`] of tensors that have been checked; with bounds, dy counts only between them.
+pub(crate) fn sums_of<T: Element>(
+    dy: View<'_, T>,
+    pass: &ForwardPass<'_, T>,
+    bounds: Option<&Bounds<T>>,
+) -> Result<GradientSums, Error> {
     let layout = pass.layout();
     let mut sums = GradientSums::zeros(layout)?;
     if layout.is_empty() {
         return Ok(sums);
     }
     let pairs = match Family::of(layout) {
-        Family::Planar(planar) => planar_sums(dy, &pass, planar),
-        Family::Interleaved(rows) => interleaved_sums(dy, &pass, rows),
+        Family::Planar(planar) => planar_sums(dy, pass, bounds, planar),
+        Family::Interleaved(rows) => interleaved_sums(dy, pass, bounds, rows),
     }?;
     for (c, pair) in pairs.into_iter().enumerate() {
-        (sums.dgamma[c], sums.dbeta[c]) = dgamma_and_dbeta(&pass, c, pair);
+        (sums.dgamma[c], sums.dbeta[c]) = dgamma_and_dbeta(pass, c, pair);
     }
     Ok(sums)
 }
@@ -164,6 +175,7 @@ pub(crate) fn dgamma_and_dbeta<T: Element>(
 fn planar_sums<T: Element>(
     dy: View<'_, T>,
     pass: &ForwardPass<'_, T>,
+    bounds: Option<&Bounds<T>>,
     planar: Planar,
 ) -> Result<Vec<(f64, f64)>, Error> {
     let width = planar.width();
@@ -171,34 +183,40 @@ fn planar_sums<T: Element>(
         let rect = planar.rect(&channels, block);
         let (dy, x) = (dy.tile(width, &rect), pass.x.tile(width, &rect));
         let mean = &pass.coefficients.mean()[channels.clone()];
+        let bounds = bounds.map(|bounds| bounds.of_channels(channels.clone()));
         if !pass.has_activation() {
-            return sums_of_block(dy, x, mean);
+            return sums_of_block(dy, x, mean, bounds);
         }
         let mut memory = collected(repeat_n(T::from_f64(0.0), dy.rows() * dy.cols()))?;
         let passing = TileMut::of(&mut memory, dy.rows(), dy.cols());
-        sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing), x, mean)
+        sums_of_block(pass.through_runs(&planar, (&channels, &rect), dy, &passing), x, mean, None)
     })?;
     collected(sums.into_iter().map(OfChannel::into_pair))
 }
 
-/// The sums of a block of some adjacent channels, one after the other, of the given means.
+/// The sums of a block of some adjacent channels, one after the other, of the given means. With bounds, dy counts only where x lies
+/// between them.
 pub(crate) fn sums_of_block<T: Element>(
     dy: Tile<'_, T>,
     x: Tile<'_, T>,
     mean: &[f64],
+    bounds: Option<[&[T]; 2]>,
 ) -> Result<Vec<OfChannel<SumAndProducts>>, Error> {
     let count = (x.rows() * x.cols() / mean.len()) as f64;
-    collected(dispatch(GradientSumRuns { dy, x, mean }).into_iter().map(|sums| OfChannel::new(count, sums)))
+    collected(dispatch(GradientSumRuns { dy, x, mean, bounds }).into_iter().map(|sums| OfChannel::new(count, sums)))
 }
 
 fn interleaved_sums<T: Element>(
     dy: View<'_, T>,
     pass: &ForwardPass<'_, T>,
+    bounds: Option<&Bounds<T>>,
     rows: Interleaved,
 ) -> Result<Vec<(f64, f64)>, Error> {
     let of_blocks = |columns: Range<usize>, blocks: Range<usize>| {
         let mean = rows.spread(columns.clone(), 0, |c| pass.coefficients.mean()[c])?;
         let coefficients = pass.columns(&rows, columns.clone())?;
+        let bounds = bounds.map(|bounds| bounds.of_columns(&rows, columns.clone())).transpose()?;
+        let bounds = bounds.as_ref().map(|[least, most]| [&**least, &**most]);
         // The rows of a part are a multiple of those of a step of the sums; without an activation a block is one part.
         let step = if pass.has_activation() { (PART / columns.len()).max(ROWS) / ROWS * ROWS } else { rows.rows };
         let elements = if pass.has_activation() { step * columns.len() } else { 0 };
@@ -215,7 +233,7 @@ fn interleaved_sums<T: Element>(
                     dy = pass.through_rows(&rows, (coefficients.as_ref(), &rect), dy, &passing);
                 }
                 let (dbeta, products) = (&mut sums.first[..], &mut sums.second[..]);
-                dispatch(GradientSumRows { dy, x, mean: &mean, dbeta, products });
+                dispatch(GradientSumRows { dy, x, mean: &mean, bounds, dbeta, products });
             }
             Ok(sums)
         }))

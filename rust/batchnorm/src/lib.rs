@@ -44,6 +44,7 @@
 //! ```
 
 mod backward;
+mod bounds;
 mod bytes;
 mod cache;
 mod coefficients;

@@ -293,6 +293,18 @@ impl Interleaved {
         self.spread(columns, LANES, |c| W::from_f64(numbers[c])).map(Cow::Owned)
     }
 
+    /// The same for numbers that kernels take as they are.
+    pub(crate) fn copies<'a, V: Copy>(
+        &self,
+        numbers: &'a PerChannel<V>,
+        columns: Range<usize>,
+    ) -> Result<Cow<'a, [V]>, Error> {
+        match self.inner {
+            1 => Ok(Cow::Borrowed(numbers.and_more(columns))),
+            _ => self.spread(columns, LANES, |c| numbers.as_slice()[c]).map(Cow::Owned),
+        }
+    }
+
     /// The value of each column's channel, for each of the columns; then those of the first `again` columns once more.
     pub(crate) fn spread<V: Copy>(
         &self,

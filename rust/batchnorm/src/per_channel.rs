@@ -2,19 +2,20 @@
 
 use crate::error::Error;
 use crate::kernels::LANES;
-use crate::memory::zeros;
+use crate::memory::collected;
+use std::iter::repeat_n;
 use std::ops::Range;
 
 /// A number for each channel, with those of the first [`LANES`] channels once more after the last, since a kernel may go
 /// on from the end of one row to the start of the next.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct PerChannel {
-    numbers: Vec<f64>,
+pub(crate) struct PerChannel<V = f64> {
+    numbers: Vec<V>,
 }
 
 impl PerChannel {
     pub(crate) fn zeros(channels: usize) -> Result<Self, Error> {
-        Ok(Self { numbers: zeros(channels + LANES)? })
+        Self::filled(channels, 0.0)
     }
 
     /// The number of each channel.
@@ -31,9 +32,19 @@ impl PerChannel {
     pub(crate) fn fill(&mut self, numbers: impl Iterator<Item = f64>) {
         Self::fill_together([self], numbers.map(|number| [number]));
     }
+}
+
+impl<V: Copy> PerChannel<V> {
+    /// The same number for every channel.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`].
+    pub(crate) fn filled(channels: usize, number: V) -> Result<Self, Error> {
+        Ok(Self { numbers: collected(repeat_n(number, channels + LANES))? })
+    }
 
     /// Replaces all numbers of several, channel by channel.
-    pub(crate) fn fill_together<const N: usize>(mut all: [&mut Self; N], numbers: impl Iterator<Item = [f64; N]>) {
+    pub(crate) fn fill_together<const N: usize>(mut all: [&mut Self; N], numbers: impl Iterator<Item = [V; N]>) {
         for (c, of_channel) in numbers.enumerate() {
             for (one, number) in all.iter_mut().zip(of_channel) {
                 one.numbers[c] = number;
@@ -52,12 +63,12 @@ impl PerChannel {
     }
 
     /// The numbers, once.
-    pub(crate) fn as_slice(&self) -> &[f64] {
+    pub(crate) fn as_slice(&self) -> &[V] {
         &self.numbers[..self.channels()]
     }
 
     /// The numbers of some channels, and [`LANES`] more.
-    pub(crate) fn and_more(&self, channels: Range<usize>) -> &[f64] {
+    pub(crate) fn and_more(&self, channels: Range<usize>) -> &[V] {
         &self.numbers[channels.start..channels.end + LANES]
     }
 }

@@ -5,6 +5,7 @@
 //! stored once for four rows.
 
 use super::map::{DxCoefficients, FromNormalized, Kind, Map, normalize_eight, normalize_one, write};
+use super::passing::{passing_eight, passing_one};
 use super::{LANES, close};
 use crate::element::Element;
 use crate::simd::{Kernel, Lanes, Vectors, WIDTH};
@@ -268,6 +269,8 @@ pub(crate) struct GradientSumRows<'a, T: Element> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) mean: &'a [f64],
+    /// The least and the largest x of each column at which dy counts; without them all of it does.
+    pub(crate) bounds: Option<[&'a [T]; 2]>,
     pub(crate) dbeta: &'a mut [f64],
     pub(crate) products: &'a mut [f64],
 }
@@ -277,24 +280,41 @@ impl<T: Element> Kernel for GradientSumRows<'_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        let Self { dy, x, mean, dbeta, products } = self;
-        let (whole, ahead) = (x.rows() - x.rows() % ROWS, Ahead::of(&x));
-        for r in (0..whole).step_by(ROWS) {
-            let (dys, xs) = (from_fn(|i| dy.row(r + i)), from_fn(|i| x.row(r + i)));
-            add_products_of::<L, T, ROWS>(dys, xs, ahead, mean, dbeta, products);
-        }
-        for r in whole..x.rows() {
-            add_products_of::<L, T, 1>([dy.row(r)], [x.row(r)], ahead, mean, dbeta, products);
+        match self.bounds {
+            None => self.sums::<L, false>([&[], &[]]),
+            Some(bounds) => self.sums::<L, true>(bounds),
         }
     }
 }
 
+impl<T: Element> GradientSumRows<'_, T> {
+    #[inline(always)]
+    fn sums<L: Lanes, const BOUNDED: bool>(self, bounds: [&[T]; 2]) {
+        let Self { dy, x, mean, dbeta, products, .. } = self;
+        let (whole, ahead) = (x.rows() - x.rows() % ROWS, Ahead::of(&x));
+        for r in (0..whole).step_by(ROWS) {
+            let (dys, xs) = (from_fn(|i| dy.row(r + i)), from_fn(|i| x.row(r + i)));
+            add_products_of::<L, T, ROWS, BOUNDED>(dys, xs, ahead, mean, bounds, dbeta, products);
+        }
+        for r in whole..x.rows() {
+            add_products_of::<L, T, 1, BOUNDED>([dy.row(r)], [x.row(r)], ahead, mean, bounds, dbeta, products);
+        }
+    }
+}
+
+/// The bounds of columns `j .. j + 8`, if dy counts only between bounds.
 #[inline(always)]
-fn add_products_of<L: Lanes, T: Element, const R: usize>(
+fn bounds_of<L: Lanes, T: Element>(bounded: bool, [least, most]: [&[T]; 2], j: usize) -> Option<[T::Compared<L>; 2]> {
+    if bounded { Some([T::compared::<L>(columns(least, j)), T::compared::<L>(columns(most, j))]) } else { None }
+}
+
+#[inline(always)]
+fn add_products_of<L: Lanes, T: Element, const R: usize, const BOUNDED: bool>(
     dys: [Row<'_, T>; R],
     xs: [Row<'_, T>; R],
     ahead: Ahead,
     mean: &[f64],
+    bounds: [&[T]; 2],
     dbeta: &mut [f64],
     products: &mut [f64],
 ) {
@@ -304,17 +324,20 @@ fn add_products_of<L: Lanes, T: Element, const R: usize>(
         let j = k * WIDTH;
         ahead.prefetch(&dys, j);
         ahead.prefetch(&xs, j);
-        let about = f64::load_wide::<L>(*mean);
-        let dy: [[L::D; 2]; R] = from_fn(|i| eight::<L, T>(&dys[i], j));
-        let product = |i: usize| {
-            let x = eight::<L, T>(&xs[i], j);
-            from_fn(|h| L::mul(dy[i][h], L::sub(x[h], about[h])))
-        };
+        let (about, bounds) = (f64::load_wide::<L>(*mean), bounds_of::<L, T>(BOUNDED, bounds, j));
+        let (mut dy, mut product) = ([[L::splat(0.0); 2]; R], [[L::splat(0.0); 2]; R]);
+        for i in 0..R {
+            let x = xs[i].chunk::<WIDTH>(j).part(0);
+            dy[i] = T::load_wide::<L>(passing_eight::<L, T>(dys[i].chunk::<WIDTH>(j).part(0), x, bounds));
+            let x = T::load_wide::<L>(x);
+            product[i] = from_fn(|h| L::mul(dy[i][h], L::sub(x[h], about[h])));
+        }
         add_to::<L>(dbeta, pairwise(dy, add_eight::<L>));
-        add_to::<L>(products, pairwise::<_, R>(from_fn(product), add_eight::<L>));
+        add_to::<L>(products, pairwise(product, add_eight::<L>));
     }
     for j in start..mean.len() {
-        let dy: [f64; R] = from_fn(|i| dys[i].one(j).to_f64());
+        let bounds = if BOUNDED { Some([bounds[0][j], bounds[1][j]]) } else { None };
+        let dy: [f64; R] = from_fn(|i| passing_one(dys[i].one(j), xs[i].one(j), bounds).to_f64());
         dbeta[j] += pairwise(dy, |a, b| a + b);
         products[j] += pairwise::<_, R>(from_fn(|i| dy[i] * (xs[i].one(j).to_f64() - mean[j])), |a, b| a + b);
     }
@@ -327,6 +350,8 @@ pub(crate) struct DxRows<'a, 'b, T: Element> {
     pub(crate) dx: &'a TileMut<'b, T>,
     /// Coefficients of each column. The first [`super::LANES`] are repeated after the last.
     pub(crate) coefficients: DxCoefficients<&'a [f64]>,
+    /// The least and the largest x of each column at which dy counts, with the first repeated; without them all of it does.
+    pub(crate) bounds: Option<[&'a [T]; 2]>,
 }
 
 impl<T: Element> Kernel for DxRows<'_, '_, T> {
@@ -341,33 +366,44 @@ impl<T: Element> Kernel for DxRows<'_, '_, T> {
 }
 
 impl<'a, T: Element> Map<T> for DxRows<'a, '_, T> {
-    type Inputs = (Row<'a, T>, Row<'a, T>);
+    type Inputs = (Row<'a, T>, Row<'a, T>, Option<[&'a [T]; 2]>);
     type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
-    type Columns<L: Lanes> = DxCoefficients<[L::D; 2]>;
+    type Columns<L: Lanes> = (DxCoefficients<[L::D; 2]>, Option<[T::Compared<L>; 2]>);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.dy.row(r), self.x.row(r))
+        (self.dy.row(r), self.x.row(r), self.bounds)
     }
     #[inline(always)]
-    fn chunk((dy, x): Self::Inputs, i: usize) -> Self::Chunk {
+    fn kind((_, _, bounds): Self::Inputs) -> Kind {
+        Kind::of_bounds(&bounds)
+    }
+    #[inline(always)]
+    fn of_kind<const KIND: u8>((dy, x, bounds): Self::Inputs) -> Self::Inputs {
+        (dy, x, Kind::known_bounds::<KIND, _>(bounds))
+    }
+    #[inline(always)]
+    fn chunk((dy, x, _): Self::Inputs, i: usize) -> Self::Chunk {
         (dy.chunk(i), x.chunk(i))
     }
     #[inline(always)]
-    fn prefetch((dy, x): Self::Inputs, i: usize) {
+    fn prefetch((dy, x, _): Self::Inputs, i: usize) {
         dy.prefetch(i);
         x.prefetch(i);
     }
     #[inline(always)]
-    fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
-        self.coefficients.map(|numbers| f64::load_wide::<L>(columns(numbers, j)))
+    fn columns<L: Lanes>(&self, (_, _, bounds): Self::Inputs, j: usize) -> Self::Columns<L> {
+        let coefficients = self.coefficients.map(|numbers| f64::load_wide::<L>(columns(numbers, j)));
+        (coefficients, bounds_of::<L, T>(bounds.is_some(), bounds.unwrap_or([&[], &[]]), j))
     }
     #[inline(always)]
-    fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
-        c.eight::<L, T>(dy.part(half), x.part(half))
+    fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, (coefficients, bounds): Self::Columns<L>) -> [T; WIDTH] {
+        let x = x.part(half);
+        coefficients.eight::<L, T>(passing_eight::<L, T>(dy.part(half), x, bounds), x)
     }
     #[inline(always)]
-    fn one(&self, (dy, x): Self::Inputs, i: usize, j: usize) -> T {
-        self.coefficients.map(|numbers| numbers[j]).one(dy.one(i), x.one(i))
+    fn one(&self, (dy, x, bounds): Self::Inputs, i: usize, j: usize) -> T {
+        let (x, bounds) = (x.one(i), bounds.map(|[least, most]| [least[j], most[j]]));
+        self.coefficients.map(|numbers| numbers[j]).one(passing_one(dy.one(i), x, bounds), x)
     }
 }

@@ -67,6 +67,18 @@ impl Kind {
         }
     }
 
+    /// The kind of a gradient that passes between bounds, or all of it.
+    #[inline(always)]
+    pub(super) fn of_bounds<B>(bounds: &Option<B>) -> Self {
+        if bounds.is_none() { Self::Plain } else { Self::Other }
+    }
+
+    /// The bounds again, of a kind that the compiler knows.
+    #[inline(always)]
+    pub(super) fn known_bounds<const KIND: u8, B>(bounds: Option<B>) -> Option<B> {
+        if KIND == PLAIN { None } else { bounds }
+    }
+
     /// Activation and residual again, of a kind that the compiler knows.
     #[inline(always)]
     fn known<const KIND: u8, R>(
@@ -259,7 +271,7 @@ fn write_chunks<L: Lanes, T: Element, M: Map<T>, const STREAMING: bool>(
 
 /// The expression that defines inference (contract 1): v = (x − mean)·s + β, each operation rounded.
 #[inline(always)]
-pub(super) fn normalize_one<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T::Wide {
+pub(crate) fn normalize_one<T: Element>(x: T, [high, low, s, beta]: [T::Wide; 4]) -> T::Wide {
     let d = x.widen() - high;
     let d = if T::SPLIT_MEAN { d - low } else { d };
     d * s + beta

@@ -5,12 +5,13 @@
 
 mod interleaved;
 mod map;
+mod passing;
 mod planar;
 mod transfer;
 
 use crate::simd::Lanes;
 pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, ROWS};
-pub(crate) use map::{ActivationBackward, DxCoefficients};
+pub(crate) use map::{ActivationBackward, DxCoefficients, normalize_one};
 pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
 pub(crate) use transfer::Transfer;
 

@@ -1,6 +1,7 @@
 //! Planar kernels: over runs of adjacent values of one channel.
 
 use super::map::{DxCoefficients, FromNormalized, Kind, Map, normalize_eight, normalize_one, write};
+use super::passing::{Passing, Run, passing_eight, passing_one, splat};
 use super::{LANES, Sum, close, total};
 use crate::element::Element;
 use crate::simd::{Kernel, Lanes, WIDTH};
@@ -9,21 +10,22 @@ use std::array::from_fn;
 
 /// Elements `i .. i + 16` in float64, as the sixteen lanes of a sum.
 #[inline(always)]
-fn sixteen<L: Lanes, T: Element>(row: &Row<'_, T>, i: usize) -> Sum<L> {
-    let x = row.chunk::<LANES>(i);
-    let ([a, b], [c, d]) = (T::load_wide::<L>(x.part(0)), T::load_wide::<L>(x.part(1)));
+fn sixteen<L: Lanes, T: Element>(run: &impl Run<L, T>, i: usize) -> Sum<L> {
+    let [low, high] = run.halves(i);
+    let ([a, b], [c, d]) = (T::load_wide::<L>(low), T::load_wide::<L>(high));
     [a, b, c, d]
 }
 
-/// The last 16 elements of a row as lanes. A shorter row stands in the last lanes, with 0 in the others.
+/// The last 16 elements of a run as lanes. A shorter run stands in the last lanes, with 0 in the others.
 #[inline(always)]
-fn ending<L: Lanes, T: Element>(row: &Row<'_, T>) -> Sum<L> {
-    if row.len() >= LANES {
-        return sixteen::<L, T>(row, row.len() - LANES);
+fn ending<L: Lanes, T: Element>(run: &impl Run<L, T>) -> Sum<L> {
+    let len = run.len();
+    if len >= LANES {
+        return sixteen::<L, T>(run, len - LANES);
     }
     let mut lanes = [0.0; LANES];
-    for i in 0..row.len() {
-        lanes[LANES - row.len() + i] = row.one(i).to_f64();
+    for i in 0..len {
+        lanes[LANES - len + i] = run.one(i).to_f64();
     }
     let (lanes, _) = lanes.as_chunks::<4>();
     from_fn(|k| L::get(lanes[k]))
@@ -96,7 +98,7 @@ impl<L: Lanes> Sums<L> {
 
     /// Adds dy, and dy·(x − mean), of each element of a run.
     #[inline(always)]
-    fn add_products<T: Element>(&mut self, dy: &Row<'_, T>, x: &Row<'_, T>, mean: f64) {
+    fn add_products<T: Element>(&mut self, dy: &impl Run<L, T>, x: &Row<'_, T>, mean: f64) {
         let (mut sums, about) = (*self, L::splat(mean));
         let deviations = |x: Sum<L>| x.map(|v| L::sub(v, about));
         let over = dy.len() % LANES;
@@ -242,6 +244,8 @@ pub(crate) struct GradientSumRuns<'a, T: Element> {
     pub(crate) x: Tile<'a, T>,
     /// Mean of each channel.
     pub(crate) mean: &'a [f64],
+    /// The least and the largest x of each channel at which dy counts; without them all of it does.
+    pub(crate) bounds: Option<[&'a [T]; 2]>,
 }
 
 impl<T: Element> Kernel for GradientSumRuns<'_, T> {
@@ -249,9 +253,11 @@ impl<T: Element> Kernel for GradientSumRuns<'_, T> {
 
     #[inline(always)]
     fn run<L: Lanes>(self) -> Self::Output {
-        match self.mean.len() {
-            1 => self.sums::<L, 1>(),
-            _ => self.sums::<L, TOGETHER>(),
+        match (self.mean.len(), self.bounds) {
+            (1, None) => self.sums::<L, 1>(|_| None),
+            (1, Some([least, most])) => self.sums::<L, 1>(|c| Some([least[c], most[c]])),
+            (_, None) => self.sums::<L, TOGETHER>(|_| None),
+            (_, Some([least, most])) => self.sums::<L, TOGETHER>(|c| Some([least[c], most[c]])),
         }
     }
 }
@@ -259,15 +265,16 @@ impl<T: Element> Kernel for GradientSumRuns<'_, T> {
 impl<T: Element> GradientSumRuns<'_, T> {
     /// The sums of at most `MOST` channels.
     #[inline(always)]
-    fn sums<L: Lanes, const MOST: usize>(self) -> Vec<(f64, f64)> {
-        let Self { dy, x, mean } = self;
+    fn sums<L: Lanes, const MOST: usize>(self, bounds: impl Fn(usize) -> Option<[T; 2]>) -> Vec<(f64, f64)> {
+        let Self { dy, x, mean, .. } = self;
         let run = x.cols() / mean.len();
         let mut sums = [Sums::<L>::new(); MOST];
         let sums = &mut sums[..mean.len()];
         for r in 0..x.rows() {
             let (dy, x) = (dy.row(r), x.row(r));
             for (c, (sums, &mean)) in sums.iter_mut().zip(mean).enumerate() {
-                sums.add_products(&dy.part(c * run, run), &x.part(c * run, run), mean);
+                let (dy, x) = (dy.part(c * run, run), x.part(c * run, run));
+                sums.add_products(&Passing::new(dy, x, bounds(c)), &x, mean);
             }
         }
         let mut totals = Vec::with_capacity(mean.len());
@@ -278,16 +285,19 @@ impl<T: Element> GradientSumRuns<'_, T> {
     }
 }
 
+/// What a row of dx is computed with.
+pub(crate) type DxOfRow<T> = (DxCoefficients<f64>, Option<[T; 2]>);
+
 /// Computes dx from dy and x in rows of one channel each.
 pub(crate) struct DxRuns<'a, 'b, T: Element, F> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    /// Coefficients of row `r`.
-    pub(crate) coefficients: F,
+    /// Coefficients of row `r`, and the least and the largest x at which dy counts; without them all of it does.
+    pub(crate) of_row: F,
 }
 
-impl<T: Element, F: Fn(usize) -> DxCoefficients<f64>> Kernel for DxRuns<'_, '_, T, F> {
+impl<T: Element, F: Fn(usize) -> DxOfRow<T>> Kernel for DxRuns<'_, '_, T, F> {
     type Output = ();
 
     #[inline(always)]
@@ -296,29 +306,39 @@ impl<T: Element, F: Fn(usize) -> DxCoefficients<f64>> Kernel for DxRuns<'_, '_, 
     }
 }
 
-impl<'a, T: Element, F: Fn(usize) -> DxCoefficients<f64>> Map<T> for DxRuns<'a, '_, T, F> {
-    type Inputs = (Row<'a, T>, Row<'a, T>, DxCoefficients<f64>);
+impl<'a, T: Element, F: Fn(usize) -> DxOfRow<T>> Map<T> for DxRuns<'a, '_, T, F> {
+    type Inputs = (Row<'a, T>, Row<'a, T>, DxOfRow<T>);
     type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
-    type Columns<L: Lanes> = DxCoefficients<[L::D; 2]>;
+    type Columns<L: Lanes> = (DxCoefficients<[L::D; 2]>, Option<[T::Compared<L>; 2]>);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.dy.row(r), self.x.row(r), (self.coefficients)(r))
+        (self.dy.row(r), self.x.row(r), (self.of_row)(r))
+    }
+    #[inline(always)]
+    fn kind((_, _, (_, bounds)): Self::Inputs) -> Kind {
+        Kind::of_bounds(&bounds)
+    }
+    #[inline(always)]
+    fn of_kind<const KIND: u8>((dy, x, (coefficients, bounds)): Self::Inputs) -> Self::Inputs {
+        (dy, x, (coefficients, Kind::known_bounds::<KIND, _>(bounds)))
     }
     #[inline(always)]
     fn chunk((dy, x, _): Self::Inputs, i: usize) -> Self::Chunk {
         (dy.chunk(i), x.chunk(i))
     }
     #[inline(always)]
-    fn columns<L: Lanes>(&self, (_, _, c): Self::Inputs, _: usize) -> Self::Columns<L> {
-        c.map(|v| [L::splat(v); 2])
+    fn columns<L: Lanes>(&self, (_, _, (coefficients, bounds)): Self::Inputs, _: usize) -> Self::Columns<L> {
+        (coefficients.map(|v| [L::splat(v); 2]), bounds.map(splat::<L, T>))
     }
     #[inline(always)]
-    fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, c: Self::Columns<L>) -> [T; WIDTH] {
-        c.eight::<L, T>(dy.part(half), x.part(half))
+    fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, (coefficients, bounds): Self::Columns<L>) -> [T; WIDTH] {
+        let x = x.part(half);
+        coefficients.eight::<L, T>(passing_eight::<L, T>(dy.part(half), x, bounds), x)
     }
     #[inline(always)]
-    fn one(&self, (dy, x, c): Self::Inputs, i: usize, _: usize) -> T {
-        c.one(dy.one(i), x.one(i))
+    fn one(&self, (dy, x, (coefficients, bounds)): Self::Inputs, i: usize, _: usize) -> T {
+        let x = x.one(i);
+        coefficients.one(passing_one(dy.one(i), x, bounds), x)
     }
 }

@@ -12,6 +12,8 @@ pub trait Vectors: Copy + Sized {
     type Wide: Copy;
     /// A vector of eight elements, in the precision in which x is normalized.
     type Vector<L: Lanes>: Copy;
+    /// A vector of eight elements, to be compared with others.
+    type Compared<L: Lanes>: Copy;
 
     /// One value in every lane.
     #[doc(hidden)]
@@ -38,6 +40,12 @@ pub trait Vectors: Copy + Sized {
     /// d where a > b, else 0.
     #[doc(hidden)]
     fn pass<L: Lanes>(d: [Self; WIDTH], a: Self::Vector<L>, b: Self::Vector<L>) -> [Self; WIDTH];
+    /// Loads eight elements to be compared.
+    #[doc(hidden)]
+    fn compared<L: Lanes>(values: [Self; WIDTH]) -> Self::Compared<L>;
+    /// d where least ≤ x ≤ most, else 0.
+    #[doc(hidden)]
+    fn pass_within<L: Lanes>(d: [Self; WIDTH], x: [Self; WIDTH], bounds: [Self::Compared<L>; 2]) -> [Self; WIDTH];
     /// top where v > top, else v.
     #[doc(hidden)]
     fn at_most<L: Lanes>(v: Self::Vector<L>, top: Self::Vector<L>) -> Self::Vector<L>;
@@ -51,10 +59,11 @@ pub trait Vectors: Copy + Sized {
 
 /// Implements [`Vectors`] for a type that is normalized in float64.
 macro_rules! in_float64 {
-    ($T:ty, $load:expr, $store:expr, $masked:expr) => {
+    ($T:ty, $load:expr, $store:expr, $masked:expr, $Compared:ty, $compared:expr, $within:expr) => {
         impl Vectors for $T {
             type Wide = f64;
             type Vector<L: Lanes> = [L::D; 2];
+            type Compared<L: Lanes> = $Compared;
 
             #[inline(always)]
             fn splat<L: Lanes>(value: f64) -> [L::D; 2] {
@@ -89,6 +98,18 @@ macro_rules! in_float64 {
                 $masked(d, L::above(a, b))
             }
             #[inline(always)]
+            fn compared<L: Lanes>(values: [Self; WIDTH]) -> $Compared {
+                $compared(values)
+            }
+            #[inline(always)]
+            fn pass_within<L: Lanes>(
+                d: [Self; WIDTH],
+                x: [Self; WIDTH],
+                [least, most]: [$Compared; 2],
+            ) -> [Self; WIDTH] {
+                $masked(d, $within($compared(x), least, most))
+            }
+            #[inline(always)]
             fn at_most<L: Lanes>(v: [L::D; 2], top: [L::D; 2]) -> [L::D; 2] {
                 std::array::from_fn(|h| L::at_most(v[h], top[h]))
             }
@@ -107,8 +128,16 @@ macro_rules! in_float64 {
     };
 }
 
-in_float64!(f64, L::get, L::put, |d, mask| Self::store_wide::<L>(L::masked(Self::load_wide::<L>(d), mask)));
-in_float64!(f32, L::of_f32, L::to_f32, |d, mask| L::put_s(L::masked_s(L::get_s(d), mask)));
+in_float64!(
+    f64,
+    L::get,
+    L::put,
+    |d, mask| Self::store_wide::<L>(L::masked(Self::load_wide::<L>(d), mask)),
+    [L::D; 2],
+    Self::load_wide::<L>,
+    L::within
+);
+in_float64!(f32, L::of_f32, L::to_f32, |d, mask| L::put_s(L::masked_s(L::get_s(d), mask)), L::S, L::get_s, L::within_s);
 
 /// Implements [`Vectors`] for a type that is normalized in float32.
 macro_rules! in_float32 {
@@ -116,6 +145,7 @@ macro_rules! in_float32 {
         impl Vectors for $T {
             type Wide = f32;
             type Vector<L: Lanes> = L::S;
+            type Compared<L: Lanes> = L::S;
 
             #[inline(always)]
             fn splat<L: Lanes>(value: f32) -> L::S {
@@ -148,6 +178,15 @@ macro_rules! in_float32 {
             #[inline(always)]
             fn pass<L: Lanes>(d: [Self; WIDTH], a: L::S, b: L::S) -> [Self; WIDTH] {
                 L::masked_16(d.map(<$T>::to_bits), L::above_s(a, b)).map(<$T>::from_bits)
+            }
+            #[inline(always)]
+            fn compared<L: Lanes>(values: [Self; WIDTH]) -> L::S {
+                $load(values)
+            }
+            #[inline(always)]
+            fn pass_within<L: Lanes>(d: [Self; WIDTH], x: [Self; WIDTH], [least, most]: [L::S; 2]) -> [Self; WIDTH] {
+                let within = L::within_s($load(x), least, most);
+                L::masked_16(d.map(<$T>::to_bits), within).map(<$T>::from_bits)
             }
             #[inline(always)]
             fn at_most<L: Lanes>(v: L::S, top: L::S) -> L::S {

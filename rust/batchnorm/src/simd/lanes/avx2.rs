@@ -43,6 +43,16 @@ macro_rules! avx2 {
     };
 }
 
+/// The masks of two vectors of four float64 as one of eight lanes.
+#[inline(always)]
+fn narrowed(low: __m256d, high: __m256d) -> __m256i {
+    avx2!({
+        // Every second half of them: lanes 0, 1, 4, 5, 2, 3, 6, 7; then in order.
+        let mixed = _mm256_shuffle_ps::<0b10_00_10_00>(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+        _mm256_castpd_si256(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(mixed)))
+    })
+}
+
 impl Lanes for Avx2 {
     type D = __m256d;
     type S = __m256;
@@ -84,12 +94,14 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn above(a: [__m256d; 2], b: [__m256d; 2]) -> __m256i {
+        avx2!(narrowed(_mm256_cmp_pd::<_CMP_GT_OQ>(a[0], b[0]), _mm256_cmp_pd::<_CMP_GT_OQ>(a[1], b[1])))
+    }
+    #[inline(always)]
+    fn within(d: [__m256d; 2], least: [__m256d; 2], most: [__m256d; 2]) -> __m256i {
         avx2!({
-            let low = _mm256_castpd_ps(_mm256_cmp_pd::<_CMP_GT_OQ>(a[0], b[0]));
-            let high = _mm256_castpd_ps(_mm256_cmp_pd::<_CMP_GT_OQ>(a[1], b[1]));
-            // Every second half of them: lanes 0, 1, 4, 5, 2, 3, 6, 7; then in order.
-            let mixed = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(low, high));
-            _mm256_castpd_si256(_mm256_permute4x64_pd::<0b11_01_10_00>(mixed))
+            let from = [_mm256_cmp_pd::<_CMP_GE_OQ>(d[0], least[0]), _mm256_cmp_pd::<_CMP_GE_OQ>(d[1], least[1])];
+            let to = [_mm256_cmp_pd::<_CMP_LE_OQ>(d[0], most[0]), _mm256_cmp_pd::<_CMP_LE_OQ>(d[1], most[1])];
+            narrowed(_mm256_and_pd(from[0], to[0]), _mm256_and_pd(from[1], to[1]))
         })
     }
     #[inline(always)]
@@ -148,6 +160,13 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn above_s(a: __m256, b: __m256) -> __m256i {
         avx2!(_mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)))
+    }
+    #[inline(always)]
+    fn within_s(s: __m256, least: __m256, most: __m256) -> __m256i {
+        avx2!({
+            let (from, to) = (_mm256_cmp_ps::<_CMP_GE_OQ>(s, least), _mm256_cmp_ps::<_CMP_LE_OQ>(s, most));
+            _mm256_castps_si256(_mm256_and_ps(from, to))
+        })
     }
     #[inline(always)]
     fn masked_s(s: __m256, mask: __m256i) -> __m256 {

@@ -37,6 +37,8 @@ pub trait Lanes: Copy + 'static {
     fn at_most(v: Self::D, top: Self::D) -> Self::D;
     /// Where a > b, in eight lanes.
     fn above(a: [Self::D; 2], b: [Self::D; 2]) -> Self::Mask;
+    /// Whether least ≤ d ≤ most; no for NaN.
+    fn within(d: [Self::D; 2], least: [Self::D; 2], most: [Self::D; 2]) -> Self::Mask;
     /// d in the lanes of the mask, else 0.
     fn masked(d: [Self::D; 2], mask: Self::Mask) -> [Self::D; 2];
     /// Bitwise AND of each lane with its mask.
@@ -64,6 +66,8 @@ pub trait Lanes: Copy + 'static {
     fn at_most_s(v: Self::S, top: Self::S) -> Self::S;
     /// Where a > b.
     fn above_s(a: Self::S, b: Self::S) -> Self::Mask;
+    /// Whether least ≤ s ≤ most; no for NaN.
+    fn within_s(s: Self::S, least: Self::S, most: Self::S) -> Self::Mask;
     /// s in the lanes of the mask, else 0.
     fn masked_s(s: Self::S, mask: Self::Mask) -> Self::S;
     /// Bits in the lanes of the mask, else 0.

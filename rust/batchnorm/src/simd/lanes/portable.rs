@@ -63,6 +63,10 @@ impl Lanes for Portable {
         from_fn(|lane| a[lane / 4][lane % 4] > b[lane / 4][lane % 4])
     }
     #[inline(always)]
+    fn within(d: [Self::D; 2], least: [Self::D; 2], most: [Self::D; 2]) -> [bool; 8] {
+        from_fn(|lane| (least[lane / 4][lane % 4]..=most[lane / 4][lane % 4]).contains(&d[lane / 4][lane % 4]))
+    }
+    #[inline(always)]
     fn masked(d: [Self::D; 2], mask: [bool; 8]) -> [Self::D; 2] {
         from_fn(|half| from_fn(|lane| if mask[4 * half + lane] { d[half][lane] } else { 0.0 }))
     }
@@ -113,6 +117,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn above_s(a: Self::S, b: Self::S) -> [bool; 8] {
         from_fn(|lane| a[lane] > b[lane])
+    }
+    #[inline(always)]
+    fn within_s(s: Self::S, least: Self::S, most: Self::S) -> [bool; 8] {
+        from_fn(|lane| (least[lane]..=most[lane]).contains(&s[lane]))
     }
     #[inline(always)]
     fn masked_s(s: Self::S, mask: [bool; 8]) -> Self::S {
