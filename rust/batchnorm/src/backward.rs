@@ -141,11 +141,9 @@ fn apply<T: Element>(
             let dy = pass.through_planes(&planar, rect, dy, &cached);
             let x = pass.x.tile(planar.inner, rect);
             let channel = |r: usize| (rect.rows.start + r) % planar.channels;
-            let of_row = |r: usize| {
-                let c = channel(r);
-                (per_channel.map(|numbers| numbers.as_slice()[c]), bounds.map(|bounds| bounds.of_channel(c)))
-            };
-            dispatch(DxRuns { dy, x, dx: pass.output(&dx, &cached), of_row });
+            let coefficients = |r: usize| per_channel.map(|numbers| numbers.as_slice()[channel(r)]);
+            let bounds = bounds.map(|bounds| move |r: usize| bounds.of_channel(channel(r)));
+            dispatch(DxRuns { dy, x, dx: pass.output(&dx, &cached), coefficients, bounds });
             Ok(())
         }),
         Family::Interleaved(rows) => dx.map_tiles(&rows.tiles(elements), |rect, dx| {
@@ -260,8 +258,8 @@ fn fused<T: Element>(
         for r in (0..planar.outer).rev() {
             let (dy, x, dx) =
                 (dy.split_row(r, planar.inner), x.split_row(r, planar.inner), dx.split_row(r, planar.inner));
-            let bounds = |c: usize| bounds.map(|bounds| bounds.of_channel(channels.start + c));
-            dispatch(DxRuns { dy, x, dx: &dx, of_row: |c: usize| (of_channels[c], bounds(c)) });
+            let bounds = bounds.map(|bounds| |c: usize| bounds.of_channel(channels.start + c));
+            dispatch(DxRuns { dy, x, dx: &dx, coefficients: |c: usize| of_channels[c], bounds });
         }
         let sums = channels.clone().zip(sums).map(|(c, sums)| dgamma_and_dbeta(pass, c, sums.into_pair()));
         groups.write(&channels, sums);

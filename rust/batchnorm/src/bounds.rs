@@ -11,8 +11,8 @@ use crate::per_channel::PerChannel;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Values per channel from which bounds are worth their search.
-const WORTH: usize = 16;
+/// Values per channel from which bounds are worth their search, which takes as long as to compute y some sixty times.
+const WORTH: usize = 64;
 
 /// The least and the largest x of each channel at which the gradient passes the activation.
 ///
@@ -103,6 +103,10 @@ fn first<T: Element>(near: T, is_reached: impl Fn(T) -> bool) -> i64 {
     let [least, most] = [f64::NEG_INFINITY, f64::INFINITY].map(|end| T::from_f64(end).rank());
     let is_reached = |rank: i64| rank > most || rank >= least && is_reached(T::of_rank(rank));
     let near = near.rank();
+    // Nearly always; without a branch that depends on chance.
+    if !is_reached(near - 1) & is_reached(near + 1) {
+        return near + i64::from(!is_reached(near));
+    }
     // In steps that double, until it holds for `after` and not for `before`.
     let (mut before, mut after, mut step) = (near - 1, near, 1i64);
     while !is_reached(after) {

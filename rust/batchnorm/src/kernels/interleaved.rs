@@ -5,7 +5,7 @@
 //! stored once for four rows.
 
 use super::map::{DxCoefficients, FromNormalized, Kind, Map, normalize_eight, normalize_one, write};
-use super::passing::{passing_eight, passing_one};
+use super::passing::{Known, no_bounds, passing_eight, passing_one};
 use super::{LANES, close};
 use crate::element::Element;
 use crate::simd::{Kernel, Lanes, Vectors, WIDTH};
@@ -302,10 +302,11 @@ impl<T: Element> GradientSumRows<'_, T> {
     }
 }
 
-/// The bounds of columns `j .. j + 8`, if dy counts only between bounds.
+/// The bounds of columns `j .. j + 8`.
 #[inline(always)]
-fn bounds_of<L: Lanes, T: Element>(bounded: bool, [least, most]: [&[T]; 2], j: usize) -> Option<[T::Compared<L>; 2]> {
-    if bounded { Some([T::compared::<L>(columns(least, j)), T::compared::<L>(columns(most, j))]) } else { None }
+fn bounds_of<L: Lanes, T: Element, const BOUNDED: bool>([least, most]: [&[T]; 2], j: usize) -> [T::Compared<L>; 2] {
+    let of = |bounds| if BOUNDED { columns(bounds, j) } else { [T::from_f64(0.0); WIDTH] };
+    [T::compared::<L>(of(least)), T::compared::<L>(of(most))]
 }
 
 #[inline(always)]
@@ -324,11 +325,11 @@ fn add_products_of<L: Lanes, T: Element, const R: usize, const BOUNDED: bool>(
         let j = k * WIDTH;
         ahead.prefetch(&dys, j);
         ahead.prefetch(&xs, j);
-        let (about, bounds) = (f64::load_wide::<L>(*mean), bounds_of::<L, T>(BOUNDED, bounds, j));
+        let (about, bounds) = (f64::load_wide::<L>(*mean), bounds_of::<L, T, BOUNDED>(bounds, j));
         let (mut dy, mut product) = ([[L::splat(0.0); 2]; R], [[L::splat(0.0); 2]; R]);
         for i in 0..R {
             let x = xs[i].chunk::<WIDTH>(j).part(0);
-            dy[i] = T::load_wide::<L>(passing_eight::<L, T>(dys[i].chunk::<WIDTH>(j).part(0), x, bounds));
+            dy[i] = T::load_wide::<L>(passing_eight::<L, T, BOUNDED>(dys[i].chunk::<WIDTH>(j).part(0), x, bounds));
             let x = T::load_wide::<L>(x);
             product[i] = from_fn(|h| L::mul(dy[i][h], L::sub(x[h], about[h])));
         }
@@ -336,8 +337,8 @@ fn add_products_of<L: Lanes, T: Element, const R: usize, const BOUNDED: bool>(
         add_to::<L>(products, pairwise(product, add_eight::<L>));
     }
     for j in start..mean.len() {
-        let bounds = if BOUNDED { Some([bounds[0][j], bounds[1][j]]) } else { None };
-        let dy: [f64; R] = from_fn(|i| passing_one(dys[i].one(j), xs[i].one(j), bounds).to_f64());
+        let bounds = if BOUNDED { bounds.map(|bounds| bounds[j]) } else { no_bounds() };
+        let dy: [f64; R] = from_fn(|i| passing_one::<T, BOUNDED>(dys[i].one(j), xs[i].one(j), bounds).to_f64());
         dbeta[j] += pairwise(dy, |a, b| a + b);
         products[j] += pairwise::<_, R>(from_fn(|i| dy[i] * (xs[i].one(j).to_f64() - mean[j])), |a, b| a + b);
     }
@@ -361,49 +362,47 @@ impl<T: Element> Kernel for DxRows<'_, '_, T> {
     fn run<L: Lanes>(self) {
         let period = self.dx.cols();
         let flat = DxRows { dy: self.dy.flat(), x: self.x.flat(), ..self };
-        write::<L, T, _>(&self.dx.flat(), period, self.dx.streaming(), &flat);
+        match self.bounds {
+            None => write::<L, T, _>(&self.dx.flat(), period, self.dx.streaming(), &Known::<_, false>(&flat)),
+            Some(_) => write::<L, T, _>(&self.dx.flat(), period, self.dx.streaming(), &Known::<_, true>(&flat)),
+        }
     }
 }
 
-impl<'a, T: Element> Map<T> for DxRows<'a, '_, T> {
-    type Inputs = (Row<'a, T>, Row<'a, T>, Option<[&'a [T]; 2]>);
+impl<'a, T: Element, const BOUNDED: bool> Map<T> for Known<'_, DxRows<'a, '_, T>, BOUNDED> {
+    type Inputs = (Row<'a, T>, Row<'a, T>);
     type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
-    type Columns<L: Lanes> = (DxCoefficients<[L::D; 2]>, Option<[T::Compared<L>; 2]>);
+    type Columns<L: Lanes> = (DxCoefficients<[L::D; 2]>, [T::Compared<L>; 2]);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.dy.row(r), self.x.row(r), self.bounds)
+        (self.0.dy.row(r), self.0.x.row(r))
     }
     #[inline(always)]
-    fn kind((_, _, bounds): Self::Inputs) -> Kind {
-        Kind::of_bounds(&bounds)
-    }
-    #[inline(always)]
-    fn of_kind<const KIND: u8>((dy, x, bounds): Self::Inputs) -> Self::Inputs {
-        (dy, x, Kind::known_bounds::<KIND, _>(bounds))
-    }
-    #[inline(always)]
-    fn chunk((dy, x, _): Self::Inputs, i: usize) -> Self::Chunk {
+    fn chunk((dy, x): Self::Inputs, i: usize) -> Self::Chunk {
         (dy.chunk(i), x.chunk(i))
     }
     #[inline(always)]
-    fn prefetch((dy, x, _): Self::Inputs, i: usize) {
+    fn prefetch((dy, x): Self::Inputs, i: usize) {
         dy.prefetch(i);
         x.prefetch(i);
     }
     #[inline(always)]
-    fn columns<L: Lanes>(&self, (_, _, bounds): Self::Inputs, j: usize) -> Self::Columns<L> {
-        let coefficients = self.coefficients.map(|numbers| f64::load_wide::<L>(columns(numbers, j)));
-        (coefficients, bounds_of::<L, T>(bounds.is_some(), bounds.unwrap_or([&[], &[]]), j))
+    fn columns<L: Lanes>(&self, _: Self::Inputs, j: usize) -> Self::Columns<L> {
+        let DxRows { coefficients, bounds, .. } = self.0;
+        let bounds = bounds_of::<L, T, BOUNDED>(bounds.unwrap_or([&[], &[]]), j);
+        (coefficients.map(|numbers| f64::load_wide::<L>(columns(numbers, j))), bounds)
     }
     #[inline(always)]
     fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, (coefficients, bounds): Self::Columns<L>) -> [T; WIDTH] {
         let x = x.part(half);
-        coefficients.eight::<L, T>(passing_eight::<L, T>(dy.part(half), x, bounds), x)
+        coefficients.eight::<L, T>(passing_eight::<L, T, BOUNDED>(dy.part(half), x, bounds), x)
     }
     #[inline(always)]
-    fn one(&self, (dy, x, bounds): Self::Inputs, i: usize, j: usize) -> T {
-        let (x, bounds) = (x.one(i), bounds.map(|[least, most]| [least[j], most[j]]));
-        self.coefficients.map(|numbers| numbers[j]).one(passing_one(dy.one(i), x, bounds), x)
+    fn one(&self, (dy, x): Self::Inputs, i: usize, j: usize) -> T {
+        let bounds = self.0.bounds.map_or(no_bounds(), |bounds| bounds.map(|bounds| bounds[j]));
+        let x = x.one(i);
+        let coefficients = self.0.coefficients.map(|numbers| numbers[j]);
+        coefficients.one(passing_one::<T, BOUNDED>(dy.one(i), x, bounds), x)
     }
 }

@@ -67,18 +67,6 @@ impl Kind {
         }
     }
 
-    /// The kind of a gradient that passes between bounds, or all of it.
-    #[inline(always)]
-    pub(super) fn of_bounds<B>(bounds: &Option<B>) -> Self {
-        if bounds.is_none() { Self::Plain } else { Self::Other }
-    }
-
-    /// The bounds again, of a kind that the compiler knows.
-    #[inline(always)]
-    pub(super) fn known_bounds<const KIND: u8, B>(bounds: Option<B>) -> Option<B> {
-        if KIND == PLAIN { None } else { bounds }
-    }
-
     /// Activation and residual again, of a kind that the compiler knows.
     #[inline(always)]
     fn known<const KIND: u8, R>(

@@ -1,7 +1,7 @@
 //! Planar kernels: over runs of adjacent values of one channel.
 
 use super::map::{DxCoefficients, FromNormalized, Kind, Map, normalize_eight, normalize_one, write};
-use super::passing::{Passing, Run, passing_eight, passing_one, splat};
+use super::passing::{Known, Passing, Run, no_bounds, passing_eight, passing_one, splat};
 use super::{LANES, Sum, close, total};
 use crate::element::Element;
 use crate::simd::{Kernel, Lanes, WIDTH};
@@ -254,10 +254,10 @@ impl<T: Element> Kernel for GradientSumRuns<'_, T> {
     #[inline(always)]
     fn run<L: Lanes>(self) -> Self::Output {
         match (self.mean.len(), self.bounds) {
-            (1, None) => self.sums::<L, 1>(|_| None),
-            (1, Some([least, most])) => self.sums::<L, 1>(|c| Some([least[c], most[c]])),
-            (_, None) => self.sums::<L, TOGETHER>(|_| None),
-            (_, Some([least, most])) => self.sums::<L, TOGETHER>(|c| Some([least[c], most[c]])),
+            (1, None) => self.sums::<L, 1, false>(|_| no_bounds()),
+            (1, Some([least, most])) => self.sums::<L, 1, true>(|c| [least[c], most[c]]),
+            (_, None) => self.sums::<L, TOGETHER, false>(|_| no_bounds()),
+            (_, Some([least, most])) => self.sums::<L, TOGETHER, true>(|c| [least[c], most[c]]),
         }
     }
 }
@@ -265,7 +265,10 @@ impl<T: Element> Kernel for GradientSumRuns<'_, T> {
 impl<T: Element> GradientSumRuns<'_, T> {
     /// The sums of at most `MOST` channels.
     #[inline(always)]
-    fn sums<L: Lanes, const MOST: usize>(self, bounds: impl Fn(usize) -> Option<[T; 2]>) -> Vec<(f64, f64)> {
+    fn sums<L: Lanes, const MOST: usize, const BOUNDED: bool>(
+        self,
+        bounds: impl Fn(usize) -> [T; 2],
+    ) -> Vec<(f64, f64)> {
         let Self { dy, x, mean, .. } = self;
         let run = x.cols() / mean.len();
         let mut sums = [Sums::<L>::new(); MOST];
@@ -274,7 +277,7 @@ impl<T: Element> GradientSumRuns<'_, T> {
             let (dy, x) = (dy.row(r), x.row(r));
             for (c, (sums, &mean)) in sums.iter_mut().zip(mean).enumerate() {
                 let (dy, x) = (dy.part(c * run, run), x.part(c * run, run));
-                sums.add_products(&Passing::new(dy, x, bounds(c)), &x, mean);
+                sums.add_products(&Passing::<L, T, BOUNDED>::new(dy, x, bounds(c)), &x, mean);
             }
         }
         let mut totals = Vec::with_capacity(mean.len());
@@ -285,60 +288,65 @@ impl<T: Element> GradientSumRuns<'_, T> {
     }
 }
 
-/// What a row of dx is computed with.
-pub(crate) type DxOfRow<T> = (DxCoefficients<f64>, Option<[T; 2]>);
-
 /// Computes dx from dy and x in rows of one channel each.
-pub(crate) struct DxRuns<'a, 'b, T: Element, F> {
+pub(crate) struct DxRuns<'a, 'b, T: Element, F, B> {
     pub(crate) dy: Tile<'a, T>,
     pub(crate) x: Tile<'a, T>,
     pub(crate) dx: &'a TileMut<'b, T>,
-    /// Coefficients of row `r`, and the least and the largest x at which dy counts; without them all of it does.
-    pub(crate) of_row: F,
+    /// Coefficients of row `r`.
+    pub(crate) coefficients: F,
+    /// The least and the largest x of row `r` at which dy counts; without them all of it does.
+    pub(crate) bounds: Option<B>,
 }
 
-impl<T: Element, F: Fn(usize) -> DxOfRow<T>> Kernel for DxRuns<'_, '_, T, F> {
+impl<T, F, B> Kernel for DxRuns<'_, '_, T, F, B>
+where
+    T: Element,
+    F: Fn(usize) -> DxCoefficients<f64>,
+    B: Fn(usize) -> [T; 2],
+{
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self) {
-        write::<L, T, _>(self.dx, usize::MAX, self.dx.streaming(), &self);
+        match self.bounds {
+            None => write::<L, T, _>(self.dx, usize::MAX, self.dx.streaming(), &Known::<_, false>(&self)),
+            Some(_) => write::<L, T, _>(self.dx, usize::MAX, self.dx.streaming(), &Known::<_, true>(&self)),
+        }
     }
 }
 
-impl<'a, T: Element, F: Fn(usize) -> DxOfRow<T>> Map<T> for DxRuns<'a, '_, T, F> {
-    type Inputs = (Row<'a, T>, Row<'a, T>, DxOfRow<T>);
+impl<'a, T, F, B, const BOUNDED: bool> Map<T> for Known<'_, DxRuns<'a, '_, T, F, B>, BOUNDED>
+where
+    T: Element,
+    F: Fn(usize) -> DxCoefficients<f64>,
+    B: Fn(usize) -> [T; 2],
+{
+    type Inputs = (Row<'a, T>, Row<'a, T>, DxCoefficients<f64>, [T; 2]);
     type Chunk = (Chunk<'a, T, LANES>, Chunk<'a, T, LANES>);
-    type Columns<L: Lanes> = (DxCoefficients<[L::D; 2]>, Option<[T::Compared<L>; 2]>);
+    type Columns<L: Lanes> = (DxCoefficients<[L::D; 2]>, [T::Compared<L>; 2]);
 
     #[inline(always)]
     fn inputs(&self, r: usize) -> Self::Inputs {
-        (self.dy.row(r), self.x.row(r), (self.of_row)(r))
+        let Self(DxRuns { dy, x, coefficients, bounds, .. }) = self;
+        (dy.row(r), x.row(r), coefficients(r), bounds.as_ref().map_or(no_bounds(), |bounds| bounds(r)))
     }
     #[inline(always)]
-    fn kind((_, _, (_, bounds)): Self::Inputs) -> Kind {
-        Kind::of_bounds(&bounds)
-    }
-    #[inline(always)]
-    fn of_kind<const KIND: u8>((dy, x, (coefficients, bounds)): Self::Inputs) -> Self::Inputs {
-        (dy, x, (coefficients, Kind::known_bounds::<KIND, _>(bounds)))
-    }
-    #[inline(always)]
-    fn chunk((dy, x, _): Self::Inputs, i: usize) -> Self::Chunk {
+    fn chunk((dy, x, ..): Self::Inputs, i: usize) -> Self::Chunk {
         (dy.chunk(i), x.chunk(i))
     }
     #[inline(always)]
-    fn columns<L: Lanes>(&self, (_, _, (coefficients, bounds)): Self::Inputs, _: usize) -> Self::Columns<L> {
-        (coefficients.map(|v| [L::splat(v); 2]), bounds.map(splat::<L, T>))
+    fn columns<L: Lanes>(&self, (_, _, coefficients, bounds): Self::Inputs, _: usize) -> Self::Columns<L> {
+        (coefficients.map(|v| [L::splat(v); 2]), splat::<L, T>(bounds))
     }
     #[inline(always)]
     fn eight<L: Lanes>((dy, x): Self::Chunk, half: usize, (coefficients, bounds): Self::Columns<L>) -> [T; WIDTH] {
         let x = x.part(half);
-        coefficients.eight::<L, T>(passing_eight::<L, T>(dy.part(half), x, bounds), x)
+        coefficients.eight::<L, T>(passing_eight::<L, T, BOUNDED>(dy.part(half), x, bounds), x)
     }
     #[inline(always)]
-    fn one(&self, (dy, x, (coefficients, bounds)): Self::Inputs, i: usize, _: usize) -> T {
+    fn one(&self, (dy, x, coefficients, bounds): Self::Inputs, i: usize, _: usize) -> T {
         let x = x.one(i);
-        coefficients.one(passing_one(dy.one(i), x, bounds), x)
+        coefficients.one(passing_one::<T, BOUNDED>(dy.one(i), x, bounds), x)
     }
 }
