@@ -263,10 +263,18 @@ class BatchNormTrain(Function):
     """Node of the graph for train."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        kernel: Callable[..., Any],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
         """Call the kernel, and save what backward needs."""
-        x, weight, bias, residual, _, _, _, eps, activation = args
-        y, moments = kernel(*args)
+        *_, eps, activation = rest
+        y, moments = kernel(x, weight, bias, residual, *rest)
         ctx.save_for_backward(x, weight, bias, None if activation is None else residual, moments)
         ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
@@ -276,17 +284,25 @@ class BatchNormTrain(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients as the operator backward does."""
-        return (None, *_gradients_of(ctx, grads[0], backward, backward_cpu), None, None, None, None, None)
+        return None, *_gradients_of(ctx, grads[0], backward, backward_cpu), None
 
 
 class BatchNormInfer(Function):
     """Node of the graph for infer."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], *args: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        kernel: Callable[..., Any],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
         """Call the kernel, and save what backward needs."""
-        x, weight, bias, residual, mean, var, eps, activation = args
-        y: Tensor = kernel(*args)
+        mean, var, eps, activation = rest
+        y: Tensor = kernel(x, weight, bias, residual, *rest)
         ctx.save_for_backward(x, weight, bias, None if activation is None else residual, mean, var)
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation
@@ -295,8 +311,7 @@ class BatchNormInfer(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients as the operator infer_backward does."""
-        gradients = _gradients_of(ctx, grads[0], infer_backward, infer_backward_cpu)
-        return (None, *gradients, None, None, None, None)
+        return None, *_gradients_of(ctx, grads[0], infer_backward, infer_backward_cpu), None
 
 
 def _gradients_of(
@@ -331,13 +346,17 @@ def _infer_below(*args: Any) -> Any:
 
 def train(kernel: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
     """Call the kernel of train with a graph where one is wanted; eager code gives the CPU kernel."""
-    result = BatchNormTrain.apply(kernel, *args) if _needs_graph(*args[:4]) else kernel(*args)
+    tensors = args[:4]
+    needs_graph = _needs_graph(*tensors)
+    result = BatchNormTrain.apply(kernel, *tensors, args[4:]) if needs_graph else kernel(*args)
     return cast(tuple[Tensor, Tensor], result)
 
 
 def infer(kernel: Callable[..., Any], *args: Any) -> Tensor:
     """Call the kernel of infer with a graph where one is wanted; eager code gives the CPU kernel."""
-    return cast(Tensor, BatchNormInfer.apply(kernel, *args) if _needs_graph(*args[:4]) else kernel(*args))
+    tensors = args[:4]
+    needs_graph = _needs_graph(*tensors)
+    return cast(Tensor, BatchNormInfer.apply(kernel, *tensors, args[4:]) if needs_graph else kernel(*args))
 
 
 def backward(*args: Any) -> Gradients:
