@@ -14,6 +14,7 @@ __all__ = [
     "Coefficients",
     "GradientSums",
     "Host",
+    "HostTypes",
     "Moments",
     "__version__",
     "backward",
@@ -521,6 +522,60 @@ class Host:
         Raises:
             ValueError: A shape, memory order or value is not as described.
             TypeError: A tensor is of a wrong type or dtype, or not on the CPU.
+        """
+
+@final
+class HostTypes:
+    """The types of a host library whose tensors compute as its operators do: the passes of `Host` may take their place.
+
+    A plain tensor is of one of these types and no subclass, has its values in memory of the CPU, and is not lazily negated.
+
+    Args:
+        tensor_type: The type of the host's tensors, with PyTorch's `is_neg`, `is_inference` and `requires_grad`.
+        parameter_type: The type of its parameters, a subclass that computes as tensor_type does.
+
+    Raises:
+        TypeError: tensor_type has no DLPack C exchange API of version 1.
+    """
+    def __new__(cls, tensor_type: type, parameter_type: type) -> HostTypes: ...
+    def is_plain(self, tensor: Any) -> bool:
+        """Return whether a value is a plain tensor.
+
+        Args:
+            tensor: Any value.
+        """
+    def takes(
+        self,
+        x: Any,
+        weight: Any | None,
+        bias: Any | None,
+        residual: Any | None,
+        running_mean: Any | None,
+        running_var: Any | None,
+        training: bool,
+    ) -> bool:
+        """Return whether a forward pass of `Host` takes these arguments, and does what the host's own layer does with them.
+
+        All are plain; x has values, in training 2 or more in a channel; the residual has x's shape and dtype; the others are
+        contiguous, of shape (channels,), float64 for x of float64 and else float32. There are both running statistics, which
+        require no grad, or in training neither.
+
+        Args:
+            x: Tensor.
+            weight: γ, or None.
+            bias: β, or None.
+            residual: Tensor that is added, or None.
+            running_mean: Running mean, or None.
+            running_var: Running variance, or None.
+            training: Whether x is normalized by its own statistics.
+        """
+    def increment(self, count: Any) -> bool:
+        """Add 1 to a plain tensor that is a single int64 without axes; return whether it is one.
+
+        A tensor that was made in inference mode is left to the host, which knows whether it may change.
+
+        Args:
+            count: Any value.
         """
 
 def json_cut_data(

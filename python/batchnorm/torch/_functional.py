@@ -6,9 +6,12 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch._C import _increment_version as increment_version
+from torch.compiler import is_compiling, is_exporting
 
-from batchnorm.torch import _ops
 from batchnorm.torch._formulas import composite
+from batchnorm.torch._host import PLAIN, TYPES
+from batchnorm.torch._ops import INFER, TRAIN, infer, infer_cpu, is_eager, train, train_cpu
 
 # The dtype of the parameters that x of a dtype goes with.
 PARAMETERS: Final = {
@@ -53,13 +56,12 @@ def batch_norm(
     Raises:
         ValueError, RuntimeError: As `torch.nn.functional.batch_norm` raises them.
     """
-    compiling = torch.compiler.is_compiling()
-    if (
-        (torch.compiler.is_exporting() if compiling else not _ops.is_eager(x, residual))
-        or not _have_kernel(x, residual, running_mean, running_var, weight, bias)
-        or not eps > 0.0
-        or (x.numel() == x.shape[1] if training else running_mean is None or running_var is None)
-    ):
+    compiling = is_compiling()
+    if compiling:
+        ours = not is_exporting() and _takes(x, weight, bias, residual, running_mean, running_var, training)
+    else:
+        ours = is_eager() and TYPES.takes(x, weight, bias, residual, running_mean, running_var, training)
+    if not (ours and eps > 0.0):
         return composite(
             x,
             running_mean,
@@ -74,33 +76,43 @@ def batch_norm(
         )
     if training:
         args = x, weight, bias, residual, running_mean, running_var, update_weight, eps, activation
-        y, _ = _ops.TRAIN(*args) if compiling else _ops.train(*args, kernel=_ops.train_cpu)
+        y, _ = TRAIN(*args) if compiling else train(train_cpu, *args)
     else:
         given = x, weight, bias, residual, running_mean, running_var, eps, activation
-        y = _ops.INFER(*given) if compiling else _ops.infer(*given, kernel=_ops.infer_cpu)
+        y = INFER(*given) if compiling else infer(infer_cpu, *given)
     return y
 
 
-def _have_kernel(
+def count_batch(count: Tensor) -> None:
+    """Add 1 to the number of batches, in place."""
+    if not is_compiling() and is_eager() and TYPES.increment(count):
+        increment_version((count,))
+    else:
+        count.add_(1)
+
+
+def _takes(
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    *parameters: Tensor | None,
+    training: bool,
 ) -> bool:
-    """Whether types, devices, dtypes and shapes are such that our operators take them."""
+    """What `TYPES.takes` says, asked of tensors without memory: those that a compiler traces."""
     dtype = PARAMETERS.get(x.dtype)
-    if dtype is None or not _is_plain(x) or x.dim() < 2 or x.numel() == 0:
+    if dtype is None or not _is_plain(x) or x.dim() < 2 or x.numel() in (0, x.shape[1] if training else 0):
         return False
     if residual is not None and not (
         _is_plain(residual) and residual.dtype is x.dtype and residual.shape == x.shape
     ):
         return False
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
-    if len(running) == 1 or any(tensor.requires_grad for tensor in running):
+    if len(running) not in ((0, 2) if training else (2,)) or any(tensor.requires_grad for tensor in running):
         return False
     channels = x.shape[1:2]
-    for tensor in (*running, *parameters):
+    for tensor in (*running, weight, bias):
         if tensor is not None and not (
             tensor.dtype is dtype
             and _is_plain(tensor)
@@ -112,9 +124,4 @@ def _have_kernel(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return (
-        type(tensor) in _ops.PLAIN
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-    )
+    return type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_nested

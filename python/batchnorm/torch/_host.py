@@ -1,4 +1,7 @@
-"""HOST: the passes of the core over PyTorch's tensors, in PyTorch's memory and on PyTorch's threads."""
+"""HOST: the passes of the core over PyTorch's tensors, in PyTorch's memory and on PyTorch's threads.
+
+TYPES says which tensors they take as PyTorch's own operators would.
+"""
 
 from __future__ import annotations
 
@@ -27,3 +30,6 @@ def _host() -> _core.Host:
 
 
 HOST: Final = _host()
+# All other subclasses of Tensor decide for themselves what an operator does.
+PLAIN: Final = (torch.Tensor, torch.nn.Parameter)
+TYPES: Final = _core.HostTypes(*PLAIN)

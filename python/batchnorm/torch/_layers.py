@@ -7,10 +7,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.torch._formulas import composite
-from batchnorm.torch._functional import batch_norm
+from batchnorm.torch._functional import batch_norm, count_batch
 
 ACTIVATIONS: Final = (None, "relu", "relu6")
 
@@ -54,7 +55,7 @@ class Layer(_BatchNorm):
         Raises:
             ValueError, RuntimeError: As PyTorch's layer raises them.
         """
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
             return self._scripted(input, residual)
         return self._run(input, residual, self.activation)
@@ -86,26 +87,34 @@ class Layer(_BatchNorm):
         if tracer is None:
             self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training, momentum = self.training, self.momentum
-        factor = 0.0 if momentum is None else momentum
         tracked = self.track_running_stats or not training
-        if training and tracked:
-            count: Any = self.num_batches_tracked
-            if count is not None:
-                if tracer is not None:  # recorded, not done
-                    count = tracer.create_proxy("call_method", "add_", (count, 1), {})
-                else:
-                    count.add_(1)
-                if momentum is None:
-                    factor = 1.0 / count.item()
-        mean = self.running_mean if tracked else None
-        var = self.running_var if tracked else None
+        parameters, buffers = self._parameters, self._buffers
+        count: Any
+        try:  # where `nn.Module.__getattr__` finds them, too, after several calls for each
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+            count = buffers["num_batches_tracked"]
+        except KeyError:  # parametrized, pruned or deleted
+            weight, bias = self.weight, self.bias
+            mean, var = (self.running_mean, self.running_var) if tracked else (None, None)
+            count = self.num_batches_tracked if training and tracked else None
+        factor = 0.0 if momentum is None else momentum
+        if not tracked:
+            mean = var = None
+        elif training and count is not None:
+            if tracer is not None:  # recorded, not done
+                count = tracer.create_proxy("call_method", "add_", (count, 1), {})
+            else:
+                count_batch(count)
+            if momentum is None:
+                factor = 1.0 / count.item()
         function = batch_norm if tracer is None else composite
         return function(
             input,
             mean,
             var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training=training or (mean is None and var is None),
             update_weight=factor,
             eps=self.eps,

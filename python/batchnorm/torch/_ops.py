@@ -19,23 +19,24 @@ gradient is dy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
+from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
+from torch._C import _increment_version as increment_version
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
 from torch.autograd import Function, forward_ad
 from torch.library import Library, register_fake
-from torch.nn import Parameter
 
 from batchnorm.torch import _formulas
-from batchnorm.torch._host import HOST
+from batchnorm.torch._host import HOST, TYPES
 
 Activation = Literal["relu", "relu6"] | None
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-# All other subclasses of Tensor decide for themselves what an operator does.
-PLAIN: Final = (Tensor, Parameter)
 
 LIBRARY: Final[Any] = Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
@@ -74,7 +75,7 @@ def _is_taken_by_pytorch(error: ValueError) -> bool:
 
 def _ordered(like: Tensor, tensor: Tensor) -> Tensor:
     """Return the tensor in the memory order of `like`: a copy where it has another."""
-    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+    return tensor if tensor.stride() == like.stride() else empty_like(like).copy_(tensor)
 
 
 def train_cpu(
@@ -91,11 +92,18 @@ def train_cpu(
     y, moments = _train_fake(x)
     x = _ordered(y, x)
     residual = None if residual is None else _ordered(y, residual)
-    threads = torch.get_num_threads()
-    running = (running_mean, running_var)
+    threads = get_num_threads()
+    running = running_mean, running_var
     try:
         HOST.train(
-            *(x, weight, bias, residual, *running, y, moments),
+            x,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            y,
+            moments,
             threads=threads,
             update_weight=update_weight,
             eps=eps,
@@ -106,8 +114,9 @@ def train_cpu(
             raise
         HOST.moments(x, moments, threads=threads)
         y.copy_(_formulas.native(x, weight, bias, residual, *running, True, update_weight, eps, activation))
-    # Autograd does not see what the core writes.
-    torch._C._increment_version([buffer for buffer in running if buffer is not None])
+    for buffer in running:
+        if buffer is not None:  # autograd does not see what the core writes
+            increment_version((buffer,))
     return y, moments
 
 
@@ -126,8 +135,14 @@ def infer_cpu(
     residual = None if residual is None else _ordered(y, residual)
     try:
         HOST.infer(
-            *(x, weight, bias, residual, mean, var, y),
-            threads=torch.get_num_threads(),
+            x,
+            weight,
+            bias,
+            residual,
+            mean,
+            var,
+            y,
+            threads=get_num_threads(),
             eps=eps,
             activation=activation,
         )
@@ -153,7 +168,7 @@ def _gradients_cpu(
             host_pass(
                 *(_ordered(dx, dy), _ordered(dx, x), weight, bias),
                 *(None if residual is None else _ordered(dx, residual), *statistics, *outputs),
-                threads=torch.get_num_threads(),
+                threads=get_num_threads(),
                 eps=eps,
                 activation=activation,
             )
@@ -214,21 +229,21 @@ def _infer_gradients(
 
 
 def _train_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((3, x.shape[1]), dtype=torch.float64)
+    return empty_like(x), x.new_empty((3, x.shape[1]), dtype=torch.float64)
 
 
 def _infer_fake(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return empty_like(x)
 
 
 def _gradients_fake(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *_: Any
 ) -> Gradients:
     return (
-        torch.empty_like(x),
-        None if residual is None else torch.empty_like(x),
-        None if weight is None else torch.empty_like(weight),
-        None if bias is None else torch.empty_like(bias),
+        empty_like(x),
+        None if residual is None else empty_like(x),
+        None if weight is None else empty_like(weight),
+        None if bias is None else empty_like(bias),
     )
 
 
@@ -237,17 +252,29 @@ def _gradients_fake(
 
 
 def _needs_graph(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class BatchNormTrain(Function):
     """Node of the graph for train."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        kernel: Callable[..., Any],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
         """Call the kernel, and save what backward needs."""
-        x, weight, bias, residual, _, _, _, eps, activation = args
-        y, moments = kernel(*args)
+        *_, eps, activation = rest
+        y, moments = kernel(x, weight, bias, residual, *rest)
         ctx.save_for_backward(x, weight, bias, None if activation is None else residual, moments)
         ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
@@ -257,17 +284,25 @@ class BatchNormTrain(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients as the operator backward does."""
-        return (None, *_gradients_of(ctx, grads[0], backward, backward_cpu), None, None, None, None, None)
+        return None, *_gradients_of(ctx, grads[0], backward, backward_cpu), None
 
 
 class BatchNormInfer(Function):
     """Node of the graph for infer."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Any], *args: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        kernel: Callable[..., Any],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
         """Call the kernel, and save what backward needs."""
-        x, weight, bias, residual, mean, var, eps, activation = args
-        y: Tensor = kernel(*args)
+        mean, var, eps, activation = rest
+        y: Tensor = kernel(x, weight, bias, residual, *rest)
         ctx.save_for_backward(x, weight, bias, None if activation is None else residual, mean, var)
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation
@@ -276,8 +311,7 @@ class BatchNormInfer(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute the gradients as the operator infer_backward does."""
-        gradients = _gradients_of(ctx, grads[0], infer_backward, infer_backward_cpu)
-        return (None, *gradients, None, None, None, None)
+        return None, *_gradients_of(ctx, grads[0], infer_backward, infer_backward_cpu), None
 
 
 def _gradients_of(
@@ -285,36 +319,19 @@ def _gradients_of(
 ) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None, None
-    function = kernel if is_eager(dy) and not torch.is_grad_enabled() else function
+    if not is_grad_enabled() and is_eager() and TYPES.is_plain(dy):
+        function = kernel
     dx, dresidual, dweight, dbias = function(dy, *ctx.saved_tensors, *ctx.settings)
     if ctx.settings[1] is None and ctx.needs_input_grad[4]:
         dresidual = dy
     return dx, dweight, dbias, dresidual
 
 
-def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether only autograd stands between a call and the CPU: no transform, tracer, mode or lazy value."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    return all(
-        tensor is None or (type(tensor) in PLAIN and _keys_of(tensor) in PLAIN_KEYS) for tensor in tensors
+def is_eager() -> bool:
+    """Whether only autograd stands between a call and the CPU: no transform, tracer or mode."""
+    return not (
+        are_transforms_active() or count_dispatch_modes() or is_tracing() or forward_ad._current_level >= 0
     )
-
-
-def _keys_of(tensor: Tensor) -> int:
-    """What the dispatcher sees of a tensor: its device and layout, whether it is batched, negated or lazy."""
-    return int(torch._C._dispatch_keys(tensor).raw_repr())
-
-
-with torch.inference_mode():
-    _INFERENCE_KEYS: Final = _keys_of(torch.empty(0, device="cpu"))
-# The keys of dense tensors on the CPU, made outside and inside inference mode.
-PLAIN_KEYS: Final = frozenset([_keys_of(torch.empty(0, device="cpu")), _INFERENCE_KEYS])
 
 
 def _train_below(*args: Any) -> Any:
@@ -327,22 +344,24 @@ def _infer_below(*args: Any) -> Any:
         return INFER(*args)
 
 
-def train(*args: Any, kernel: Callable[..., Any] = _train_below) -> tuple[Tensor, Tensor]:
-    """Call the operator train with a graph where one is wanted; eager code gives the CPU kernel."""
-    return cast(
-        tuple[Tensor, Tensor],
-        BatchNormTrain.apply(kernel, *args) if _needs_graph(*args[:4]) else kernel(*args),
-    )
+def train(kernel: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
+    """Call the kernel of train with a graph where one is wanted; eager code gives the CPU kernel."""
+    tensors = args[:4]
+    needs_graph = _needs_graph(*tensors)
+    result = BatchNormTrain.apply(kernel, *tensors, args[4:]) if needs_graph else kernel(*args)
+    return cast(tuple[Tensor, Tensor], result)
 
 
-def infer(*args: Any, kernel: Callable[..., Any] = _infer_below) -> Tensor:
-    """Call the operator infer with a graph where one is wanted; eager code gives the CPU kernel."""
-    return cast(Tensor, BatchNormInfer.apply(kernel, *args) if _needs_graph(*args[:4]) else kernel(*args))
+def infer(kernel: Callable[..., Any], *args: Any) -> Tensor:
+    """Call the kernel of infer with a graph where one is wanted; eager code gives the CPU kernel."""
+    tensors = args[:4]
+    needs_graph = _needs_graph(*tensors)
+    return cast(Tensor, BatchNormInfer.apply(kernel, *tensors, args[4:]) if needs_graph else kernel(*args))
 
 
 def backward(*args: Any) -> Gradients:
     """Call the operator backward, with a graph of its own where wanted (`create_graph=True`)."""
-    if _needs_graph(*args[:5]) or torch._C._are_functorch_transforms_active():
+    if _needs_graph(*args[:5]) or are_transforms_active():
         return _train_gradients(*args)
     with BelowAutograd():
         return cast(Gradients, BACKWARD(*args))
@@ -350,7 +369,7 @@ def backward(*args: Any) -> Gradients:
 
 def infer_backward(*args: Any) -> Gradients:
     """Call the operator infer_backward, with a graph of its own where wanted (`create_graph=True`)."""
-    if _needs_graph(*args[:5]) or torch._C._are_functorch_transforms_active():
+    if _needs_graph(*args[:5]) or are_transforms_active():
         return _infer_gradients(*args)
     with BelowAutograd():
         return cast(Gradients, INFER_BACKWARD(*args))
@@ -359,8 +378,8 @@ def infer_backward(*args: Any) -> Gradients:
 backward_cpu: Final = _gradients_cpu(HOST.backward, _train_gradients)
 infer_backward_cpu: Final = _gradients_cpu(HOST.infer_backward, _infer_gradients)
 _KERNELS: Final[list[tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]]] = [
-    ("train", train_cpu, _train_fake, train),
-    ("infer", infer_cpu, _infer_fake, infer),
+    ("train", train_cpu, _train_fake, partial(train, _train_below)),
+    ("infer", infer_cpu, _infer_fake, partial(infer, _infer_below)),
     ("backward", backward_cpu, _gradients_fake, backward),
     (
         "infer_backward",

@@ -24,7 +24,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use crate::buffer::{real_array, tensor};
+    use crate::buffer::{HostTypes, real_array, tensor};
     #[pymodule_export]
     use crate::copy::copy;
     #[pymodule_export]

@@ -26,6 +26,7 @@ pub(super) struct DlTensor {
 
 impl DlTensor {
     const CAPSULE: &std::ffi::CStr = c"dltensor";
+    pub(super) const INT: u8 = 0;
     pub(super) const UINT: u8 = 1;
     pub(super) const FLOAT: u8 = 2;
     pub(super) const BFLOAT: u8 = 4;

@@ -171,6 +171,13 @@ impl Lent<'_> {
         }
     }
 
+    /// The number that it holds, if it is a single int64 without axes.
+    pub(super) fn int64(&self) -> Option<NonNull<i64>> {
+        let of_int64 = (self.tensor.type_code, self.tensor.bits, self.tensor.lanes) == (DlTensor::INT, 64, 1);
+        let number = self.start().cast::<i64>();
+        (of_int64 && self.tensor.rank == 0 && number.is_aligned()).then_some(number)
+    }
+
     /// The error that it has another element type than wanted.
     pub(super) fn other_dtype(&self, wanted: &str) -> PyErr {
         const NAMES: [&str; 7] = ["int", "uint", "float", "opaque", "bfloat", "complex", "bool"];

@@ -6,6 +6,7 @@ mod arrays;
 mod dlpack;
 mod exchange;
 mod host;
+mod types;
 
 use crate::memory::Memory;
 use crate::value_error;
@@ -25,6 +26,7 @@ use pyo3::prelude::*;
 use pyo3::types::IntoPyDict;
 use std::any::TypeId;
 use std::ffi::c_int;
+pub(crate) use types::HostTypes;
 
 /// The element types of the core.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
