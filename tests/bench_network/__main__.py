@@ -9,7 +9,6 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import batchnorm as bn
@@ -24,7 +23,6 @@ from bench_network.rows import EAGER
 def main() -> int:
     args = arguments()
     os.sched_setaffinity(0, args.processors)
-    torch.set_num_threads(args.threads)
     results: dict[str, Any] = {
         "machine": {
             "processor": processor(),
@@ -54,7 +52,7 @@ def main() -> int:
             say(f"{name}: {what}")
 
         try:
-            lines = measure(row, names, args.rounds, told)
+            lines = measure(row, names, args.rounds, args.threads, told)
         except DifferentError as error:
             print(error, file=sys.stderr)
             return 1
@@ -62,7 +60,6 @@ def main() -> int:
         peaks = {name: peak(row, name, args.threads) for name in EAGER if name in names}
         lines[0]["peak_mib"] = {name: mib for name, mib in peaks.items() if mib is not None}
         results["rows"] += lines
-        torch.compiler.reset()
         done += row.takes(names)
         left = (time.monotonic() - start) / done * (wanted - done)
         told(f"done; about {left / 60:.0f} min are left")

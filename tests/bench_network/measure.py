@@ -2,130 +2,100 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
-import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+import numpy as np
 
-from bench_network.networks import evaluate, made, original, step, tensors
-from bench_network.rows import EAGER, OPERATORS, PASSES, PYTORCH, REST, STEP, Row
+from bench_network.rows import EAGER, PASSES, PYTORCH, REST, STEP, Row
+from bench_network.variant import Answers, Process, Timed
 
 LOSS, OUTPUT, GRADIENT = 1e-3, 1e-2, 5e-2  # relative differences that variants may have
-WARM = 2  # calls of each variant and pass before rounds begin
-PROFILED = 3  # steps
+SETTLE = 0.02  # seconds after a call, in which the threads of its process go to sleep
 
 
 class DifferentError(Exception):
     """A variant computes something else than PyTorch's; the message says what."""
 
 
-def variants(row: Row, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The network in each variant, from the same weights."""
-    model = original(row)
-    return {name: made(name, model, row) for name in names}
+def flat(answer: Any) -> np.ndarray:
+    """An answer as one array of float64."""
+    parts = answer if isinstance(answer, list) else [answer]
+    return np.concatenate([np.ravel(part) for part in parts]).astype(np.float64)
 
 
-def answers(model: nn.Module, row: Row) -> dict[str, torch.Tensor]:
-    """Loss and gradients of a step, and the output in eval mode after it."""
-    x, classes = tensors(row)
-    loss = step(model.train(), x, classes)
-    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return {"loss": loss, "gradient": gradients, "output": evaluate(model.eval(), x)}
-
-
-def compare(models: Mapping[str, nn.Module], row: Row, told: Callable[[str], object]) -> None:
+def compare(variants: Mapping[str, Timed], row: Row, told: Callable[[str], object]) -> None:
     """Take a step and an eval pass of every variant; of the rest, look whether its values can be timed.
 
     Raises:
         DifferentError: a loss, gradient or output is not PyTorch's, or a gradient of the rest is no
             ordinary number.
     """
-    wanted = answers(models[PYTORCH], row)
-    for name, model in models.items():
+    wanted = variants[PYTORCH].answers()
+    for name, variant in variants.items():
         if name == PYTORCH:
             continue
         told(f"comparing {name}")
-        got = answers(model, row)
+        got = variant.answers()
         if name == REST:
-            for parameter, p in model.named_parameters():
-                largest = float(p.grad.abs().max())
+            for parameter, largest in variant.gradients().items():
                 if not 1e-20 < largest < 1e20:
                     raise DifferentError(f"{row.name}: {REST}: gradient of {parameter} is {largest:g}")
         else:
             for what, limit in (("loss", LOSS), ("gradient", GRADIENT), ("output", OUTPUT)):
-                difference = float((got[what] - wanted[what]).norm() / wanted[what].norm())
+                difference = apart(got, wanted, what)
                 if not difference <= limit:
                     raise DifferentError(f"{row.name}: {what} of {name} is off by {difference:.2g}")
 
 
-def once(call: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def apart(got: Answers, wanted: Answers, what: str) -> float:
+    """The relative difference of two answers."""
+    a, b = flat(got[what]), flat(wanted[what])
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def rounds_of(
-    models: Mapping[str, nn.Module],
-    row: Row,
-    direction: str,
-    rounds: int,
-    told: Callable[[str], object],
+    variants: Mapping[str, Timed], direction: str, rounds: int, told: Callable[[str], object]
 ) -> dict[str, list[float]]:
     """Seconds of every variant in each round, in another order each round."""
-    x, classes = tensors(row)
-    calls: dict[str, Callable[[], object]] = {}
-    for name, model in models.items():
-        model.train(direction == STEP)
-        calls[name] = partial(step, model, x, classes) if direction == STEP else partial(evaluate, model, x)
-        for _ in range(WARM):
-            calls[name]()
-        model.zero_grad(set_to_none=True)  # as after each call, so that none is timed that frees gradients
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffled = list(calls), random.Random(0)
+    for variant in variants.values():
+        variant.prepare(direction)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order, shuffled = list(variants), random.Random(0)
     told(f"{direction}: {rounds} rounds")
-    gc.disable()  # runs between the rounds
-    try:
-        for _ in range(rounds):
-            gc.collect()
-            shuffled.shuffle(order)
-            for name in order:
-                seconds[name].append(once(calls[name]))
-                models[name].zero_grad(set_to_none=True)
-    finally:
-        gc.enable()
+    for _ in range(rounds):
+        shuffled.shuffle(order)
+        for name in order:
+            time.sleep(SETTLE)
+            seconds[name].append(variants[name].seconds())
     return seconds
 
 
-def profiled(model: nn.Module, row: Row) -> dict[str, float]:
-    """Milliseconds of a step that the profiler sees inside operators of each kind, and in all."""
-    x, classes = tensors(row)
-    model.train()
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in range(PROFILED):
-            step(model, x, classes)
-    events = [(e.key, e.self_cpu_time_total / 1e3 / PROFILED) for e in seen.key_averages()]
-    kinds = {kind: sum(ms for key, ms in events if name.search(key)) for kind, name in OPERATORS.items()}
-    return kinds | {"all": sum(ms for _, ms in events)}
+def timed(
+    variants: Mapping[str, Timed], row: Row, rounds: int, told: Callable[[str], object]
+) -> list[dict[str, Any]]:
+    """Both passes of a row: the seconds of every round, and of the step what the profiler sees."""
+    compare(variants, row, told)
+    lines: list[dict[str, Any]] = [
+        {"row": row.name, "pass": direction, "seconds": rounds_of(variants, direction, rounds, told)}
+        for direction in PASSES
+    ]
+    told("profiling")
+    of_step = next(line for line in lines if line["pass"] == STEP)
+    of_step["operators"] = {name: variants[name].profiled() for name in EAGER if name in variants}
+    return lines
 
 
 def measure(
-    row: Row, names: tuple[str, ...], rounds: int, told: Callable[[str], object]
+    row: Row, names: tuple[str, ...], rounds: int, threads: int, told: Callable[[str], object]
 ) -> list[dict[str, Any]]:
-    """Both passes of a row: the seconds of every round, and of the step what the profiler sees."""
+    """`timed`, of variants in processes of their own."""
     told("making the variants")
-    models = variants(row, names)
-    compare(models, row, told)
-    lines = []
-    for direction in PASSES:
-        seconds = rounds_of(models, row, direction, rounds, told)
-        lines.append({"row": row.name, "pass": direction, "seconds": seconds})
-    told("profiling")
-    lines[0]["operators"] = {name: profiled(models[name], row) for name in EAGER if name in models}
-    return lines
+    with ExitStack() as stack:
+        variants = {name: Process(row, name, threads) for name in names}
+        for variant in variants.values():
+            stack.callback(variant.close)
+        return timed(variants, row, rounds, told)

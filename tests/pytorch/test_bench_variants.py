@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,8 @@ from torch.nn import functional
 
 import batchnorm.torch as bt
 from bench_network import measure, networks
-from bench_network.rows import CHANNELS_LAST, EAGER, EVAL, FUSED, OURS, PYTORCH, REST, STEP, Row
+from bench_network.rows import CHANNELS_LAST, EAGER, EVAL, FUSED, OURS, PYTORCH, QUICK, REST, STEP, Row
+from bench_network.variant import WARM, Process, Variant
 
 ROW = Row("tiny", 4, 8)
 NAMES = (*EAGER, REST)
@@ -50,8 +54,8 @@ def quiet(what):
     pass
 
 
-def variants(row=ROW):
-    return measure.variants(row, NAMES)
+def variants(row=ROW, names=NAMES):
+    return {name: Variant(row, name) for name in names}
 
 
 def targets(model):
@@ -109,8 +113,7 @@ def test_the_original_has_the_statistics_of_its_batch_and_no_dropout():
 def test_variants_are_what_they_are_called(memory):
     """Layers are PyTorch's or ours, fused or not, from the same weights in memory of their own."""
     row = ROW._replace(memory=memory)
-    models = variants(row)
-    assert tuple(models) == NAMES
+    models = {name: variant.model for name, variant in variants(row).items()}
     layers = {
         name: [type(m) for m in models[name].modules() if isinstance(m, nn.BatchNorm2d)] for name in EAGER
     }
@@ -154,51 +157,60 @@ def wrong_output(model):
     [(wrong_loss, "loss"), (wrong_gradient, "gradient"), (no_gradient, "gradient"), (wrong_output, "output")],
 )
 def test_a_variant_that_computes_something_else_is_found(spoil, what, name):
-    models = variants()
-    spoil(models[name])
+    every = variants()
+    spoil(every[name].model)
     with pytest.raises(measure.DifferentError, match=f"^{ROW.name}: {what} of {name} is off by "):
-        measure.compare(models, ROW, quiet)
+        measure.compare(every, ROW, quiet)
 
 
 @pytest.mark.parametrize(("what", "limit"), [("loss", 1e-3), ("gradient", 5e-2), ("output", 1e-2)])
-def test_differences_have_limits(what, limit, monkeypatch):
+def test_differences_have_limits(what, limit):
     """Relative ones: of what is 100 everywhere, slightly more or less than the limit is off."""
-    monkeypatch.setattr(measure, "answers", lambda given, row: given)
-    theirs = {name: torch.full((9,), 100.0) for name in ("loss", "gradient", "output")}
-    below, above = (theirs | {what: theirs[what] * (1 + part * limit)} for part in (0.9, 1.1))
-    measure.compare({PYTORCH: theirs, OURS: below}, ROW, quiet)
+    full = np.full(9, 100.0)
+    answers = {"loss": full[:1], "gradient": [full, full[:1]], "output": full}
+
+    def given(part):
+        value = answers[what]
+        parts = value if isinstance(value, list) else [value]
+        changed = {what: [(1 + part * limit) * each for each in parts]}
+        return SimpleNamespace(answers=lambda: answers | changed)
+
+    measure.compare({PYTORCH: given(0), OURS: given(0.9)}, ROW, quiet)
     with pytest.raises(measure.DifferentError, match=f"{what} of {OURS} is off by "):
-        measure.compare({PYTORCH: theirs, OURS: above}, ROW, quiet)
+        measure.compare({PYTORCH: given(0), OURS: given(1.1)}, ROW, quiet)
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-30, 1e30, float("inf"), float("nan")])
 def test_a_gradient_of_the_rest_that_is_no_ordinary_number_is_found(factor):
-    models = variants()
-    models[REST].conv2.weight.register_hook(lambda dy: factor * dy)
+    every = variants()
+    every[REST].model.conv2.weight.register_hook(lambda dy: factor * dy)
     with pytest.raises(measure.DifferentError, match=f"{REST}: gradient of conv2.weight is "):
-        measure.compare(models, ROW, quiet)
+        measure.compare(every, ROW, quiet)
 
 
 @pytest.mark.parametrize("direction", [STEP, EVAL])
-def test_every_variant_is_timed_once_a_round_in_changing_order(direction, monkeypatch):
+def test_every_variant_is_timed_once_a_round_in_changing_order(direction):
     """In the mode of the pass, after untimed calls; no call frees the gradients of the one before."""
     calls = []
+    every = variants(names=EAGER)
 
-    def recorded(model, *args):
-        assert model.training == (direction == STEP)
-        assert len(calls) < 3 * measure.WARM or all(p.grad is None for p in model.parameters())
-        calls.append(names[id(model)])
-        return timed(model, *args)
+    def recorded(name, variant, call):
+        def made():
+            assert variant.model.training == (direction == STEP)
+            assert gc.isenabled() == (len(calls) < 3 * WARM)
+            assert len(calls) < 3 * WARM or all(p.grad is None for p in variant.model.parameters())
+            calls.append(name)
+            return call()
 
-    timed = getattr(networks, "step" if direction == STEP else "evaluate")
-    monkeypatch.setattr(measure, timed.__name__, recorded)
-    models = {name: networks.original(ROW) for name in EAGER}
-    names = {id(model): name for name, model in models.items()}
-    seconds = measure.rounds_of(models, ROW, direction, 8, quiet)
+        return made
+
+    for name, variant in every.items():
+        variant.call = recorded(name, variant, variant.call)
+    seconds = measure.rounds_of(every, direction, 8, quiet)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys(EAGER, 8)
     assert all(time > 0 for times in seconds.values() for time in times)
-    warm, rounds = calls[: 3 * measure.WARM], calls[3 * measure.WARM :]
-    assert sorted(warm) == sorted(EAGER * measure.WARM)
+    warm, rounds = calls[: 3 * WARM], calls[3 * WARM :]
+    assert sorted(warm) == sorted(EAGER * WARM)
     orders = {tuple(rounds[i : i + 3]) for i in range(0, len(rounds), 3)}
     assert all(sorted(order) == sorted(EAGER) for order in orders)
     assert len(rounds) == 24
@@ -207,7 +219,7 @@ def test_every_variant_is_timed_once_a_round_in_changing_order(direction, monkey
 
 def test_a_row_is_measured_whole():
     """Both passes are; the profiler sees batch norm in each variant, and ReLU where it is not fused."""
-    lines = measure.measure(ROW, NAMES, 2, quiet)
+    lines = measure.timed(variants(), ROW, 2, quiet)
     assert [line["pass"] for line in lines] == [STEP, EVAL]
     assert all(dict.fromkeys(NAMES, 2) == {n: len(s) for n, s in line["seconds"].items()} for line in lines)
     seen = lines[0]["operators"]
@@ -215,3 +227,27 @@ def test_a_row_is_measured_whole():
     assert all(seen[name]["batch norm"] > 0 for name in EAGER)
     assert [seen[name]["ReLU"] > 0 for name in EAGER] == [True, True, False]
     assert all(sum(kinds.values()) <= 2 * kinds["all"] for kinds in seen.values())
+
+
+def test_a_process_does_what_the_variant_does_here():
+    """It computes the same, times its calls, hands errors on, and ends."""
+    row, threads = QUICK[0], 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        wanted = Variant(row, FUSED).answers()
+    finally:
+        torch.set_num_threads(before)
+    there = Process(row, FUSED, threads)
+    try:
+        got = there.answers()
+        assert all(measure.apart(got, wanted, what) < 1e-6 for what in wanted)
+        assert all(largest > 0 for largest in there.gradients().values())
+        there.prepare(EVAL)
+        assert there.seconds() > 0
+        assert there.profiled()["batch norm"] > 0
+        with pytest.raises(RuntimeError, match=f"{row.name}: {FUSED}: .*nothing"):
+            there.ask("nothing")
+    finally:
+        there.close()
+    assert there.process.exitcode == 0
