@@ -128,19 +128,15 @@ class TestOpcheck:
         opcheck(_ops.INFER, (x, None, None, None, *running, 1e-5, activation))
 
     def test_backward(self, grad, activation):
-        x, weight, bias, residual = operands(grad)
+        x, weight, bias, _ = operands(grad)
         (dy,) = tensors(SHAPE, 1)
         _, moments = _ops.TRAIN(x, None, None, None, None, None, 0.1, 1e-5, None)
-        if activation is None:
-            residual = None
-        opcheck(_ops.BACKWARD, (dy, x, weight, bias, residual, moments, 1e-5, activation))
-        opcheck(_ops.BACKWARD, (dy, x, None, None, None, moments, 1e-5, activation))
+        opcheck(_ops.BACKWARD, (dy, x, weight, bias, moments, 1e-5, activation))
+        opcheck(_ops.BACKWARD, (dy, x, None, None, moments, 1e-5, activation))
 
     def test_infer_backward(self, grad, activation):
-        x, weight, bias, residual = operands(grad)
+        x, weight, bias, _ = operands(grad)
         (dy,) = tensors(SHAPE, 1)
         running = torch.zeros(5), torch.ones(5)
-        if activation is None:
-            residual = None
-        opcheck(_ops.INFER_BACKWARD, (dy, x, weight, bias, residual, *running, 1e-5, activation))
-        opcheck(_ops.INFER_BACKWARD, (dy, x, None, None, None, *running, 1e-5, activation))
+        opcheck(_ops.INFER_BACKWARD, (dy, x, weight, bias, *running, 1e-5, activation))
+        opcheck(_ops.INFER_BACKWARD, (dy, x, None, None, *running, 1e-5, activation))

@@ -106,19 +106,38 @@ def test_a_layer_made_in_inference_mode():
         torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-@pytest.mark.parametrize("changed", ["x", "residual", "weight", "running_mean", "running_var"])
+@pytest.mark.parametrize("changed", ["x", "y", "weight", "running_mean", "running_var"])
 @MODES
 def test_a_change_in_place_after_forward_is_caught(changed, training):
     layer, _ = pair(activation="relu", training=training)
     x, residual = (tensor * 1 for tensor in tensors(SHAPE, 2))
     y = layer(x, residual)
     with torch.no_grad():
-        {"x": x, "residual": residual}.get(changed, getattr(layer, changed, None)).add_(1)
+        {"x": x, "y": y}.get(changed, getattr(layer, changed, None)).add_(1)
     if training and changed.startswith("running"):
         y.sum().backward()  # normalized by its own statistics
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+@MODES
+def test_the_residual_is_not_kept(training):
+    """As in PyTorch: its memory is free after the forward pass, and may be written to."""
+    ours, theirs = pair(activation="relu", training=training)
+    x, residual = tensors(SHAPE, 2)
+    gradients = []
+    for call in (ours, lambda *args: composed(theirs, "relu", *args)):
+        inner = residual * 1
+        watched = weakref.ref(inner)
+        y = call(x, inner)
+        with torch.no_grad():
+            inner.add_(1)
+        del inner
+        gc.collect()
+        assert watched() is None
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, residual]))
+    torch.testing.assert_close(*gradients)
 
 
 def test_an_update_of_the_running_statistics_is_a_change_in_place():
@@ -186,9 +205,9 @@ def test_saved_tensor_hooks_see_x_itself():
     x, residual = tensors(SHAPE, 2)
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        layer(x, residual)
+        y = layer(x, residual)
     large = {tensor.data_ptr() for tensor in packed if tensor.numel() > 15}
-    assert large == {x.data_ptr(), residual.data_ptr()}
+    assert large == {x.data_ptr(), y.data_ptr()}
     assert sum(tensor.nbytes for tensor in packed if tensor.numel() <= 15) <= 5 * (24 + 4 + 4)
 
 

@@ -56,9 +56,17 @@ def native(
     return epilogue(y, activation, residual)
 
 
+def through(dy: Tensor, y: Tensor, activation: str) -> Tensor:
+    """Return the gradient that passes the activation, which gave y."""
+    if activation == "relu":
+        passed: Tensor = aten.threshold_backward(dy, y, 0)
+    else:
+        passed = aten.hardtanh_backward(dy, y, 0, 6)
+    return passed
+
+
 def gradients(
     dy: Tensor,
-    y: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -66,13 +74,11 @@ def gradients(
     var: Tensor,
     training: bool,
     eps: float,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of x, residual, weight and bias; they can be differentiated once more.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of x, weight and bias; they can be differentiated once more.
 
     Args:
-        dy: Gradient of y.
-        y: What the layer returned; None if it has no activation.
+        dy: Gradient of what was normalized, before residual and activation.
         x: Input of the layer.
         weight: γ, or None.
         bias: β, or None.
@@ -80,12 +86,7 @@ def gradients(
         var: Variance by which x was normalized, biased, shape (channels,).
         training: Whether mean and var are those of x.
         eps: ε.
-        activation: "relu", "relu6" or None.
     """
-    if activation == "relu":
-        dy = aten.threshold_backward(dy, y, 0)
-    elif activation == "relu6":
-        dy = aten.hardtanh_backward(dy, y, 0, 6)
     wanted = [True, weight is not None, bias is not None]
     if training:
         precision = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -95,4 +96,4 @@ def gradients(
         none = mean.new_empty(0)
         results = aten.native_batch_norm_backward(dy, x, weight, mean, var, none, none, False, eps, wanted)
     dx, dweight, dbias = results
-    return dx, dy, dweight, dbias
+    return dx, dweight, dbias

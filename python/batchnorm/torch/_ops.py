@@ -11,9 +11,11 @@ parameter that PyTorch takes (an infinite weight, say), the CPU kernel does the 
 
 With C channels on axis 1, x is float32, float64, float16 or bfloat16; weight, bias and the statistics have
 shape (C,) and are float64 for x of float64, else float32; residual and dy have the shape and dtype of x;
-`moments` is float64 of shape (3, C): count, mean, M2. The gradients are those of x, residual, weight and
-bias, each None where that tensor is None. Without an activation the backward operators get no residual: its
-gradient is dy.
+`moments` is float64 of shape (3, C): count, mean, M2. The gradients are those of x, weight and bias, each
+None where that tensor is None.
+
+The backward operators know no residual. Where there was one, dy first passes the activation by y, as in
+PyTorch, and what passes is the residual's gradient too. What reads y next keeps it anyway, most often.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from batchnorm.torch import _formulas
 from batchnorm.torch._host import HOST, TYPES
 
 Activation = Literal["relu", "relu6"] | None
-Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 
 LIBRARY: Final[Any] = Library("batchnorm", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(
@@ -48,12 +50,12 @@ LIBRARY.define(
     " float eps, str? activation) -> Tensor"
 )
 LIBRARY.define(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor moments,"
-    " float eps, str? activation) -> (Tensor, Tensor, Tensor, Tensor)"
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor moments, float eps, str? activation)"
+    " -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "infer_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean,"
-    " Tensor var, float eps, str? activation) -> (Tensor, Tensor, Tensor, Tensor)"
+    "infer_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps,"
+    " str? activation) -> (Tensor, Tensor, Tensor)"
 )
 TRAIN: Final[Any] = torch.ops.batchnorm.train.default
 INFER: Final[Any] = torch.ops.batchnorm.infer.default
@@ -158,16 +160,13 @@ def _gradients_cpu(
 ) -> Callable[..., Gradients]:
     """Make the CPU kernel of backward or of infer_backward."""
 
-    def kernel(
-        dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
-    ) -> Gradients:
+    def kernel(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> Gradients:
         *statistics, eps, activation = rest
-        outputs = _gradients_fake(dy, x, weight, bias, residual)
-        dx = outputs[0]
+        dx, dweight, dbias = outputs = _gradients_fake(dy, x, weight, bias)
         try:
             host_pass(
-                *(_ordered(dx, dy), _ordered(dx, x), weight, bias),
-                *(None if residual is None else _ordered(dx, residual), *statistics, *outputs),
+                *(_ordered(dx, dy), _ordered(dx, x), weight, bias, None),
+                *(*statistics, dx, None, dweight, dbias),
                 threads=get_num_threads(),
                 eps=eps,
                 activation=activation,
@@ -175,7 +174,7 @@ def _gradients_cpu(
         except ValueError as error:
             if not _is_taken_by_pytorch(error):
                 raise
-            for output, value in zip(outputs, formula(dy, x, weight, bias, residual, *rest), strict=True):
+            for output, value in zip(outputs, formula(dy, x, weight, bias, *rest), strict=True):
                 if output is not None and value is not None:
                     output.copy_(value)
         return outputs
@@ -191,21 +190,18 @@ def _train_gradients(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     moments: Tensor,
     eps: float,
     activation: Activation,
 ) -> Gradients:
     with torch.no_grad():
-        y = (
-            None
-            if activation is None
-            else TRAIN(x, weight, bias, residual, None, None, 0.0, eps, activation)[0]
-        )
+        if activation is not None:
+            y = TRAIN(x, weight, bias, None, None, None, 0.0, eps, activation)[0]
         count, mean, m2 = moments.unbind()
         var = m2 / count
-    dx, dy, dweight, dbias = _formulas.gradients(dy, y, x, weight, bias, mean, var, True, eps, activation)
-    return dx, None if residual is None else dy, dweight, dbias
+    if activation is not None:
+        dy = _formulas.through(dy, y, activation)
+    return _formulas.gradients(dy, x, weight, bias, mean, var, True, eps)
 
 
 def _infer_gradients(
@@ -213,16 +209,16 @@ def _infer_gradients(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     mean: Tensor,
     var: Tensor,
     eps: float,
     activation: Activation,
 ) -> Gradients:
-    with torch.no_grad():
-        y = None if activation is None else INFER(x, weight, bias, residual, mean, var, eps, activation)
-    dx, dy, dweight, dbias = _formulas.gradients(dy, y, x, weight, bias, mean, var, False, eps, activation)
-    return dx, None if residual is None else dy, dweight, dbias
+    if activation is not None:
+        with torch.no_grad():
+            y = INFER(x, weight, bias, None, mean, var, eps, activation)
+        dy = _formulas.through(dy, y, activation)
+    return _formulas.gradients(dy, x, weight, bias, mean, var, False, eps)
 
 
 # Fake kernels, which also allocate for the CPU kernels.
@@ -236,12 +232,9 @@ def _infer_fake(x: Tensor, *_: Any) -> Tensor:
     return empty_like(x)
 
 
-def _gradients_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *_: Any
-) -> Gradients:
+def _gradients_fake(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *_: Any) -> Gradients:
     return (
         empty_like(x),
-        None if residual is None else empty_like(x),
         None if weight is None else empty_like(weight),
         None if bias is None else empty_like(bias),
     )
@@ -275,7 +268,8 @@ class BatchNormTrain(Function):
         """Call the kernel, and save what backward needs."""
         *_, eps, activation = rest
         y, moments = kernel(x, weight, bias, residual, *rest)
-        ctx.save_for_backward(x, weight, bias, None if activation is None else residual, moments)
+        gate = None if activation is None or residual is None else y
+        ctx.save_for_backward(x, weight, bias, gate, moments)
         ctx.mark_non_differentiable(moments)
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation
@@ -303,7 +297,8 @@ class BatchNormInfer(Function):
         """Call the kernel, and save what backward needs."""
         mean, var, eps, activation = rest
         y: Tensor = kernel(x, weight, bias, residual, *rest)
-        ctx.save_for_backward(x, weight, bias, None if activation is None else residual, mean, var)
+        gate = None if activation is None or residual is None else y
+        ctx.save_for_backward(x, weight, bias, gate, mean, var)
         ctx.set_materialize_grads(False)
         ctx.settings = eps, activation
         return y
@@ -321,10 +316,12 @@ def _gradients_of(
         return None, None, None, None
     if not is_grad_enabled() and is_eager() and TYPES.is_plain(dy):
         function = kernel
-    dx, dresidual, dweight, dbias = function(dy, *ctx.saved_tensors, *ctx.settings)
-    if ctx.settings[1] is None and ctx.needs_input_grad[4]:
-        dresidual = dy
-    return dx, dweight, dbias, dresidual
+    x, weight, bias, gate, *statistics = ctx.saved_tensors
+    eps, activation = ctx.settings
+    if gate is not None:
+        dy, activation = _formulas.through(dy, gate, activation), None
+    gradients = function(dy, x, weight, bias, *statistics, eps, activation)
+    return *gradients, dy if ctx.needs_input_grad[4] else None
 
 
 def is_eager() -> bool:
@@ -361,7 +358,7 @@ def infer(kernel: Callable[..., Any], *args: Any) -> Tensor:
 
 def backward(*args: Any) -> Gradients:
     """Call the operator backward, with a graph of its own where wanted (`create_graph=True`)."""
-    if _needs_graph(*args[:5]) or are_transforms_active():
+    if _needs_graph(*args[:4]) or are_transforms_active():
         return _train_gradients(*args)
     with BelowAutograd():
         return cast(Gradients, BACKWARD(*args))
@@ -369,7 +366,7 @@ def backward(*args: Any) -> Gradients:
 
 def infer_backward(*args: Any) -> Gradients:
     """Call the operator infer_backward, with a graph of its own where wanted (`create_graph=True`)."""
-    if _needs_graph(*args[:5]) or are_transforms_active():
+    if _needs_graph(*args[:4]) or are_transforms_active():
         return _infer_gradients(*args)
     with BelowAutograd():
         return cast(Gradients, INFER_BACKWARD(*args))
