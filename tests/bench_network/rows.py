@@ -82,10 +82,10 @@ def goals(direction: str) -> list[Goal]:
 # Networks, batches and images that take a third of a second to a second a step on two cores; then the
 # seconds of a row, without the compiled variants and of these.
 SIZES = (
-    ("resnet18", 8, 128, 75, 135),
-    ("resnet50", 8, 128, 135, 345),
-    ("densenet121", 8, 96, 105, 515),
-    ("mobilenet_v2", 16, 128, 75, 230),
+    ("resnet18", 8, 128, 105, 135),
+    ("resnet50", 8, 128, 190, 345),
+    ("densenet121", 8, 96, 170, 515),
+    ("mobilenet_v2", 16, 128, 105, 230),
 )
 # Compiling takes longer than all rounds, so a whole run does it for two networks, one in each memory format:
 # one with additions and ReLU, one with many small batch norms and ReLU6.
