@@ -218,14 +218,15 @@ def test_every_variant_is_timed_once_a_round_in_changing_order(direction):
 
 
 def test_a_row_is_measured_whole():
-    """Both passes are; the profiler sees batch norm in each variant, and ReLU where it is not fused."""
+    """Both passes are; the profiler sees batch norm in each variant, and fused, of ReLU one operator of many."""
     lines = measure.timed(variants(), ROW, 2, quiet)
     assert [line["pass"] for line in lines] == [STEP, EVAL]
     assert all(dict.fromkeys(NAMES, 2) == {n: len(s) for n, s in line["seconds"].items()} for line in lines)
     seen = lines[0]["operators"]
     assert tuple(seen) == EAGER
     assert all(seen[name]["batch norm"] > 0 for name in EAGER)
-    assert [seen[name]["ReLU"] > 0 for name in EAGER] == [True, True, False]
+    assert 0 < seen[FUSED]["ReLU"] < seen[OURS]["ReLU"]
+    assert seen[PYTORCH]["ReLU"] > 0
     assert all(sum(kinds.values()) <= 2 * kinds["all"] for kinds in seen.values())
 
 
