@@ -218,7 +218,7 @@ def test_every_variant_is_timed_once_a_round_in_changing_order(direction):
 
 
 def test_a_row_is_measured_whole():
-    """Both passes are; the profiler sees batch norm in each variant, and fused, of ReLU one operator of many."""
+    """Both passes are; the profiler sees batch norm in each variant, and less of ReLU where it is fused."""
     lines = measure.timed(variants(), ROW, 2, quiet)
     assert [line["pass"] for line in lines] == [STEP, EVAL]
     assert all(dict.fromkeys(NAMES, 2) == {n: len(s) for n, s in line["seconds"].items()} for line in lines)
