@@ -1,7 +1,7 @@
 """One variant of a network: what it computes, and how long it takes; in its own process, as users run it.
 
 Variants in one process would share the memory that its allocator keeps, and it would be chance which of them
-has to fault pages in.
+has to fault pages in. PyTorch is imported where it is used, since the process that asks does without it.
 """
 
 from __future__ import annotations

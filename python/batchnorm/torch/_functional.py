@@ -100,7 +100,7 @@ def _takes(
     running_var: Tensor | None,
     training: bool,
 ) -> bool:
-    """What `TYPES.takes` says, asked of tensors without memory: those that a compiler traces."""
+    """Whether our operators take these tensors, which may have no memory, as while a compiler traces."""
     dtype = PARAMETERS.get(x.dtype)
     if dtype is None or not _is_plain(x) or x.dim() < 2 or x.numel() in (0, x.shape[1] if training else 0):
         return False

@@ -378,12 +378,7 @@ _KERNELS: Final[list[tuple[str, Callable[..., Any], Callable[..., Any], Callable
     ("train", train_cpu, _train_fake, partial(train, _train_below)),
     ("infer", infer_cpu, _infer_fake, partial(infer, _infer_below)),
     ("backward", backward_cpu, _gradients_fake, backward),
-    (
-        "infer_backward",
-        _gradients_cpu(HOST.infer_backward, _infer_gradients),
-        _gradients_fake,
-        infer_backward,
-    ),
+    ("infer_backward", infer_backward_cpu, _gradients_fake, infer_backward),
 ]
 for _name, _cpu, _fake, _autograd in _KERNELS:
     LIBRARY.impl(_name, _cpu, "CPU")
