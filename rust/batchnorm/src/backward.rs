@@ -102,7 +102,7 @@ fn back<'a, T: Element, R>(
 /// The gradient of the residual, where it is asked for, is written to `dresidual`.
 ///
 /// # Errors
-/// As [`gradient_sums`]; [`Error::Counts`], and [`Error::NoDresidual`] for [`Dy::InDresidual`] without it.
+/// As [`gradient_sums`](crate::gradient_sums()); [`Error::Counts`], and [`Error::NoDresidual`] for [`Dy::InDresidual`] without it.
 pub fn gradient_apply<T: Element>(
     dy: Dy<'_, T>,
     pass: ForwardPass<'_, T>,
@@ -273,7 +273,7 @@ fn fused<T: Element>(
 /// The gradient of the residual, where it is asked for, is written to `dresidual`.
 ///
 /// # Errors
-/// As [`gradient_sums`], [`Error::Range`], and [`Error::NoDresidual`] for [`Dy::InDresidual`] without it.
+/// As [`gradient_sums`](crate::gradient_sums()), [`Error::Range`], and [`Error::NoDresidual`] for [`Dy::InDresidual`] without it.
 pub fn infer_backward<T: Element>(
     dy: Dy<'_, T>,
     pass: ForwardPass<'_, T>,
