@@ -10,7 +10,7 @@ import batchnorm as bn
 from batchnorm.demo import convolution
 from batchnorm.demo.convolution import Convolution, Reshape, convolutional_network
 
-STEPS = 200
+STEPS = 150
 
 
 def plain_convolution(x, weight, bias, size, stride):
@@ -114,7 +114,7 @@ def watched():
 def test_the_network_learns(watched):
     plain, normalized, _ = watched.values()
     assert len(normalized.run.accuracy) == STEPS // convolution.EVERY
-    assert normalized.run.accuracy[-1] > 0.85
+    assert normalized.run.accuracy[-1] > 0.8
     assert plain.run.accuracy[-1] > 0.3  # a tenth would be by chance
 
 

