@@ -64,7 +64,8 @@ class ShiftTrace:
 
     Memory is bounded: under each name there are at most `limit` moments of 24 bytes a channel, and `limit`
     records of 24 bytes a chosen channel, each with a few hundred bytes of its own. Where there would be more,
-    every second one goes under all names, and from then on the steps that are recorded are twice as far apart.
+    every second one goes, under all names, and the steps that are recorded from then on are twice as far
+    apart.
 
     Args:
         layers: The layers by the names that they are to have; none if only `record` is used.
@@ -364,21 +365,22 @@ class ShiftTrace:
         )
         with replacing(Path(path)) as file, ParquetWriter(file, schema) as writer:
             for name, quantity, steps, channels, values in self._blocks():
-                step, channel = np.meshgrid(steps[: len(values)], channels, indexing="ij")
+                step, channel = np.meshgrid(steps, channels, indexing="ij")
                 columns = [pa.repeat(name, values.size), pa.repeat(quantity, values.size)]
                 columns += [pa.array(column.ravel()) for column in (step, channel, values)]
                 writer.write_table(pa.table(columns, schema=schema))
 
     def _blocks(self) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.intp], _Floats]]:
-        """Yield name, quantity, steps, channels and values, shape (steps, channels); steps may be too many."""
+        """Yield name, quantity, steps, channels and values, shape (steps, channels)."""
         for name, moments in self._moments.entries.items():
             channels = np.arange(moments[0].channels)
             for field in ("count", "mean", "var"):
                 values = np.stack([getattr(entry, field) for entry in moments])
-                yield name, field, self.moment_steps, channels, values
+                yield name, field, self.moment_steps[: len(values)], channels, values
         for name, percentiles in self.percentiles.items():
             for k, percentile in enumerate(PERCENTILES):
-                yield name, f"p{percentile}", self.steps, self._chosen[name], percentiles[:, :, k]
+                values = percentiles[:, :, k]
+                yield name, f"p{percentile}", self.steps[: len(values)], self._chosen[name], values
 
 
 def _missing(method: str, package: str) -> ImportError:
