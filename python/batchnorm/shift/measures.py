@@ -95,12 +95,12 @@ def shift(live: Moments, reference: Moments | FrozenBatchNorm) -> Shift:
     """
     if not isinstance(live, Moments):
         raise TypeError(f"live: was {type(live).__qualname__}, wanted Moments")
-    mean, var, error = _statistics("live", live)
+    mean, var, error = statistics("live", live)
     if isinstance(reference, FrozenBatchNorm):
         ref_mean, ref_var = reference.mean.astype(np.float64), reference.var.astype(np.float64)
         ref_error, eps = np.zeros(reference.channels), reference.eps
     elif isinstance(reference, Moments):
-        (ref_mean, ref_var, ref_error), eps = _statistics("reference", reference), 0.0
+        (ref_mean, ref_var, ref_error), eps = statistics("reference", reference), 0.0
     else:
         raise TypeError(f"reference: was {type(reference).__qualname__}, wanted Moments or FrozenBatchNorm")
     if live.channels != reference.channels:
@@ -125,8 +125,12 @@ def shift(live: Moments, reference: Moments | FrozenBatchNorm) -> Shift:
     )
 
 
-def _statistics(name: str, moments: Moments) -> tuple[_Floats, _Floats, _Floats]:
-    """Return mean, unbiased variance and the standard error of the mean, or raise ValueError."""
+def statistics(name: str, moments: Moments) -> tuple[_Floats, _Floats, _Floats]:
+    """Return mean, unbiased variance and the standard error of the mean.
+
+    Raises:
+        ValueError: A channel (named) has fewer than 2 values or statistics that are not finite.
+    """
     count, mean = moments.count, moments.mean
     if too_few := channels_where(count <= 1):
         raise ValueError(f"{name}: 2 values or more wanted in each channel, found {too_few} with fewer")

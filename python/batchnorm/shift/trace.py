@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, Literal, Self, TypeVar
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _core
+from batchnorm._atomic import replacing
 from batchnorm._checks import integer, of_channels
 from batchnorm._core import Moments
 from batchnorm.layer import BatchNorm
-from batchnorm.shift.measures import Shift, shift
+from batchnorm.shift.measures import Shift, shift, statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PERCENTILES = (15, 50, 85)
 """The percentiles that `ShiftTrace` records, those of Figure 1 of the paper."""
 
+_FORMAT = "batchnorm-shift-trace/1"
+_FRACTIONS = np.array(PERCENTILES) / 100
 _Floats = NDArray[np.float64]
 _Entry = TypeVar("_Entry")
 
@@ -52,9 +62,10 @@ class ShiftTrace:
     85th percentiles of the layer's input in chosen channels. It never changes what the layer computes. Copies
     of a layer are not traced.
 
-    Under each name it keeps at most `limit` moments of 24 bytes a channel, and `limit` records of 24 bytes a
-    chosen channel. Where there would be more, every second one goes, and from then on only every second
-    step (then every fourth, and so on) is recorded: of `moment_steps` and `steps`, under all names.
+    Memory is bounded: under each name there are at most `limit` moments of 24 bytes a channel, and `limit`
+    records of 24 bytes a chosen channel, each with a few hundred bytes of its own. Where there would be more,
+    every second one goes, under all names, and the steps that are recorded from then on are twice as far
+    apart.
 
     Args:
         layers: The layers by the names that they are to have; none if only `record` is used.
@@ -99,7 +110,7 @@ class ShiftTrace:
         self._moments = _Series[Moments](1, limit)
         self._percentiles = _Series[_Floats](_positive("every", every), limit)
         self._passes: dict[str, int] = {}
-        self._chosen: dict[str, list[int]] = {}
+        self._chosen: dict[str, NDArray[np.intp]] = {}
         for name, layer in self._layers.items():
             if not isinstance(layer, BatchNorm):
                 raise TypeError(f"layers: {name!r} was {type(layer).__qualname__}, wanted BatchNorm")
@@ -138,13 +149,13 @@ class ShiftTrace:
             channel_axis: Axis of x that holds the channels; -1 is channels-last.
 
         Raises:
-            ValueError: x has no values, another number of channels than before, or no chosen channel.
+            ValueError: A channel (named) has fewer than 2 values or values that are not finite, or x has
+                another number of channels than before, or not all chosen ones. Nothing is recorded then.
             TypeError: x is not an array of such a dtype.
         """
         x = _core.tensor("x", x)
         moments = _core.moments(x, channel_axis=channel_axis)
-        if not x.size:
-            raise ValueError(f"x: shape was {x.shape}, wanted 1 value or more in each channel")
+        statistics("x", moments)
         if recorded := self._moments.entries.get(name):
             if recorded[0].channels != moments.channels:
                 wanted = f"{of_channels(recorded[0].channels)} as before under {name!r}"
@@ -168,10 +179,15 @@ class ShiftTrace:
     def _choose(self, name: str, channels: int) -> None:
         """Choose the channels whose percentiles are recorded under a name."""
         chosen = self._channels.get(name) if isinstance(self._channels, Mapping) else self._channels
-        self._chosen[name] = [0] if chosen is None else [integer("channels", channel) for channel in chosen]
-        for channel in self._chosen[name]:
+        if chosen is None:
+            chosen = [0]
+        if not isinstance(chosen, Iterable):
+            raise TypeError(f"channels: was {chosen!r} for {name!r}, wanted a sequence of integers")
+        numbers = [integer("channels", channel) for channel in chosen]
+        for channel in numbers:
             if not 0 <= channel < channels:
                 raise ValueError(f"channels: was {channel} for {name!r}, wanted 0 to {channels - 1}")
+        self._chosen[name] = np.array(numbers, np.intp)
 
     @property
     def moments(self) -> dict[str, tuple[Moments, ...]]:
@@ -205,10 +221,11 @@ class ShiftTrace:
                 has none, and is left out then.
 
         Raises:
-            KeyError: Nothing was recorded under that name.
-            ValueError: The reference is no kept step, or `shift` refuses the moments.
+            ValueError: Nothing was recorded under that name, or the reference is no kept step.
         """
-        moments = self._moments.entries[name]
+        moments = self._moments.entries.get(name)
+        if moments is None:
+            raise ValueError(f"name: was {name!r}, wanted one of {sorted(self._moments.entries)}")
         steps = self.moment_steps[: len(moments)].tolist()
         if reference == "previous":
             pairs = zip(steps[1:], moments[1:], moments, strict=False)
@@ -222,7 +239,152 @@ class ShiftTrace:
     @property
     def channels(self) -> dict[str, list[int]]:
         """The channels whose percentiles are recorded, by name."""
-        return {name: list(chosen) for name, chosen in self._chosen.items()}
+        return {name: chosen.tolist() for name, chosen in self._chosen.items()}
+
+    def plot(self, reference: int | Literal["previous"] = 0) -> Figure:
+        """Plot what was recorded by step, one row for each name.
+
+        On the left are the medians of the chosen channels in bands from the 15th to the 85th percentile, as
+        Figure 1 of the paper has them; on the right is `w2` to the reference, its mean over all channels and
+        its maximum.
+
+        Args:
+            reference: As for `shift`.
+
+        Returns:
+            A figure outside pyplot; `savefig` writes it.
+
+        Raises:
+            ImportError: The package matplotlib is not installed.
+            ValueError: Nothing was recorded, or the reference is no kept step.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise _missing("plot", "matplotlib") from error
+
+        names = list(self._moments.entries)
+        if not names:
+            raise ValueError("plot: nothing was recorded")
+        figure = Figure(figsize=(10, 2.5 * len(names)), layout="constrained")
+        percentiles, steps = self.percentiles, self.steps
+        for name, (left, right) in zip(names, figure.subplots(len(names), 2, squeeze=False), strict=True):
+            for channel, record in zip(self._chosen[name], percentiles[name].swapaxes(0, 1), strict=True):
+                low, median, high = record.T
+                (line,) = left.plot(steps[: len(record)], median, label=f"channel {channel}")
+                left.fill_between(steps[: len(record)], low, high, color=line.get_color(), alpha=0.25)
+            left.set(title=name, xlabel="step", ylabel="input")
+            left.legend()
+            shifts = self.shift(name, reference)
+            w2 = np.array([measured.w2 for measured in shifts.values()]).reshape(len(shifts), -1)
+            right.plot(list(shifts), w2.mean(1), label="mean")
+            right.plot(list(shifts), w2.max(1), label="maximum")
+            origin = "the step before" if reference == "previous" else f"step {reference}"
+            right.set(title=name, xlabel="step", ylabel=f"w2 to {origin}")
+            right.legend()
+        return figure
+
+    def to_npz(self, path: str | PathLike[str]) -> None:
+        """Save what was recorded to `path` as a NumPy archive, whole or not at all; `from_npz` loads it.
+
+        Raises:
+            OSError: The file cannot be written; an old file at `path` is unchanged.
+        """
+        names = list(self._moments.entries)
+        arrays = {
+            "format": np.array(_FORMAT),
+            "names": np.array(names, np.str_),
+            "passes": np.array([self._passes[name] for name in names], np.int64),
+            "every": np.array([self._moments.every, self._percentiles.every]),
+            "limit": np.array(self._moments.limit),
+            "values": np.array(self._values),
+            "exact": np.array(self._exact),
+        }
+        percentiles = self.percentiles
+        for k, (name, moments) in enumerate(self._moments.entries.items()):
+            for field in ("count", "mean", "m2"):
+                arrays[f"{k}.{field}"] = np.stack([getattr(entry, field) for entry in moments])
+            arrays[f"{k}.channels"] = self._chosen[name]
+            arrays[f"{k}.percentiles"] = percentiles[name]
+        with replacing(Path(path)) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes them for allow_pickle
+
+    @classmethod
+    def from_npz(cls, path: str | PathLike[str]) -> Self:
+        """Load a trace that `to_npz` saved. It has no layers; `record` goes on where the trace ended.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: The file is not that of a trace.
+        """
+        Path(path).open("rb").close()  # so that what NumPy raises below is due to the contents
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = dict(file)
+            if found["format"] != _FORMAT:
+                raise ValueError(f"format was {found['format']}, wanted {_FORMAT}")
+            trace = cls(
+                {},
+                values=int(found["values"]),
+                exact=bool(found["exact"]),
+                limit=int(found["limit"]),
+            )
+            trace._moments.every, trace._percentiles.every = found["every"].tolist()
+            for k, name in enumerate(found["names"].tolist()):
+                moments = zip(*(found[f"{k}.{field}"] for field in ("count", "mean", "m2")), strict=True)
+                trace._moments.entries[name] = [Moments(*fields) for fields in moments]
+                trace._passes[name] = int(found["passes"][k])
+                trace._chosen[name] = found[f"{k}.channels"]
+                trace._percentiles.entries[name] = list(found[f"{k}.percentiles"])
+        except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: not a trace that to_npz saved: {error}") from error
+        return trace
+
+    def to_parquet(self, path: str | PathLike[str]) -> None:
+        """Save what was recorded to `path` as a Parquet file in long form, whole or not at all.
+
+        Its columns are name (text), step (int64), channel (int64), quantity (text) and value (float64). The
+        quantities are count, mean and var (the biased variance, the paper's σ²_B) of all channels, and p15,
+        p50 and p85 of the chosen ones.
+
+        Raises:
+            ImportError: The package pyarrow is not installed.
+            OSError: The file cannot be written; an old file at `path` is unchanged.
+        """
+        try:
+            import pyarrow as pa
+            from pyarrow.parquet import ParquetWriter
+        except ImportError as error:
+            raise _missing("to_parquet", "pyarrow") from error
+
+        texts, integers = ("name", "quantity"), ("step", "channel")
+        schema = pa.schema(
+            [(name, pa.string()) for name in texts]
+            + [(name, pa.int64()) for name in integers]
+            + [("value", pa.float64())]
+        )
+        with replacing(Path(path)) as file, ParquetWriter(file, schema) as writer:
+            for name, quantity, steps, channels, values in self._blocks():
+                step, channel = np.meshgrid(steps, channels, indexing="ij")
+                columns = [pa.repeat(name, values.size), pa.repeat(quantity, values.size)]
+                columns += [pa.array(column.ravel()) for column in (step, channel, values)]
+                writer.write_table(pa.table(columns, schema=schema))
+
+    def _blocks(self) -> Iterator[tuple[str, str, NDArray[np.int64], NDArray[np.intp], _Floats]]:
+        """Yield name, quantity, steps, channels and values, shape (steps, channels)."""
+        for name, moments in self._moments.entries.items():
+            channels = np.arange(moments[0].channels)
+            for field in ("count", "mean", "var"):
+                values = np.stack([getattr(entry, field) for entry in moments])
+                yield name, field, self.moment_steps[: len(values)], channels, values
+        for name, percentiles in self.percentiles.items():
+            for k, percentile in enumerate(PERCENTILES):
+                values = percentiles[:, :, k]
+                yield name, f"p{percentile}", self.steps[: len(values)], self._chosen[name], values
+
+
+def _missing(method: str, package: str) -> ImportError:
+    return ImportError(f"ShiftTrace.{method} needs the package {package}: pip install 'batchnorm[shift]'")
 
 
 def _positive(name: str, value: int) -> int:
@@ -232,26 +394,28 @@ def _positive(name: str, value: int) -> int:
     return number
 
 
-@np.errstate(invalid="ignore")  # an infinite value makes a percentile beside it NaN
-def _percentiles(x: NDArray[Any], channel_axis: int, channels: list[int], most: int | None) -> _Floats:
+def _percentiles(x: NDArray[Any], channel_axis: int, channels: NDArray[np.intp], most: int | None) -> _Floats:
     """Return the percentiles of channels of x, shape (channels, 3), as `numpy.percentile` interpolates them.
 
-    That function takes ten times as long for a few values.
+    That function takes several times as long for a few values. Where not all values are finite, a percentile
+    is what IEEE arithmetic makes of them, and NaN if one of them is.
     """
-    by_channel = np.moveaxis(x, channel_axis, -1)
-    axes = by_channel.shape[:-1]
+    by_channel = np.moveaxis(x, channel_axis, 0)
+    axes = by_channel.shape[1:]
     count = math.prod(axes)
     stride = 1 if most is None else -(-count // most)
     # A stride that shared a factor with the positions of an example would miss some of them, as all but the
-    # first column of 32 images of 32 × 32.
+    # first column in 32 images of 32 × 32.
     while math.gcd(stride, math.prod(axes[1:])) > 1:
         stride += 1
-    taken = np.unravel_index(np.arange(0, count, stride), axes)
-    values = np.stack([by_channel[(*taken, channel)] for channel in channels]).astype(np.float64)
+    places = np.unravel_index(np.arange(0, count, stride), axes)
+    values = by_channel[(channels[:, np.newaxis], *places)].astype(np.float64)
     values.sort()
-    place = np.array(PERCENTILES) / 100 * (values.shape[1] - 1)
-    below = place.astype(np.intp)
-    lower, upper = values[:, below], values[:, np.minimum(below + 1, values.shape[1] - 1)]
-    result: _Floats = lower + (upper - lower) * (place - below)
-    result[np.isnan(values[:, -1])] = np.nan  # sorted last
+    last = values.shape[1] - 1
+    ranks = _FRACTIONS * last
+    below = ranks.astype(np.intp)
+    lower, upper = values[:, below], values[:, np.minimum(below + 1, last)]
+    with np.errstate(invalid="ignore"):
+        result: _Floats = lower + (upper - lower) * (ranks - below)
+    result[np.isnan(values[:, last])] = np.nan  # NaN is sorted last
     return result
