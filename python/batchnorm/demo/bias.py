@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -92,8 +93,6 @@ def _rows(steps: int, descents: Iterable[Descent]) -> list[tuple[str, ...]]:
 
 
 def _plot(path: Path, descents: dict[bool, Descent]) -> None:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss, b = figure.subplots(1, 2)
     for through, descent in descents.items():
@@ -104,7 +103,7 @@ def _plot(path: Path, descents: dict[bool, Descent]) -> None:
         }
         loss.plot(descent.loss, **style)
         b.plot(descent.b, **style)
-    loss.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    loss.set(xlabel="step", ylabel="loss", ylim=(0, 2 * descents[True].loss[0]))
     b.set(xlabel="step", ylabel="b")
     b.legend(title="gradient")
     figure.savefig(path, dpi=100)

@@ -32,7 +32,7 @@ NETWORKS: Final = {
     "with batch normalization": (True, False),
     "with it and biases": (True, True),
 }
-_COLORS: Final = "tab:orange", "tab:blue", "tab:green"
+_STYLES: Final = "tab:orange", "tab:blue", "k:"  # the last two curves lie on each other
 _BIASES: Final = "network", "largest gradient of a bias / of a weight", "largest bias at the end"
 _MAPS: Final = 8, 16
 
@@ -207,11 +207,11 @@ def _accuracies(watched: Iterable[Watched]) -> list[tuple[str, ...]]:
 def _plot(path: Path, watched: dict[str, Watched]) -> None:
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     accuracy, share = figure.subplots(1, 2)
-    for (name, w), color in zip(watched.items(), _COLORS, strict=True):
+    for (name, w), style in zip(watched.items(), _STYLES, strict=True):
         step = np.arange(1, len(w.run.accuracy) + 1) * EVERY
-        accuracy.plot(step, w.run.accuracy, color=color, label=name)
+        accuracy.plot(step, w.run.accuracy, style, label=name)
         if w.share:
-            share.semilogy(step, w.share, color=color)
+            share.semilogy(step, w.share, style)
     accuracy.set(xlabel="training step", ylabel="accuracy on held-out digits", ylim=(0, 1))
     accuracy.legend(loc="lower right", fontsize="small")
     share.set(xlabel="training step", ylabel="gradient of biases / of weights")

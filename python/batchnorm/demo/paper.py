@@ -28,7 +28,7 @@ SEEDS: Final = 1, 2, 3, 4, 5
 SPREADS: Final = 0.01, 0.1
 _PILOT: Final = 0  # the seed of the runs that choose the rate
 _NETWORKS: Final = {False: "plain", True: "normalized"}
-_FOUND: Final = "weights", "rate", "network", "best accuracy, %", "at step", "step of plain's best"
+_FOUND: Final = "weights", "rate", "network", "best accuracy, %", "at step", "plain's best at step"
 _MOVED: Final = "weights", "network", "median moves by", "narrowest band", "widest band"
 
 Floats: TypeAlias = NDArray[np.float64]

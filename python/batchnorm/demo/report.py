@@ -1,4 +1,4 @@
-"""The plot and the short report that the demonstration writes."""
+"""The plot and the short report that the demonstration writes, and what all demonstrations print with."""
 
 from __future__ import annotations
 
