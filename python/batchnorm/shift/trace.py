@@ -276,9 +276,8 @@ class ShiftTrace:
             left.set(title=name, xlabel="step", ylabel="input")
             left.legend()
             shifts = self.shift(name, reference)
-            w2 = np.array([measured.w2 for measured in shifts.values()]).reshape(len(shifts), -1)
-            right.plot(list(shifts), w2.mean(1), label="mean")
-            right.plot(list(shifts), w2.max(1), label="maximum")
+            right.plot(list(shifts), [measured.w2.mean() for measured in shifts.values()], label="mean")
+            right.plot(list(shifts), [measured.w2.max() for measured in shifts.values()], label="maximum")
             origin = "the step before" if reference == "previous" else f"step {reference}"
             right.set(title=name, xlabel="step", ylabel=f"w2 to {origin}")
             right.legend()
@@ -317,10 +316,9 @@ class ShiftTrace:
             OSError: The file cannot be read.
             ValueError: The file is not that of a trace.
         """
-        Path(path).open("rb").close()  # so that what NumPy raises below is due to the contents
         try:
-            with np.load(path, allow_pickle=False) as file:
-                found = dict(file)
+            with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                found = dict(archive)
             if found["format"] != _FORMAT:
                 raise ValueError(f"format was {found['format']}, wanted {_FORMAT}")
             trace = cls(
