@@ -64,4 +64,4 @@ def test_the_command(tmp_path):
     assert float(rows[-1][2]) == pytest.approx(1000)
     assert abs(float(rows[-1][4])) < 1e-12
     for row in rows:
-        assert re.search(r" │ +".join(map(re.escape, row)), result.stdout)
+        assert re.search(r" +│ ".join(map(re.escape, row)), result.stdout)

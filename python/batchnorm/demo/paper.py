@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -75,10 +75,12 @@ def experiment(
         seeds: Seeds of weights and batches. A seed gives both networks the same of them.
     """
 
-    def traced(normalized: bool, rate: float, seed: int, advance: Any) -> tuple[Run, Floats]:
+    def traced(
+        normalized: bool, rate: float, seed: int, advance: Callable[[float], None]
+    ) -> tuple[Run, Floats]:
         network = dense_network(digits.x.shape[1], normalized=normalized, seed=seed, spread=spread)
         last = [layer for layer in network.layers if isinstance(layer, Sigmoid)][-1]
-        trace = ShiftTrace({}, channels=range(HIDDEN[-1]), every=1, exact=True)
+        trace = ShiftTrace({}, channels=range(HIDDEN[-1]), every=1, exact=True, limit=steps // EVERY)
 
         def record(accuracy: float) -> None:
             trace.record("input", last.x)

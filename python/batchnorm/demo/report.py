@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 import batchnorm as bn
 from batchnorm.demo.training import EVALUATE_EVERY, TARGET, Run
@@ -120,8 +120,8 @@ def mover(bar: Progress, task: TaskID, every: int, what: str = "") -> Callable[[
 
 
 def show(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table, its columns aligned to the right."""
-    table = Table(*(Column(cell, justify="right") for cell in head), title=title)
+    """Print a table."""
+    table = Table(*head, title=title)
     for row in rows:
         table.add_row(*row)
     console.print(table)
