@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm.shift import Shift, shift
+from batchnorm.shift import Shift, Summary, shift
 
 INF = math.inf
 MEASURES = ("mean_shift", "log_variance_ratio", "kl", "w2", "z")
@@ -157,8 +157,8 @@ def test_shapes_and_summary():
         assert (values.shape, values.dtype) == ((4,), np.float64)
     summary = found.summary()
     assert tuple(summary) == MEASURES
-    assert summary["mean_shift"] == (2, 3, 1)  # the first of two that are equally large
-    assert summary["kl"] == (22 / 8, 4.5, 1)
+    assert summary["mean_shift"] == Summary(2, 3, 1)  # the first of two that are equally large
+    assert summary["kl"] == Summary(22 / 8, 4.5, 1)
     assert type(summary["kl"].channel) is int
 
 

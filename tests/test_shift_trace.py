@@ -248,6 +248,39 @@ def test_refused_arguments(options, error, message):
         ShiftTrace(**({"layers": {"a": bn.BatchNorm(3)}} | options))
 
 
+def test_a_layers_name_is_not_for_arrays():
+    trace = ShiftTrace({"a": bn.BatchNorm(3)})
+    with pytest.raises(ValueError, match="name: was 'a', the name of a layer, wanted another"):
+        trace.record("a", X)
+    assert trace.moments == {}
+
+
+def test_no_percentiles_where_no_channel_is_chosen(rng, tmp_path):
+    trace = traced(batches(rng), channels=[])
+    assert trace.percentiles["a"].shape == (3, 0, 3)
+    assert [len(axes.lines) for axes in trace.plot().axes] == [0, 2]
+    trace.to_parquet(tmp_path / "trace.parquet")
+    trace.to_npz(tmp_path / "trace.npz")
+    same_traces(ShiftTrace.from_npz(tmp_path / "trace.npz"), trace)
+
+
+def test_values_that_are_not_finite_where_the_population_takes_them():
+    """A layer refuses them, unless its population does not; a percentile is then what it is, or NaN."""
+
+    class Patient(bn.MovingAverage):
+        def update(self, moments):
+            pass
+
+    layer, x = bn.BatchNorm(3, population=Patient(update_weight=0.1)), X.copy()
+    x[0] = [np.nan, np.inf, 0]
+    with ShiftTrace({"a": layer}, channels=range(3)) as trace:
+        layer(x)
+    found = trace.percentiles["a"][0]
+    assert np.isnan(found[0]).all()
+    np.testing.assert_array_equal(found[1], np.r_[4 + 3 * 0.45, 8.5, np.inf])
+    np.testing.assert_allclose(found[2], np.percentile(x[:, 2].astype(float), PERCENTILES))
+
+
 def test_a_channel_that_a_later_array_lacks():
     trace = ShiftTrace({}, channels=[3])
     with pytest.raises(ValueError, match="channels: was 3 for 'a', wanted 0 to 2"):

@@ -144,15 +144,18 @@ class ShiftTrace:
         This is for networks without batch normalization, and for other places than a layer's input.
 
         Args:
-            name: Any name; the first call under it fixes the number of channels.
+            name: Any name but a layer's; the first call under it fixes the number of channels.
             x: Array of rank 2 or more; float16, bfloat16, float32 or float64.
             channel_axis: Axis of x that holds the channels; -1 is channels-last.
 
         Raises:
-            ValueError: A channel (named) has fewer than 2 values or values that are not finite, or x has
-                another number of channels than before, or not all chosen ones. Nothing is recorded then.
+            ValueError: The name is a layer's, a channel (named) has fewer than 2 values or values that are
+                not finite, or x has another number of channels than before, or not all chosen ones. Nothing
+                is recorded then.
             TypeError: x is not an array of such a dtype.
         """
+        if name in self._layers:
+            raise ValueError(f"name: was {name!r}, the name of a layer, wanted another")
         x = _core.tensor("x", x)
         moments = _core.moments(x, channel_axis=channel_axis)
         statistics("x", moments)
@@ -212,6 +215,11 @@ class ShiftTrace:
         """The steps whose percentiles were recorded, shape (records,), int64."""
         return self._percentiles.steps
 
+    @property
+    def channels(self) -> dict[str, list[int]]:
+        """The channels whose percentiles are recorded, by name."""
+        return {name: chosen.tolist() for name, chosen in self._chosen.items()}
+
     def shift(self, name: str, reference: int | Literal["previous"] = 0) -> dict[int, Shift]:
         """Return the shift of each kept step's moments from those of a reference step, by step.
 
@@ -235,11 +243,6 @@ class ShiftTrace:
             raise ValueError(f"reference: was {reference!r}, wanted {wanted}")
         fixed = moments[steps.index(reference)]
         return {step: shift(live, fixed) for step, live in zip(steps, moments, strict=True)}
-
-    @property
-    def channels(self) -> dict[str, list[int]]:
-        """The channels whose percentiles are recorded, by name."""
-        return {name: chosen.tolist() for name, chosen in self._chosen.items()}
 
     def plot(self, reference: int | Literal["previous"] = 0) -> Figure:
         """Plot what was recorded by step, one row for each name.
@@ -274,7 +277,8 @@ class ShiftTrace:
                 (line,) = left.plot(steps[: len(record)], median, label=f"channel {channel}")
                 left.fill_between(steps[: len(record)], low, high, color=line.get_color(), alpha=0.25)
             left.set(title=name, xlabel="step", ylabel="input")
-            left.legend()
+            if left.lines:  # matplotlib warns of a legend of nothing
+                left.legend()
             shifts = self.shift(name, reference)
             right.plot(list(shifts), [measured.w2.mean() for measured in shifts.values()], label="mean")
             right.plot(list(shifts), [measured.w2.max() for measured in shifts.values()], label="maximum")
@@ -321,12 +325,8 @@ class ShiftTrace:
                 found = dict(archive)
             if found["format"] != _FORMAT:
                 raise ValueError(f"format was {found['format']}, wanted {_FORMAT}")
-            trace = cls(
-                {},
-                values=int(found["values"]),
-                exact=bool(found["exact"]),
-                limit=int(found["limit"]),
-            )
+            values, exact, limit = (found[key].item() for key in ("values", "exact", "limit"))
+            trace = cls({}, values=values, exact=exact, limit=limit)
             trace._moments.every, trace._percentiles.every = found["every"].tolist()
             for k, name in enumerate(found["names"].tolist()):
                 moments = zip(*(found[f"{k}.{field}"] for field in ("count", "mean", "m2")), strict=True)
@@ -334,7 +334,7 @@ class ShiftTrace:
                 trace._passes[name] = int(found["passes"][k])
                 trace._chosen[name] = found[f"{k}.channels"]
                 trace._percentiles.entries[name] = list(found[f"{k}.percentiles"])
-        except (BadZipFile, EOFError, KeyError, TypeError, ValueError) as error:
+        except (BadZipFile, EOFError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)}: not a trace that to_npz saved: {error}") from error
         return trace
 
@@ -355,12 +355,9 @@ class ShiftTrace:
         except ImportError as error:
             raise _missing("to_parquet", "pyarrow") from error
 
-        texts, integers = ("name", "quantity"), ("step", "channel")
-        schema = pa.schema(
-            [(name, pa.string()) for name in texts]
-            + [(name, pa.int64()) for name in integers]
-            + [("value", pa.float64())]
-        )
+        texts = {"name": pa.string(), "quantity": pa.string()}
+        numbers = {"step": pa.int64(), "channel": pa.int64(), "value": pa.float64()}
+        schema = pa.schema(texts | numbers)
         with replacing(Path(path)) as file, ParquetWriter(file, schema) as writer:
             for name, quantity, steps, channels, values in self._blocks():
                 step, channel = np.meshgrid(steps, channels, indexing="ij")
