@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from batchnorm._core import (
     Cache,
+    CoMoments,
     GradientSums,
     Moments,
     __version__,
     backward,
+    comoments,
     get_num_threads,
     get_thread_source,
     gradient_apply,
@@ -29,23 +31,33 @@ from batchnorm._core import (
     simd_level,
     simd_levels,
     train_forward,
+    whiten_backward,
+    whiten_forward,
+    whitening_matrix,
 )
 from batchnorm._types import Gradients
+from batchnorm.covariance import MovingCovariance, PooledCovariance
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.layer import BatchNorm
 from batchnorm.population import Algorithm2, MovingAverage
+from batchnorm.whitening import Whitening
 
 __all__ = [
     "Algorithm2",
     "BatchNorm",
     "Cache",
+    "CoMoments",
     "FrozenBatchNorm",
     "GradientSums",
     "Gradients",
     "Moments",
     "MovingAverage",
+    "MovingCovariance",
+    "PooledCovariance",
+    "Whitening",
     "__version__",
     "backward",
+    "comoments",
     "get_num_threads",
     "get_thread_source",
     "gradient_apply",
@@ -61,4 +73,7 @@ __all__ = [
     "simd_level",
     "simd_levels",
     "train_forward",
+    "whiten_backward",
+    "whiten_forward",
+    "whitening_matrix",
 ]
