@@ -32,6 +32,7 @@ from batchnorm._core import (
 )
 from batchnorm._types import Gradients
 from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.frozen_whitening import FrozenWhitening
 from batchnorm.layer import BatchNorm
 from batchnorm.population import Algorithm2, MovingAverage
 
@@ -40,6 +41,7 @@ __all__ = [
     "BatchNorm",
     "Cache",
     "FrozenBatchNorm",
+    "FrozenWhitening",
     "GradientSums",
     "Gradients",
     "Moments",
