@@ -224,7 +224,7 @@ def test_a_changed_byte_in_a_parameter_is_refused(mode, dtype, bit):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("format", "other", "format 'batchnorm-frozen' wanted, found 'other'"),
+        ("format", "other", "format 'batchnorm-frozen' or '.*-whitening' wanted, found 'other'"),
         ("version", "2", "version '1' wanted, found '2'"),
         ("channel_axis", "-1", "fingerprint is"),
         ("eps", "0x0p+0", "eps is '0x0p.0', but that of the layer is"),

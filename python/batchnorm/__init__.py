@@ -38,6 +38,7 @@ from batchnorm._core import (
 from batchnorm._types import Gradients
 from batchnorm.covariance import MovingCovariance, PooledCovariance
 from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.frozen_whitening import FrozenWhitening
 from batchnorm.layer import BatchNorm
 from batchnorm.population import Algorithm2, MovingAverage
 from batchnorm.whitening import Whitening
@@ -48,6 +49,7 @@ __all__ = [
     "Cache",
     "CoMoments",
     "FrozenBatchNorm",
+    "FrozenWhitening",
     "GradientSums",
     "Gradients",
     "Moments",
