@@ -49,11 +49,10 @@ def lay(x, layout):
 def test_the_output_is_white(rng, dtype, method, size, condition):
     spectrum = np.geomspace(1, 1 / condition, size)
     x = theory.with_spectrum(rng, 4 * size + 3, spectrum, 0.5).astype(dtype)
-    y, cache = bn.whiten_forward(x, method=method, eps=0)
+    y, _ = bn.whiten_forward(x, method=method, eps=0)
     assert y.dtype == dtype
     assert distance(y, np.eye(size)) <= bound(dtype, condition, size)
     assert abs(theory.rows(y).mean(0)).max() < (1e-6 if dtype == np.float32 else 1e-12 * condition**0.5)
-    assert cache.residual <= bound(np.float64, condition, size)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.1, 10.0])
@@ -210,9 +209,9 @@ class TestIterative:
 
     def test_a_large_residual_warns(self):
         x = self.x(12, 6)
-        with pytest.warns(UserWarning, match="iterative"):
+        with pytest.warns(UserWarning, match="steps: too few to whiten"):
             bn.whiten_forward(x, method="iterative", steps=6)
-        with pytest.warns(UserWarning, match="iterative"):
+        with pytest.warns(UserWarning, match="steps: too few to whiten"):
             bn.whitening_matrix(bn.comoments(x).cov, method="iterative", steps=6)
 
     def test_steps_are_chosen_from_dimension_and_condition(self):
@@ -255,6 +254,7 @@ class TestLedoitWolf:
             y, cache = bn.whiten_forward(x, method=method, eps=0, shrinkage="ledoit-wolf")
             W = cache.matrix[0]
             np.testing.assert_allclose(W @ shrunk @ W.T, np.eye(size), atol=1e-10)
+            np.testing.assert_allclose(cache.shrinkage, [delta if size > 1 else 0.0], rtol=1e-9)
             np.testing.assert_allclose(y, (x - x.mean(0)) @ W.T, atol=1e-11)
             # What is kept of the batch is not shrunk.
             np.testing.assert_allclose(cache.comoments.cov[0], np.cov(x.T, ddof=0).reshape(size, size))
@@ -269,8 +269,9 @@ class TestLedoitWolf:
     def test_it_suits_fewer_rows_than_channels(self, rng):
         x = rng.standard_normal((8, 20)) + 1
         y, cache = bn.whiten_forward(x, eps=0, shrinkage="ledoit-wolf")
-        assert cache.residual < 1e-12
-        assert np.isfinite(y).all()
+        W, Y = cache.matrix[0], y.T @ y / 8
+        assert 0 < np.linalg.eigvalsh(Y).max() < 1  # what was added to Λ is missing here
+        np.testing.assert_allclose(W @ ledoit_wolf(x)[0] @ W.T, np.eye(20), atol=1e-12)
 
 
 def thin(rng):
@@ -302,7 +303,7 @@ class TestSingular:
     """A Λ without an inverse is an error with ε = 0, and whitened as far as it goes with ε > 0."""
 
     def test_without_eps_it_is_an_error(self, rng, name, method):
-        with pytest.raises(ValueError, match="singular"):
+        with pytest.raises(ValueError, match=r"singular|did not converge"):
             bn.whiten_forward(SINGULAR[name](rng), method=method, eps=0)
 
     def test_with_eps_it_is_whitened_as_far_as_it_goes(self, rng, name, method):
@@ -335,24 +336,25 @@ def test_values_that_are_not_finite_are_refused(rng, method, value, eps):
     x = rng.standard_normal((50, 5))
     x[7, 3] = value
     for shrinkage in (None, "ledoit-wolf"):
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(ValueError, match="wanted a finite number"):
             bn.whiten_forward(x, method=method, eps=eps, shrinkage=shrinkage)
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="wanted a finite number"):
         bn.whitening_matrix(bn.comoments(x).cov, method=method, eps=eps)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "svd"}, "method: was .?svd"),
-        ({"groups": 4}, "groups: was 4, wanted a divisor of 6 channels"),
-        ({"groups": 0}, "groups: was 0"),
-        ({"eps": -1e-9}, "eps: was"),
-        ({"eps": np.nan}, "eps: was"),
-        ({"eps": np.inf}, "eps: was"),
-        ({"steps": 5}, "steps: was 5"),
-        ({"method": "iterative", "steps": 0}, "steps: was 0"),
-        ({"shrinkage": "oas"}, "shrinkage: was .?oas"),
+        ({"method": "svd"}, 'method is "svd"; wanted'),
+        ({"groups": 4}, "groups is 4; wanted a divisor"),
+        ({"groups": 0}, "groups is 0; wanted a divisor"),
+        ({"eps": -1e-9}, "eps is"),
+        ({"eps": np.nan}, "eps is"),
+        ({"eps": np.inf}, "eps is"),
+        ({"steps": 5}, "steps is 5 for method"),
+        ({"method": "iterative", "steps": 0}, "steps is 0 for method"),
+        ({"method": "iterative", "steps": 101}, "steps is 101 for method"),
+        ({"shrinkage": "oas"}, 'shrinkage is "oas"; wanted None or "ledoit-wolf"'),
         ({"x": np.ones((1, 6))}, "x: .*2"),
         ({"x": np.ones((0, 6))}, "x: .*2"),
         ({"gamma": np.ones(5)}, "gamma"),

@@ -77,8 +77,8 @@ class Whitening(Trainable[CovariancePopulation]):
         channel_axis: Axis of x that holds the channels; -1 is channels-last.
         affine: Whether there are γ and β; without them `gamma`, `beta` and their gradients are None.
         dtype: dtype of γ, β and their gradients: float32 (for x of 16 or 32 bits) or float64 (for float64 x).
-        steps: Number of Newton-Schulz steps, with `method="iterative"` only; if None, chosen from D and the
-            condition number of Λ + εI.
+        steps: Number of Newton-Schulz steps, 1 to 100, with `method="iterative"` only; if None, as many as it
+            takes, which the dimension D and the condition number of Λ + εI decide.
         shrinkage: None, or "ledoit-wolf": train mode replaces each group's Λ by (1 − δ)Λ + δ·(tr Λ/D)·I with
             the δ of Ledoit and Wolf 2004, for batches with few positions for their channels. The population
             is not shrunk: it estimates the same matrix from many batches.
@@ -150,8 +150,8 @@ class Whitening(Trainable[CovariancePopulation]):
         self.steps = None if steps is None else integer("steps", steps)
         if self.steps is not None and method != "iterative":
             raise ValueError(f'steps: was {steps} with method={method!r}, wanted None or method="iterative"')
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps: was {steps}, wanted 1 or more")
+        if self.steps is not None and not 1 <= self.steps <= 100:
+            raise ValueError(f"steps: was {steps}, wanted 1 to 100")
         if shrinkage not in (None, "ledoit-wolf"):
             raise ValueError(f'shrinkage: was {shrinkage!r}, wanted "ledoit-wolf" or None')
         self.shrinkage = shrinkage
