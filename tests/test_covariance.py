@@ -70,14 +70,14 @@ def test_pooled_covariance_is_that_of_all_rows(rng, mean):
 def test_unbiased(rng):
     """Over many small batches of known Λ, both give Λ, which the average of S/m would miss by a third."""
     true = np.array([[2.0, 1.0], [1.0, 3.0]])
-    x = rng.standard_normal((40_000, 3, 2)) @ np.linalg.cholesky(true).T
-    moving, pooled = bn.MovingCovariance(update_weight=0.0005), bn.PooledCovariance()
+    x = rng.standard_normal((8000, 3, 2)) @ np.linalg.cholesky(true).T
+    moving, pooled = bn.MovingCovariance(update_weight=0.002), bn.PooledCovariance()
     for batch in x:
         s = bn.comoments(batch)
         moving.update(s)
         pooled.update(s)
-    np.testing.assert_allclose(moving.cov[0], true, atol=0.2)
-    np.testing.assert_allclose(pooled.cov[0], true, atol=0.05)
+    np.testing.assert_allclose(moving.cov[0], true, atol=0.4)
+    np.testing.assert_allclose(pooled.cov[0], true, atol=0.1)
 
 
 @pytest.mark.parametrize("weight", [0, -0.1, 1.0000001, float("nan"), float("inf")])

@@ -14,7 +14,7 @@ import whitening_oracle as theory
 
 LAYOUTS = (
     cases.Layout((3000, 64)),
-    cases.Layout((300, 200)),
+    cases.Layout((300, 120)),
     cases.Layout((7, 24, 31, 33)),
     cases.Layout((7, 31, 33, 24), channel_axis=-1),
     cases.Layout((7, 24, 31, 33), memory=cases.NHWC_AS_NCHW),

@@ -34,8 +34,8 @@ def differences(loss, array, h=1e-3):
 def check(x, dy, gamma, beta, h=1e-3, **options):
     """dx, dγ and dβ of ℓ = Σ dy·y against finite differences of our own forward pass."""
     _, cache = bn.whiten_forward(x, gamma, beta, **options)
-    if options.get("method") == "iterative":  # the number of steps is a constant
-        options["steps"] = cache.steps
+    if options.get("method") == "iterative":  # the number of steps is a constant; one dimension needs none
+        options["steps"] = max(cache.steps, 1)
 
     def loss():
         return (dy * bn.whiten_forward(x, gamma, beta, **options)[0]).sum()
@@ -213,3 +213,14 @@ def test_refused_gradients(rng, dy, error):
     _, cache = bn.whiten_forward(rng.standard_normal((20, 4)))
     with pytest.raises(error, match="dy"):
         bn.whiten_backward(dy, cache)
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e100])
+@pytest.mark.parametrize("method", theory.METHODS)
+def test_values_far_from_one(rng, method, scale):
+    """Whitening undoes a scale of x, so that dx is divided by it."""
+    x, dy, gamma, beta = tensors(rng, LAYOUTS[0], [3, 2, 1.2, 0.7])
+    wanted = bn.whiten_backward(dy, bn.whiten_forward(x, gamma, beta, method=method, eps=0)[1])
+    ours = bn.whiten_backward(dy, bn.whiten_forward(scale * x, gamma, beta, method=method, eps=0)[1])
+    np.testing.assert_allclose(scale * ours.dx, wanted.dx, atol=1e-12)
+    np.testing.assert_allclose(ours.dgamma, wanted.dgamma, atol=1e-12)

@@ -197,8 +197,8 @@ def x_with(**values):
 REFUSED_BATCHES = {
     "NaN": (x_with(c1=np.nan), ValueError, "channel 1; wanted a finite number"),
     "Inf": (x_with(c0=np.inf, c2=-np.inf), ValueError, "channel 0; wanted a finite number"),
-    "one row": (x_with()[:1], ValueError, "x: .*2"),
-    "no rows": (x_with()[:0], ValueError, "x: .*2"),
+    "one row": (x_with()[:1], ValueError, "x has shape .*, 1 value in each channel"),
+    "no rows": (x_with()[:0], ValueError, "x has shape .*, 0 values in each channel"),
     "singular": (x_with()[:3], ValueError, "singular"),
     "channels": (np.ones((8, 4), np.float32), ValueError, r"x: shape was \(8, 4\), wanted 3 channels"),
     "rank 1": (np.ones(3, np.float32), ValueError, "x: shape was"),
@@ -231,7 +231,7 @@ def test_a_refused_gradient_changes_nothing(rng, mode, dy, error):
     getattr(layer, mode)()(x)
     layer.backward(x)
     before = snapshot(layer)
-    with pytest.raises(error, match="dy: "):
+    with pytest.raises(error, match=r"dy has (shape|dtype)"):
         layer.backward(dy.astype(np.float32) if error is ValueError else dy)
     assert snapshot(layer) == before
 

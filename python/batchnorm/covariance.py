@@ -163,7 +163,7 @@ class PooledCovariance(_Covariances):
         >>> population.update(bn.comoments(np.array([[1.0, 2.0], [3.0, 6.0]])))
         >>> population.update(bn.comoments(np.array([[5.0, 1.0], [7.0, 7.0]])))
         >>> population.mean.tolist(), (3 * population.cov).tolist()
-        ([4.0, 4.0], [[[20.0, 14.0], [14.0, 26.0]]])
+        ([4.0, 4.0], [[[20.0, 10.0], [10.0, 26.0]]])
     """
 
     _MATRICES = "scatter"

@@ -40,17 +40,16 @@ class _EvalCache:
     x: NDArray[Any]
 
     def backward(self, dy: Any) -> Gradients:
-        dy, x = _core.tensor("dy", dy), self.x
-        if (dy.shape, dy.dtype) != (x.shape, x.dtype):
-            wanted = f"{x.shape} of {x.dtype}, as y"
-            error = ValueError if dy.shape != x.shape else TypeError
-            raise error(f"dy: was {dy.shape} of {dy.dtype}, wanted {wanted}")
-        dx = self.frozen.backward(dy)
-        if x.dtype.itemsize == 2:  # so that x̂ is not rounded to 16 bits before it is multiplied with dy
-            dy, x = dy.astype(np.float32), x.astype(np.float32)
-        axis = self.frozen.channel_axis
-        _, dgamma, dbeta = _core.infer_backward(dy, self.plain(x), 0.0, 1.0, eps=0.0, channel_axis=axis)
-        return Gradients(dx, dgamma, dbeta)
+        dy, x, axis = _core.tensor("dy", dy), self.x, self.frozen.channel_axis
+        pair = dy, x
+        if (
+            x.dtype.itemsize == 2 and dy.dtype == x.dtype
+        ):  # so that x̂ is not rounded to 16 bits before the sum
+            pair = dy.astype(np.float32), x.astype(np.float32)
+        _, dgamma, dbeta = _core.infer_backward(
+            pair[0], self.plain(pair[1]), 0.0, 1.0, eps=0.0, channel_axis=axis
+        )
+        return Gradients(self.frozen.backward(dy), dgamma, dbeta)
 
 
 class Whitening(Trainable[CovariancePopulation]):
