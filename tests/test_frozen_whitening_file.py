@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import batchnorm as bn
-from batchnorm._layers import load
+from batchnorm._kinds import load
 
 HERE = Path(__file__).parent
 

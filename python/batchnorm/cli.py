@@ -19,7 +19,7 @@ import numpy as np
 
 from batchnorm import _core
 from batchnorm._atomic import replacing
-from batchnorm._layers import AnyFrozen, load
+from batchnorm._kinds import AnyFrozen, load
 from batchnorm._sources import Rounding, check_fit_together, statistics
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.frozen_whitening import FrozenWhitening
@@ -207,7 +207,7 @@ def fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if isinstance(total, _core.CoMoments):
-            layer = FrozenWhitening.from_comoments(total, method=whiten or "zca", **options)
+            layer = FrozenWhitening.from_comoments(total, **options | {"method": whiten})
         else:
             layer = FrozenBatchNorm.from_moments(moments, **options)
     for warning in caught:
