@@ -188,6 +188,9 @@ def fit(
     with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
         if isinstance(source, CsvSource) and channel_axis not in (1, -1):
             raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+        if source.channels % (groups or 1):
+            wanted = f"a divisor of the {counted(source.channels, 'channel')} of {source.name}"
+            raise ValueError(f"--groups: was {groups}, wanted {wanted}")
         if dtype is None:
             dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
         rounding = Rounding(np.dtype(dtype), source, channel_axis)
