@@ -370,23 +370,18 @@ def serve(arguments: tuple[str, ...]) -> None:
     run.main(list(arguments), prog_name="batchnorm serve", standalone_mode=False)
 
 
-@main.command(epilog="Example: batchnorm demo --output demo-output")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="demo-output",
-    show_default=True,
-    help="Folder for the plot, the models and the report.",
+@main.command(
+    epilog="Example: batchnorm demo --output demo-output",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
 )
-def demo(output: Path) -> None:
-    """Train, freeze, export and serve a small network on real data, and check every stop."""
-    try:
-        with _extra("demo"):
-            from batchnorm.demo import main as run
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> None:
+    """Train, freeze, export and serve a small network; or show what the paper does."""
+    from batchnorm.demo_commands import demo as run
 
-            run(output)
-    except RuntimeError as error:  # a failed check is not misuse, so the status is 1
-        raise click.ClickException(str(error)) from error
+    with _extra("demo"):  # the demonstrations know their own options, and their help
+        run.main(list(arguments), prog_name="batchnorm demo", standalone_mode=False)
 
 
 def _cell(value: Any) -> str:

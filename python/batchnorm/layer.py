@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -70,6 +70,10 @@ class BatchNorm:
         >>> layer.eval()(x).shape
         (2, 2)
     """
+
+    # Called with x and its moments after each forward pass in train mode. `shift.ShiftTrace` puts itself here
+    # by a new tuple, so that one may leave while they are being called.
+    _observers: tuple[Callable[[NDArray[Any], _core.Moments], None], ...] = ()
 
     def __init__(
         self,
@@ -185,8 +189,11 @@ class BatchNorm:
             activation=activation,
             residual=residual,
         )
-        self.population.update(cache.moments)
+        moments = cache.moments
+        self.population.update(moments)
         self._cache = _TrainingCache(cache)
+        for observe in self._observers:
+            observe(x, moments)
         return y
 
     def _batch(self, x: Any) -> NDArray[Any]:
@@ -311,8 +318,9 @@ class BatchNorm:
         self._parameters[name][...] = self._checked(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference.
-        return self.__dict__ | {"_cache": None}
+        # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference, and
+        # without whoever observes this layer.
+        return self.__dict__ | {"_cache": None, "_observers": ()}
 
     def __repr__(self) -> str:
         return (
