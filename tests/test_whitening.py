@@ -186,7 +186,7 @@ class TestIterative:
         x = self.x(size, condition)
         A = x.T @ x / len(x)
         steps, left = ENOUGH[size, condition]
-        residuals = []
+        residuals: list[float] = []
         for n in range(1, steps + 4):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

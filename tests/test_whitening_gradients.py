@@ -35,7 +35,7 @@ def check(x, dy, gamma, beta, h=1e-3, **options):
     """dx, dγ and dβ of ℓ = Σ dy·y against finite differences of our own forward pass."""
     _, cache = bn.whiten_forward(x, gamma, beta, **options)
     if options.get("method") == "iterative":  # the number of steps is a constant; one dimension needs none
-        options["steps"] = max(cache.steps, 1)
+        options["steps"] = cache.steps or 1
 
     def loss():
         return (dy * bn.whiten_forward(x, gamma, beta, **options)[0]).sum()

@@ -2,8 +2,9 @@
 
 Functions: `train_forward` and `backward`, `infer` and `infer_backward`. `train_forward` is `moments`, then
 `normalize`; `backward` is `gradient_sums`, then `gradient_apply`. Layers: `BatchNorm` trains;
-`FrozenBatchNorm` is saved, exported and served. `set_num_threads`, `set_thread_source`, `set_simd_level` and
-`release_memory` change how long calls take, but not a bit of their results.
+`FrozenBatchNorm` and `FrozenWhitening` are saved, exported and served. `set_num_threads`,
+`set_thread_source`, `set_simd_level` and `release_memory` change how long calls take, but not a bit of their
+results.
 """
 
 from __future__ import annotations

@@ -11,13 +11,17 @@ from batchnorm._types import Gradients
 __all__ = [
     "ERROR_KINDS",
     "Cache",
+    "CoMoments",
     "Coefficients",
     "GradientSums",
     "Host",
     "HostTypes",
     "Moments",
+    "WhiteningCache",
+    "WhiteningMap",
     "__version__",
     "backward",
+    "comoments",
     "copy",
     "get_num_threads",
     "get_thread_source",
@@ -39,6 +43,9 @@ __all__ = [
     "simd_levels",
     "tensor",
     "train_forward",
+    "whiten_backward",
+    "whiten_forward",
+    "whitening_matrix",
 ]
 
 __version__: Final[str]
@@ -226,6 +233,63 @@ class Coefficients:
         dresidual: NDArray[Any] | None = None,
     ) -> Gradients:
         """Compute the gradients with these coefficients; `batchnorm.infer_backward` documents the arguments."""
+
+@final
+class CoMoments:
+    def __new__(cls, count: float, mean: ArrayLike, scatter: ArrayLike) -> CoMoments: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def count(self) -> float: ...
+    @property
+    def mean(self) -> NDArray[np.float64]: ...
+    @property
+    def scatter(self) -> NDArray[np.float64]: ...
+    @property
+    def cov(self) -> NDArray[np.float64]: ...
+    @property
+    def cov_unbiased(self) -> NDArray[np.float64]: ...
+    @property
+    def moments(self) -> Moments: ...
+    def merge(self, other: CoMoments) -> CoMoments: ...
+    def to_bytes(self) -> bytes: ...
+    @staticmethod
+    def from_bytes(data: bytes) -> CoMoments: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
+
+@final
+class WhiteningCache:
+    @property
+    def x(self) -> NDArray[Any]: ...
+    @property
+    def comoments(self) -> CoMoments: ...
+    @property
+    def matrix(self) -> NDArray[np.float64]: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def residual(self) -> float | None: ...
+    @property
+    def shrinkage(self) -> NDArray[np.float64] | None: ...
+    @property
+    def channel_axis(self) -> int: ...
+
+@final
+class WhiteningMap:
+    def __new__(cls, matrix: ArrayLike, mean: ArrayLike, bias: ArrayLike) -> WhiteningMap: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def matrix(self) -> NDArray[np.float64]: ...
+    def apply(self, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None) -> NDArray[Any]: ...
+    def backward(
+        self, dy: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]: ...
 
 @final
 class Host:
@@ -896,6 +960,28 @@ def infer_backward(
         TypeError: dy, x, out or a parameter is of a wrong type.
     """
 
+def comoments(x: Any, *, groups: int = 1, channel_axis: int = 1) -> CoMoments: ...
+def whitening_matrix(
+    cov: ArrayLike,
+    *,
+    method: Literal["zca", "pca", "cholesky", "iterative"] = "zca",
+    eps: float = 0.0,
+    steps: int | None = None,
+) -> NDArray[np.float64]: ...
+def whiten_forward(
+    x: Any,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    method: Literal["zca", "pca", "cholesky", "iterative"] = "zca",
+    groups: int = 1,
+    eps: float = 1e-5,
+    steps: int | None = None,
+    shrinkage: Literal["ledoit-wolf"] | None = None,
+    channel_axis: int = 1,
+    out: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], WhiteningCache]: ...
+def whiten_backward(dy: Any, cache: WhiteningCache, *, out: NDArray[Any] | None = None) -> Gradients: ...
 def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None:
     """Copy x to out, or write x + z to out: the least time that any function here can take, for benchmarks.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from batchnorm._checks import channels_where
 from batchnorm._core import CoMoments, Moments
 from batchnorm._frozen import COARSE
-from batchnorm._layers import AnyFrozen
+from batchnorm._kinds import AnyFrozen
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.streaming import CsvSource, NpySource, counted, rounding_error
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from batchnorm import _core
 from batchnorm._atomic import replacing
-from batchnorm._layers import AnyFrozen, load
+from batchnorm._kinds import AnyFrozen, load
 from batchnorm._sources import Rounding, check_fit_together, statistics
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.frozen_whitening import FrozenWhitening
@@ -188,6 +188,9 @@ def fit(
     with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
         if isinstance(source, CsvSource) and channel_axis not in (1, -1):
             raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+        if source.channels % (groups or 1):
+            wanted = f"a divisor of the {counted(source.channels, 'channel')} of {source.name}"
+            raise ValueError(f"--groups: was {groups}, wanted {wanted}")
         if dtype is None:
             dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
         rounding = Rounding(np.dtype(dtype), source, channel_axis)
@@ -207,7 +210,7 @@ def fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if isinstance(total, _core.CoMoments):
-            layer = FrozenWhitening.from_comoments(total, method=whiten or "zca", **options)
+            layer = FrozenWhitening.from_comoments(total, **options | {"method": whiten})
         else:
             layer = FrozenBatchNorm.from_moments(moments, **options)
     for warning in caught:
@@ -367,23 +370,18 @@ def serve(arguments: tuple[str, ...]) -> None:
     run.main(list(arguments), prog_name="batchnorm serve", standalone_mode=False)
 
 
-@main.command(epilog="Example: batchnorm demo --output demo-output")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="demo-output",
-    show_default=True,
-    help="Folder for the plot, the models and the report.",
+@main.command(
+    epilog="Example: batchnorm demo --output demo-output",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True},
 )
-def demo(output: Path) -> None:
-    """Train, freeze, export and serve a small network on real data, and check every stop."""
-    try:
-        with _extra("demo"):
-            from batchnorm.demo import main as run
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def demo(arguments: tuple[str, ...]) -> None:
+    """Train, freeze, export and serve a small network; or show what the paper does."""
+    from batchnorm.demo_commands import demo as run
 
-            run(output)
-    except RuntimeError as error:  # a failed check is not misuse, so the status is 1
-        raise click.ClickException(str(error)) from error
+    with _extra("demo"):  # the demonstrations know their own options, and their help
+        run.main(list(arguments), prog_name="batchnorm demo", standalone_mode=False)
 
 
 def _cell(value: Any) -> str:

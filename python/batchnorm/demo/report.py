@@ -1,20 +1,23 @@
-"""The plot and the short report that the demonstration writes."""
+"""The plot and the short report that the demonstration writes, and what all demonstrations print with."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 import batchnorm as bn
 from batchnorm.demo.training import EVALUATE_EVERY, TARGET, Run
 
 NAMES: Final = {False: "without batch normalization", True: "with batch normalization"}
-_COLORS: Final = {False: "tab:orange", True: "tab:blue"}
+COLORS: Final = {False: "tab:orange", True: "tab:blue"}
 
 
 def accuracy_rows(plain: Run, normalized: Run) -> list[tuple[str, ...]]:
@@ -49,7 +52,7 @@ def plot(path: Path, runs: dict[bool, Sequence[Run]], rate: float) -> None:
             axes.plot(
                 np.arange(1, len(run.accuracy) + 1) * EVALUATE_EVERY,
                 run.accuracy,
-                color=_COLORS[normalized],
+                color=COLORS[normalized],
                 linewidth=2.0 if chosen else 0.7,
                 alpha=1.0 if chosen else 0.35,
                 label=f"{NAMES[normalized]}, learning rate {rate:g}" if chosen else None,
@@ -68,8 +71,7 @@ def write(path: Path, runs: dict[bool, Sequence[Run]], rate: float, checks: Sequ
     lines = [
         "# Batch normalization on handwritten digits",
         "",
-        f"batchnorm {bn.__version__}, Python {platform.python_version()}, NumPy {np.__version__}, "
-        f"{platform.machine()}, {bn.get_num_threads()} threads, SIMD level {bn.simd_level()}.",
+        environment(),
         "",
         "The first experiment of Ioffe and Szegedy 2015 (section 4.1), on the 1,797 digits of 8×8 pixels",
         "that ship with scikit-learn: three hidden layers of 100 sigmoid units, batches of 60, gradient",
@@ -82,15 +84,11 @@ def write(path: Path, runs: dict[bool, Sequence[Run]], rate: float, checks: Sequ
         "",
         "![Accuracy by step](accuracy.png)",
         "",
-        f"| step | {NAMES[False]} | {NAMES[True]} |",
-        "|---:|---:|---:|",
-        *map(_row, accuracy_rows(plain, normalized)),
+        *markdown(("step", *NAMES.values()), accuracy_rows(plain, normalized)),
         "",
         f"Steps until {TARGET:.0%} of the held-out digits are recognized, and the accuracy at the end:",
         "",
-        f"| learning rate | {NAMES[False]} | {NAMES[True]} |",
-        "|---:|---:|---:|",
-        *map(_row, rate_rows(runs)),
+        *markdown(("learning rate", *NAMES.values()), rate_rows(runs)),
         "",
         "## What was checked",
         "",
@@ -106,5 +104,37 @@ def write(path: Path, runs: dict[bool, Sequence[Run]], rate: float, checks: Sequ
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def progress(console: Console) -> Progress:
+    """Return a progress bar whose tasks have a field `state`."""
+    columns = TextColumn("    {task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
+    return Progress(*columns, TimeElapsedColumn(), console=console)
+
+
+def mover(bar: Progress, task: TaskID, every: int, what: str = "") -> Callable[[float], None]:
+    """Return a function that takes an accuracy, shows it, and moves the task's bar by `every` steps."""
+
+    def advance(accuracy: float) -> None:
+        bar.update(task, advance=every, state=f"{what}accuracy {accuracy:.1%}")
+
+    return advance
+
+
+def show(console: Console, title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table."""
+    table = Table(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def environment() -> str:
+    """Return a sentence with the versions and the machine that a report's figures come from."""
+    return (
+        f"batchnorm {bn.__version__}, Python {platform.python_version()}, NumPy {np.__version__}, "
+        f"{platform.machine()}, {bn.get_num_threads()} threads, SIMD level {bn.simd_level()}."
+    )
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, its columns aligned to the right."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---:"] * len(head), *rows)]

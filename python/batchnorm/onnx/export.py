@@ -27,9 +27,8 @@ def _inference(layer: BatchNormParameters, axis: int, rank: int) -> Parts:
     If the channels are not on axis 1, there is a Transpose on either side of it.
     """
     constants = {name: getattr(layer, name) for name in _PARAMETERS}
-    x, y = ("x", "y") if axis == 1 else ("x_swapped", "y_swapped")
-    node = helper.make_node("BatchNormalization", [x, *constants], [y], epsilon=layer.eps)
-    return swapped([node], x, y, axis, 1, rank), constants
+    node = helper.make_node("BatchNormalization", ["x", *constants], ["y"], epsilon=layer.eps)
+    return swapped([node], axis, 1, rank), constants
 
 
 def _exact(layer: BatchNormParameters, axis: int, rank: int) -> Parts:

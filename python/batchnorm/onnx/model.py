@@ -56,13 +56,12 @@ def make_model(layer: FrozenLayer, kind: Kind, parts: Parts, *, opset: int, rank
     return model
 
 
-def swapped(
-    nodes: list[onnx.NodeProto], x: str, y: str, axis: int, wanted: int, rank: int
-) -> list[onnx.NodeProto]:
-    """Return the nodes from x to y, between two Transposes if the channels are not on the axis `wanted`."""
+def swapped(nodes: list[onnx.NodeProto], axis: int, wanted: int, rank: int) -> list[onnx.NodeProto]:
+    """Put nodes from x to y between two Transposes if the channels are not on the axis that they want."""
     if axis == wanted:
         return nodes
+    nodes[0].input[0], nodes[-1].output[0] = "x_swapped", "y_swapped"
     swap = list(range(rank))
     swap[wanted], swap[axis] = swap[axis], swap[wanted]
-    before = helper.make_node("Transpose", ["x"], [x], perm=swap)
-    return [before, *nodes, helper.make_node("Transpose", [y], ["y"], perm=swap)]
+    before = helper.make_node("Transpose", ["x"], ["x_swapped"], perm=swap)
+    return [before, *nodes, helper.make_node("Transpose", ["y_swapped"], ["y"], perm=swap)]

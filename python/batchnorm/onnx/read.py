@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from batchnorm._file import BATCH_NORM, WHITENING, kind_of, restore
-from batchnorm._layers import MAKERS
+from batchnorm._kinds import MAKERS
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.frozen_whitening import FrozenWhitening
 from batchnorm.onnx import whitening

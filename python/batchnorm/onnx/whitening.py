@@ -40,15 +40,13 @@ def _parts(layer: WhiteningParameters, rank: int) -> Parts:
             helper.make_node("Reshape", ["product", "joined"], ["whitened"]),
             helper.make_node("Add", ["whitened", "bias"], ["y"]),
         ]
-    x, y = ("x", "y") if axis == channels_on else ("x_swapped", "y_swapped")
-    transform[-1].output[0] = y
-    nodes = [helper.make_node("Sub", [x, "mean"], ["centred"]), *transform]
+    nodes = [helper.make_node("Sub", ["x", "mean"], ["centred"]), *transform]
     mean = layer.mean.reshape((layer.channels,) + (1,) * (rank - 1 - channels_on))
     constants: dict[str, NDArray[Any]] = {"matrix": matrix, "mean": mean, "bias": layer.bias}
     if transform[0].op_type == "Reshape":
         kept = [0] * (rank - 1)  # which Reshape reads as the size of the same axis of its input
         constants |= {"split": np.array([*kept, groups, size]), "joined": np.array([*kept, layer.channels])}
-    return swapped(nodes, x, y, axis, channels_on, rank), constants
+    return swapped(nodes, axis, channels_on, rank), constants
 
 
 def parameters(graph: Graph) -> dict[str, NDArray[Any]]:

@@ -79,12 +79,11 @@ impl<'py> Back<'py> {
         sums: &batchnorm::GradientSums,
         [dgamma, dbeta]: [Bound<'py, PyArray1<f64>>; 2],
     ) -> PyResult<Bound<'py, PyAny>> {
-        static GRADIENTS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
         let dx = &self.dx.array;
         let py = dx.py();
         let (dgamma, dbeta) = (filled(dgamma, sums.dgamma())?, filled(dbeta, sums.dbeta())?);
         let gradients = (dx, dgamma, dbeta, self.dresidual(epilogue));
-        GRADIENTS.import(py, "batchnorm._types", "Gradients")?.call1(gradients)
+        gradients_type(py)?.call1(gradients)
     }
 
     /// ∂ℓ/∂residual if it is known: the output that was asked for, or dy itself without an activation.
@@ -93,4 +92,10 @@ impl<'py> Back<'py> {
         let asked_for = self.dresidual.as_ref().map(|dresidual| dresidual.array.clone());
         asked_for.or_else(|| is_dy.then(|| self.dy.array.clone()))
     }
+}
+
+/// The named tuple that a backward pass returns.
+pub(crate) fn gradients_type(py: Python<'_>) -> PyResult<&Bound<'_, PyType>> {
+    static GRADIENTS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    GRADIENTS.import(py, "batchnorm._types", "Gradients")
 }

@@ -16,6 +16,7 @@ mod run;
 mod settings;
 mod training;
 mod values;
+mod whitening;
 
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
@@ -42,6 +43,10 @@ mod _core {
     use crate::training::{backward, gradient_apply, gradient_sums, moments, normalize, train_forward};
     #[pymodule_export]
     use crate::values::{Cache, GradientSums, Moments};
+    #[pymodule_export]
+    use crate::whitening::{
+        CoMoments, WhiteningCache, WhiteningMap, comoments, whiten_backward, whiten_forward, whitening_matrix,
+    };
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name that Python gives it")]

@@ -192,7 +192,7 @@ impl GradientSums {
 }
 
 /// A new `bytes` object, or MemoryError.
-fn new_bytes<'py>(py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+pub(crate) fn new_bytes<'py>(py: Python<'py>, data: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
     PyBytes::new_with(py, data.len(), |bytes| {
         bytes.copy_from_slice(data);
         Ok(())

@@ -107,6 +107,55 @@ pub enum Error {
         /// Number of values that the moments are over.
         wanted: f64,
     },
+    /// The channels cannot be divided into so many groups.
+    Groups {
+        /// Number of groups asked for.
+        groups: usize,
+        /// Number of channels.
+        channels: usize,
+    },
+    /// Two values have other numbers of groups.
+    OtherGroups {
+        /// Groups found.
+        got: usize,
+        /// Groups wanted.
+        wanted: usize,
+    },
+    /// A way of whitening that does not exist.
+    Method {
+        /// The name given.
+        got: String,
+    },
+    /// A number of steps where it has no place, or out of range.
+    Steps {
+        /// The number given.
+        steps: u32,
+        /// The name of the method.
+        method: String,
+    },
+    /// A covariance with ε has no inverse, as far as float64 can tell.
+    Singular {
+        /// The group of channels.
+        group: usize,
+        /// The smallest eigenvalue of Λ+εI, or what is known of it.
+        smallest: f64,
+        /// The largest one.
+        largest: f64,
+    },
+    /// The iteration did not come to an end.
+    NotConverged {
+        /// The group of channels.
+        group: usize,
+    },
+    /// Two principal components have nearly the same variance, so that they have no derivative.
+    EigenvalueGap {
+        /// The group of channels.
+        group: usize,
+        /// The two components.
+        pair: (usize, usize),
+        /// Their variances.
+        values: (f64, f64),
+    },
     /// dy is to be read from the memory of dresidual, but there is no dresidual.
     NoDresidual,
     /// Bytes that `from_bytes` cannot read.
@@ -187,6 +236,30 @@ impl fmt::Display for Error {
                 f,
                 "sums are over {got} values in channel {channel}; wanted {wanted}, as its moments: merge those of all parts"
             ),
+            Self::Groups { groups, channels } => {
+                write!(f, "groups is {groups}; wanted a divisor of the number of channels, {channels}")
+            }
+            Self::OtherGroups { got, wanted } => write!(f, "other has {got} groups of channels; wanted {wanted}"),
+            Self::Method { got } => {
+                write!(f, "method is {got:?}; wanted \"zca\", \"pca\", \"cholesky\" or \"iterative\"")
+            }
+            Self::Steps { steps, method } => {
+                write!(f, "steps is {steps} for method {method:?}; wanted None, or 1 to 100 for method \"iterative\"")
+            }
+            Self::Singular { group, smallest, largest } => write!(
+                f,
+                "the covariance of group {group} of channels is singular with this eps: its smallest eigenvalue is {smallest:e}, \
+                 its largest {largest:e}; wanted a larger eps, more rows, or shrinkage=\"ledoit-wolf\""
+            ),
+            Self::NotConverged { group } => write!(
+                f,
+                "the iteration did not converge for group {group} of channels; wanted a larger eps or another method"
+            ),
+            Self::EigenvalueGap { group, pair: (a, b), values: (first, second) } => write!(
+                f,
+                "principal components {a} and {b} of group {group} of channels have nearly the same variance, {first:e} and \
+                 {second:e}, so that they have no derivative; wanted a relative gap of 1e-8 or more, or method \"zca\""
+            ),
             Self::NoDresidual => write!(f, "dresidual is absent; wanted the tensor that holds dy"),
             Self::Bytes { what, reason } => write!(f, "data are not the bytes of {what}: {reason}"),
             Self::Threads { got } => write!(f, "the number of threads is {got}; wanted a whole number from 1 to 1024"),
@@ -225,7 +298,7 @@ macro_rules! kinds {
 kinds! {
     Rank ChannelAxis NoChannels Overflow Elements LayoutMismatch Channels NotFinite Negative Eps EpsZeroInTraining
     EpsZeroForZeroVariance TooFewValues Counts Bytes Threads Level Range NoDresidual
-    NoMemory ThreadSource Library
+    NoMemory ThreadSource Library Groups OtherGroups Method Steps Singular NotConverged EigenvalueGap
 }
 
 impl Error {

@@ -85,7 +85,7 @@ impl GradientSums {
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        FORMAT.write([&self.count, &self.dgamma, &self.dbeta])
+        FORMAT.write([self.channels()], [&self.count, &self.dgamma, &self.dbeta])
     }
 
     /// Reads what [`GradientSums::to_bytes`] wrote.
@@ -93,7 +93,7 @@ impl GradientSums {
     /// # Errors
     /// [`Error::Bytes`], [`Error::NoMemory`], and those of [`GradientSums::new`].
     pub fn from_bytes(data: &[u8]) -> Result<Self, Error> {
-        let [count, dgamma, dbeta] = FORMAT.read(data)?;
+        let (_, [count, dgamma, dbeta]) = FORMAT.read(data, |[channels]| Some([channels; 3]))?;
         Self::new(count, dgamma, dbeta)
     }
 

@@ -176,7 +176,7 @@ impl Moments {
     /// # Errors
     /// [`Error::NoMemory`].
     pub fn to_bytes(&self) -> Result<Vec<u8>, Error> {
-        FORMAT.write([&self.count, &self.mean, &self.m2])
+        FORMAT.write([self.channels()], [&self.count, &self.mean, &self.m2])
     }
 
     /// Reads what [`Moments::to_bytes`] wrote.
@@ -184,7 +184,7 @@ impl Moments {
     /// # Errors
     /// [`Error::Bytes`], [`Error::NoMemory`], and those of [`Moments::new`].
     pub fn from_bytes(data: &[u8]) -> Result<Self, Error> {
-        let [count, mean, m2] = FORMAT.read(data)?;
+        let (_, [count, mean, m2]) = FORMAT.read(data, |[channels]| Some([channels; 3]))?;
         Self::new(count, mean, m2)
     }
 }

@@ -139,10 +139,23 @@ impl<'a, T: Element> ViewMut<'a, T> {
         grid: &Grid,
         f: impl Fn(&Rect, TileMut<'_, T>) -> Result<(), Error> + Sync,
     ) -> Result<(), Error> {
+        self.map_work(grid, self.bytes(), f)
+    }
+
+    /// The same for work that takes as long as moving `bytes`.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] before `f` is called, or what `f` returned.
+    pub(crate) fn map_work(
+        &mut self,
+        grid: &Grid,
+        bytes: usize,
+        f: impl Fn(&Rect, TileMut<'_, T>) -> Result<(), Error> + Sync,
+    ) -> Result<(), Error> {
         let (len, data) = (self.layout.len(), SendPtr(self.data));
-        let streaming = len * size_of::<T>() >= cache::last_level() / STREAM_FROM && !parallel::is_hosted();
+        let streaming = self.bytes() >= cache::last_level() / STREAM_FROM && !parallel::is_hosted();
         let tiles = grid.len();
-        parallel::map(tiles, len * size_of::<T>(), |i| {
+        parallel::map(tiles, bytes, |i| {
             let rect = grid.rect(tiles - 1 - i);
             rect.check(len, grid.width);
             // SAFETY: the rectangle lies within `len` elements, as just checked.

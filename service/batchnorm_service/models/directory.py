@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from batchnorm._layers import AnyFrozen, load
+from batchnorm._kinds import AnyFrozen, load
 from batchnorm_service.models.model import MAX_RANK
 
 # A name is one segment of a URL and one component of a path: no slash, no leading dot, no percent.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import FrozenBatchNorm
-from batchnorm._layers import AnyFrozen
+from batchnorm._kinds import AnyFrozen
 from batchnorm_service.errors import InvalidInputError
 
 # NumPy's limit, so that of a tensor.

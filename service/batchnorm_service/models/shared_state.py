@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from batchnorm._layers import AnyFrozen, load
+from batchnorm._kinds import AnyFrozen, load
 from batchnorm_service.errors import LaggingError
 
 # How long one change waits for another, and a load for the workers.

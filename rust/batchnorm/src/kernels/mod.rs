@@ -6,12 +6,14 @@
 mod interleaved;
 mod map;
 mod passing;
+mod patch;
 mod planar;
 mod transfer;
 
 use crate::simd::Lanes;
 pub(crate) use interleaved::{DxRows, GradientSumRows, MomentRows, NormalizeRows, ROWS};
 pub(crate) use map::{ActivationBackward, DxCoefficients, normalize_one};
+pub(crate) use patch::{GatherRows, GatherRuns, OrderedProduct, Rows, ScaleAndShift, ScatterRows, ScatterRuns};
 pub(crate) use planar::{DxRuns, GradientSumRuns, MomentRuns, NormalizeRuns, TOGETHER};
 pub(crate) use transfer::Transfer;
 

@@ -246,6 +246,13 @@ impl<T: Element> RowMut<'_, T> {
         self.len
     }
 
+    /// Elements `i .. i + len` as a row; both write the same memory, by turns.
+    #[inline(always)]
+    pub(crate) fn part(&self, i: usize, len: usize) -> RowMut<'_, T> {
+        assert!(i <= self.len && len <= self.len - i);
+        RowMut { data: self.data.wrapping_add(i), len, memory: PhantomData }
+    }
+
     /// Writes element `i`.
     #[inline(always)]
     pub(crate) fn put_one(&self, i: usize, value: T) {
