@@ -167,6 +167,22 @@ def test_a_refused_batch_changes_nothing(rng, make, case):
     assert state_bits(population) == before
 
 
+def test_floating_point_errors_of_numpy_are_not_ours(make):
+    extremes = [of(4, 5e-324, 5e-324), of(1000, 1e-200, 1e-310), of(2, 1e150, 1e300), of(3, 0, 0)]
+    with np.errstate(all="raise"):
+        population, other = make(), make()
+        for s in extremes:
+            population.update(s)
+            assert population.cov.shape == (GROUPS, 3, 3)
+        other.load_state_dict(population.state_dict())
+        with pytest.raises(ValueError, match="not finite"):
+            other.load_state_dict(other.state_dict() | {"mean": np.full(CHANNELS, np.longdouble("1e400"))})
+    quiet = make()
+    for s in extremes:
+        quiet.update(s)
+    assert state_bits(population) == state_bits(other) == state_bits(quiet)
+
+
 HUGE = 1.7e308
 
 

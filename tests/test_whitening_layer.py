@@ -408,3 +408,22 @@ def test_training_a_network_with_it(rng):
         layer.gamma -= 0.5 * layer.grad_gamma
         layer.beta -= 0.5 * layer.grad_beta
     np.testing.assert_allclose((layer.gamma, layer.beta), ([3] * 4, [-1] * 4), rtol=1e-3)
+
+
+def test_floating_point_errors_of_numpy_are_not_ours(rng):
+    tiny = [1e-60, 1e-310, 5e-324]
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    narrow, small, large, wide = (x * np.float32(scale) for scale in (1e-30, 1e-38, 1e38, 1e18))
+    with np.errstate(all="raise"):
+        layer = bn.Whitening(3)
+        layer.gamma = tiny
+        layer.gamma = [1e-45, 1, 1]
+        for batch in (narrow, x, wide):
+            layer(batch)
+            for dy in (small, large):
+                layer.backward(dy)
+        layer.population.load_state_dict({"mean": tiny, "cov": 1e-30 * np.eye(3)[None]})
+        layer.freeze()
+        layer.eval()(x)
+        for dy in (small, large):
+            layer.backward(dy)

@@ -53,6 +53,7 @@ class _Covariances(ArrayState):
             raise ValueError("comoments: the batch is too far from those before it for float64")
         self._state = state
 
+    @np.errstate(all="ignore")  # what float64 cannot hold is asked of the result
     def _loaded(self, state: dict[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
         name = f"state[{self._MATRICES!r}]"
         mean = finite_vector("state['mean']", state["mean"], np.float64)
@@ -175,7 +176,8 @@ class PooledCovariance(_Covariances):
         Raises:
             ValueError: Not ready.
         """
-        return self._get("scatter") / (self._state["count"] - 1)
+        with np.errstate(all="ignore"):
+            return self._get("scatter") / (self._state["count"] - 1)
 
     @np.errstate(all="ignore")  # what float64 cannot hold is asked of the result
     def update(self, comoments: CoMoments) -> None:

@@ -40,16 +40,14 @@ class _EvalCache:
     x: NDArray[Any]
 
     def backward(self, dy: Any) -> Gradients:
-        dy, x, axis = _core.tensor("dy", dy), self.x, self.frozen.channel_axis
-        pair = dy, x
-        if (
-            x.dtype.itemsize == 2 and dy.dtype == x.dtype
-        ):  # so that x̂ is not rounded to 16 bits before the sum
-            pair = dy.astype(np.float32), x.astype(np.float32)
-        _, dgamma, dbeta = _core.infer_backward(
-            pair[0], self.plain(pair[1]), 0.0, 1.0, eps=0.0, channel_axis=axis
-        )
-        return Gradients(self.frozen.backward(dy), dgamma, dbeta)
+        dy, axis = _core.tensor("dy", dy), self.frozen.channel_axis
+        wide = dy, self.x
+        if dy.dtype == self.x.dtype and dy.dtype.itemsize == 2:
+            # So that x̂ is not rounded to 16 bits before it is multiplied with dy and summed.
+            wide = dy.astype(np.float32), self.x.astype(np.float32)
+        # Of x̂ with mean 0 and variance 1, these are Σ dy·x̂ and Σ dy.
+        sums = _core.infer_backward(wide[0], self.plain(wide[1]), 0.0, 1.0, eps=0.0, channel_axis=axis)
+        return Gradients(self.frozen.backward(dy), sums.dgamma, sums.dbeta)
 
 
 class Whitening(Trainable[CovariancePopulation]):
@@ -218,6 +216,7 @@ class Whitening(Trainable[CovariancePopulation]):
         """
         return self._backward(dy)
 
+    @np.errstate(all="ignore")  # what the dtype cannot hold is asked of the result
     def freeze(self, dtype: DTypeLike | None = None) -> FrozenWhitening:
         """Return the layer as a `FrozenWhitening`: diag(γ)·W of the population's Λ, E[x] and β, rounded once.
 
@@ -229,7 +228,8 @@ class Whitening(Trainable[CovariancePopulation]):
                 rounding makes a parameter invalid.
 
         Warns:
-            UserWarning: The steps of "iterative" leave an entry of I − W(Λ + εI)Wᵀ above 1e-3.
+            UserWarning: The steps of "iterative" leave an entry of I − W(Λ + εI)Wᵀ above 1e-3, or rounding
+                moves y by more than 1e-4 of its standard deviation (see `FrozenWhitening.from_comoments`).
         """
         return FrozenWhitening.from_comoments(
             self._comoments(),
