@@ -86,6 +86,31 @@ def infer(x, mean, var, gamma=1.0, beta=0.0, eps=1e-5, channel_axis=1, activatio
         return y.astype(x.dtype)
 
 
+def whiten(x, matrix, mean, bias, channel_axis=1):
+    """A frozen whitening layer: Σ_i matrix[o, i]·(x_i − mean_i) + bias_o in order of i, in float64."""
+    channels, size = matrix.shape
+    matrix, mean, bias = (np.asarray(p, np.float64) for p in (matrix, mean, bias))
+    by_channel = np.moveaxis(x, channel_axis, 0).astype(np.float64)
+    y = np.empty(by_channel.shape)
+    with np.errstate(all="ignore"):
+        for o in range(channels):
+            first = o - o % size
+            y[o] = 0.0
+            for i in range(size):
+                y[o] += matrix[o, i] * (by_channel[first + i] - mean[first + i])
+            y[o] += bias[o]
+        if x.dtype.itemsize == 2:
+            y = y.astype(np.float32)
+        return np.moveaxis(y.astype(x.dtype), 0, channel_axis)
+
+
+def whiten_backward(dy, matrix, channel_axis=1):
+    """dx of a frozen whitening layer: Σ_o matrix[o, i]·dy_o in order of o, in float64."""
+    channels, size = matrix.shape
+    transposed = matrix.reshape(-1, size, size).swapaxes(1, 2).reshape(channels, size)
+    return whiten(dy, transposed, np.zeros(channels), np.zeros(channels), channel_axis)
+
+
 def ulp(s, dtype):
     """The distance of neighbouring numbers of `dtype` at |s|, in extended precision."""
     digits, least = {

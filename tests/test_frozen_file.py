@@ -37,12 +37,13 @@ def header_of(data):
     return data[8 : 8 + length]
 
 
-def test_the_example_in_the_specification(tmp_path, monkeypatch):
+def test_the_examples_in_the_specification(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs" / "format.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], "docs/format.md", "exec"), {})
-    assert Path("bn.safetensors").exists()
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/format.md", "exec"), {})
+    assert sorted(path.name for path in Path().iterdir()) == ["bn.safetensors", "whitening.safetensors"]
 
 
 @pytest.mark.parametrize("kind", [str, Path])

@@ -224,7 +224,7 @@ def test_a_changed_byte_in_a_parameter_is_refused(mode, dtype, bit):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("format", "other", "format 'batchnorm-frozen' wanted, found 'other'"),
+        ("format", "other", "format 'batchnorm-frozen' or '.*-whitening' wanted, found 'other'"),
         ("version", "2", "version '1' wanted, found '2'"),
         ("channel_axis", "-1", "fingerprint is"),
         ("eps", "0x0p+0", "eps is '0x0p.0', but that of the layer is"),
@@ -381,7 +381,8 @@ for call in (lambda: bn.FrozenBatchNorm([0.0], [1.0]).to_onnx(), lambda: __impor
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_example_in_the_documentation():
+def test_the_examples_in_the_documentation():
     blocks = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs" / "onnx.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], "docs/onnx.md", "exec"), {})
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/onnx.md", "exec"), {})

@@ -13,10 +13,10 @@ from batchnorm._core import real_array
 
 
 def channels_where(bad: NDArray[np.bool_]) -> str:
-    """Return the channels where `bad` is true, as text; an empty string if there are none."""
+    """Return the channels, along axis 0, where `bad` is true, as text; an empty string if there are none."""
     if not np.count_nonzero(bad):  # the common case, ten times as fast as looking for channels
         return ""
-    found = np.flatnonzero(bad)
+    found = np.unique(np.nonzero(bad)[0])
     more = f" and {found.size - 8} more" if found.size > 8 else ""
     return f"channel{'s' if found.size > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
 

@@ -9,7 +9,27 @@ from numpy.typing import NDArray
 
 
 class FrozenLayer(Protocol):
-    """The members of a frozen layer that files and ONNX models are made from."""
+    """The members of every frozen layer that files and ONNX models are made from."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of x that holds the channels."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the parameters."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the parameters."""
+
+
+class BatchNormParameters(FrozenLayer, Protocol):
+    """A frozen batch norm."""
 
     @property
     def mean(self) -> NDArray[Any]:
@@ -31,21 +51,25 @@ class FrozenLayer(Protocol):
     def eps(self) -> float:
         """ε, which float32 holds exactly."""
 
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
+
+class WhiteningParameters(FrozenLayer, Protocol):
+    """A frozen whitening layer."""
 
     @property
-    def channel_axis(self) -> int:
-        """Axis of x that holds the channels."""
+    def matrix(self) -> NDArray[Any]:
+        """diag(γ)·W, shape (channels, channels / groups)."""
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """NumPy dtype of the parameters."""
+    def mean(self) -> NDArray[Any]:
+        """E[x], shape (channels,)."""
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the parameters."""
+    def bias(self) -> NDArray[Any]:
+        """β, shape (channels,)."""
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of adjacent channels."""
 
 
 class _Gradients(NamedTuple):

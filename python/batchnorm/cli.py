@@ -10,17 +10,19 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _core
 from batchnorm._atomic import replacing
-from batchnorm._checks import channels_where
+from batchnorm._kinds import AnyFrozen, load
+from batchnorm._sources import Rounding, check_fit_together, statistics
 from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.frozen_whitening import FrozenWhitening
 from batchnorm.streaming import (
     CsvSource,
     Header,
@@ -30,11 +32,9 @@ from batchnorm.streaming import (
     merge_in_order,
     npy_writer,
     open_source,
-    rounding_error,
 )
 
 _SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
-_COARSE = 1e-4  # largest rounding error, in standard deviations, that gives no warning
 _PIPE_WIDTH = 160  # columns of a terminal, enough for a row of float64 parameters
 _HEADER = click.option(
     "--header",
@@ -137,13 +137,13 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_core.__version__, message="%(version)s")
 def main() -> None:
-    """Freeze batch normalization layers, apply, export and serve them."""
+    """Freeze batch normalization and whitening layers, apply, export and serve them."""
 
 
 @main.command(epilog="Example: batchnorm fit my.csv -o bn.safetensors")
 @click.argument("src", type=_SOURCE)
 @_output("The .safetensors file to write.")
-@click.option("--eps", type=float, default=1e-5, show_default=True, help="Added to the variance.")
+@click.option("--eps", type=float, default=1e-5, show_default=True, help="Added to the variances.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),
@@ -152,6 +152,16 @@ def main() -> None:
 @click.option("--channel-axis", type=int, default=1, show_default=True, help="Axis of the channels.")
 @click.option(
     "--ddof", type=click.Choice([0, 1]), default=1, show_default=True, help="1: unbiased variance; 0: biased."
+)
+@click.option(
+    "--whiten",
+    type=click.Choice(["zca", "pca", "cholesky", "iterative"]),
+    help="Whiten by this method, in place of batch normalization.",
+)
+@click.option(
+    "--groups",
+    type=click.IntRange(min=1),
+    help="With --whiten: number of groups of adjacent channels to whiten each by itself.  [default: 1]",
 )
 @_HEADER
 @_JSON
@@ -162,33 +172,50 @@ def fit(
     dtype: str | None,
     channel_axis: int,
     ddof: int,
+    whiten: Literal["zca", "pca", "cholesky", "iterative"] | None,
+    groups: int | None,
     header: Header,
     as_json: bool,
 ) -> None:
-    """Write the frozen layer that normalizes the data in SRC.
+    """Write the frozen layer that normalizes or whitens the data in SRC.
 
     SRC is a .npy array of floats, or a .csv file in which a line is a sample and a column a channel. It may
     also be a pipe, or - for standard input. It is read once, chunk by chunk, and need not fit into memory.
     """
     _check_suffix(output, ".safetensors")
+    if groups is not None and whiten is None:
+        raise ValueError(f"--groups: was {groups}, but only --whiten has groups")
     with open_source(src, channel_axis, np.dtype(np.float64), header) as source:
         if isinstance(source, CsvSource) and channel_axis not in (1, -1):
             raise ValueError(f"--channel-axis: was {channel_axis}, but the channels of a .csv are on axis 1")
+        if source.channels % (groups or 1):
+            wanted = f"a divisor of the {counted(source.channels, 'channel')} of {source.name}"
+            raise ValueError(f"--groups: was {groups}, wanted {wanted}")
         if dtype is None:
             dtype = "float64" if isinstance(source, NpySource) and source.dtype.itemsize == 8 else "float32"
-        rounding = _Rounding(np.dtype(dtype), source, channel_axis)
+        rounding = Rounding(np.dtype(dtype), source, channel_axis)
+        total: _core.Moments | _core.CoMoments | None
         with _progress("fit") as advance:
-            moments = merge_in_order(_parts(source, channel_axis, rounding, advance))
+            if whiten is None:
+                measure = partial(_core.moments, channel_axis=channel_axis)
+                total = merge_in_order(statistics(source, measure, rounding, advance))
+            else:
+                together = partial(_core.comoments, groups=groups or 1, channel_axis=channel_axis)
+                total = merge_in_order(statistics(source, together, rounding, advance))
+    moments = total.moments if isinstance(total, _core.CoMoments) else total
     if moments is None or moments.count.min(initial=np.inf) < 2:
         raise ValueError(f"{source.name}: fewer than 2 values in a channel")
+    options: dict[str, Any] = {"eps": eps, "ddof": ddof, "channel_axis": channel_axis, "dtype": dtype}
+    layer: AnyFrozen
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        layer = FrozenBatchNorm.from_moments(
-            moments, eps=eps, ddof=ddof, channel_axis=channel_axis, dtype=dtype
-        )
+        if isinstance(total, _core.CoMoments):
+            layer = FrozenWhitening.from_comoments(total, **options | {"method": whiten})
+        else:
+            layer = FrozenBatchNorm.from_moments(moments, **options)
     for warning in caught:
         _warn(_by_options(str(warning.message)))
-    rounding.warn(layer)
+    _warn(rounding.warning(layer))
     layer.save(output)
     count = int(moments.count[0])
     if as_json:
@@ -205,25 +232,25 @@ def fit(
 @_output("The file to write, of the format of SRC.")
 @_HEADER
 def apply(model: Path, src: Path, output: Path, header: Header) -> None:
-    """Normalize the data in SRC by the frozen layer in MODEL.
+    """Normalize or whiten the data in SRC by the frozen layer in MODEL.
 
     SRC is anything that fit reads, and the output has its format, .npy or .csv. The output file appears only
     when it is complete. NaN and Inf are errors in a .csv, and stay NaN and Inf in a .npy.
     """
-    layer = FrozenBatchNorm.load(model)
+    layer = load(model)
     with open_source(src, layer.channel_axis, layer.dtype, header) as source:
         if output.suffix.lower() != source.suffix:
             raise ValueError(f"{output}: wanted a name that ends in {source.suffix}, the format of SRC")
-        _check_fit_together(layer, model, source)
+        check_fit_together(layer, str(model), source)
         with replacing(output) as file, _progress("apply") as advance:
-            rounding = _Rounding(layer.dtype, source, layer.channel_axis)
+            rounding = Rounding(layer.dtype, source, layer.channel_axis)
             write = npy_writer(file, source) if isinstance(source, NpySource) else csv_writer(file, source)
             for done, chunk in source.chunks():
                 rounding.add(chunk)
                 x = chunk.astype(layer.dtype, copy=False) if isinstance(source, CsvSource) else chunk
                 write(layer(x))
                 advance(done)
-        rounding.warn(layer)
+        _warn(rounding.warning(layer))
 
 
 @main.command(epilog="Example: batchnorm inspect bn.safetensors")
@@ -231,15 +258,19 @@ def apply(model: Path, src: Path, output: Path, header: Header) -> None:
 @_JSON
 def inspect(file: Path, as_json: bool) -> None:
     """Show the frozen layer in FILE."""
-    layer = FrozenBatchNorm.load(file)
-    columns = {name: getattr(layer, name) for name in ("gamma", "beta", "mean", "var")}
-    header = {
+    layer = load(file)
+    header: dict[str, Any] = {
         "fingerprint": layer.fingerprint,
         "channels": layer.channels,
         "channel_axis": layer.channel_axis,
         "dtype": layer.dtype.name,
-        "eps": layer.eps,
     }
+    names: tuple[str, ...] = ("mean", "bias", "matrix")
+    if isinstance(layer, FrozenBatchNorm):
+        header["eps"], names = layer.eps, ("gamma", "beta", "mean", "var")
+    else:
+        header["groups"] = layer.groups
+    columns = {name: getattr(layer, name) for name in names}
     if as_json:
         _print_json(path=str(file), **header, **{name: values.tolist() for name, values in columns.items()})
         return
@@ -250,10 +281,10 @@ def inspect(file: Path, as_json: bool) -> None:
     for column in table.columns:
         column.justify, column.overflow = "right", "fold"
     for k, row in enumerate(zip(*columns.values(), strict=True)):
-        table.add_row(str(k), *map(str, row))
+        table.add_row(str(k), *map(_cell, row))
     click.echo(str(file))
-    for name, value in (header | {"eps": np.float32(layer.eps)}).items():
-        click.echo(f"  {name:<13}{value!s}")
+    for name, value in header.items():
+        click.echo(f"  {name:<13}{np.float32(value) if name == 'eps' else value!s}")
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
@@ -300,7 +331,7 @@ def import_(state: Path, output: Path, eps: float, as_json: bool) -> None:
     type=click.Choice(["inference", "exact"]),
     default="inference",
     show_default=True,
-    help="One BatchNormalization node, or arithmetic that gives the bits of apply.",
+    help="Of a batch norm: one BatchNormalization node, or arithmetic that gives the bits of apply.",
 )
 @click.option("--opset", type=int, default=15, show_default=True, help="ONNX operator set.")
 @click.option("--rank", type=int, default=4, show_default=True, help="Axes of x; 2 for the rows of a .csv.")
@@ -310,8 +341,13 @@ def export(
 ) -> None:
     """Write the frozen layer in FILE as an ONNX model."""
     _check_suffix(output, ".onnx")
-    layer = FrozenBatchNorm.load(file)
-    model = layer.to_onnx(opset=opset, mode=mode, rank=rank)
+    layer = load(file)
+    if isinstance(layer, FrozenBatchNorm):
+        model = layer.to_onnx(opset=opset, mode=mode, rank=rank)
+    elif mode != "inference":
+        raise ValueError(f"mode: was {mode}, wanted inference for the whitening layer in {file}")
+    else:
+        model = layer.to_onnx(opset=opset, rank=rank)
     with replacing(output) as target:
         target.write(model.SerializeToString())
     if as_json:
@@ -348,51 +384,12 @@ def demo(arguments: tuple[str, ...]) -> None:
         run.main(list(arguments), prog_name="batchnorm demo", standalone_mode=False)
 
 
-class _Rounding:
-    """Largest error of each channel from rounding the values of a source to the dtype of a layer."""
-
-    def __init__(self, dtype: np.dtype[Any], source: NpySource | CsvSource, channel_axis: int) -> None:
-        self._dtype, self._source, self._channel_axis = dtype, source, channel_axis
-        self._error = np.zeros(source.channels)
-
-    def add(self, chunk: NDArray[Any]) -> None:
-        np.maximum(self._error, rounding_error(chunk, self._dtype, self._channel_axis), out=self._error)
-
-    def warn(self, layer: FrozenBatchNorm) -> None:
-        sigma = np.sqrt(layer.var.astype(np.float64) + layer.eps)
-        if there := channels_where(self._error > _COARSE * sigma):
-            _warn(
-                f"{self._source.name}: rounding to {self._dtype.name} moves values by more than {_COARSE:g} "
-                f"standard deviations in {there}; a layer fitted with --dtype float64 keeps them"
-            )
-
-
-def _parts(
-    source: NpySource | CsvSource,
-    channel_axis: int,
-    rounding: _Rounding,
-    advance: Callable[[float | None], None],
-) -> Iterator[_core.Moments]:
-    for done, chunk in source.chunks():
-        rounding.add(chunk)
-        part = _core.moments(chunk, channel_axis=channel_axis)
-        if bad := channels_where(~(np.isfinite(part.mean) & np.isfinite(part.m2))):
-            raise ValueError(f"{source.name}: values or their variance are not finite in {bad}")
-        yield part
-        advance(done)
-
-
-def _check_fit_together(layer: FrozenBatchNorm, model: Path, source: NpySource | CsvSource) -> None:
-    if source.channels != layer.channels or (
-        isinstance(source, CsvSource) and layer.channel_axis not in (1, -1)
-    ):
-        wanted = f"{layer.channels} on axis {layer.channel_axis}"
-        raise ValueError(f"{source.name}: {counted(source.channels, 'channel')}, but {model} wants {wanted}")
-    if layer.dtype == np.float32 and isinstance(source, NpySource) and source.dtype.itemsize == 8:
-        raise TypeError(
-            f"{source.name}: float64, but {model} is float32; fit it with --dtype float64, or convert "
-            f"{source.name}"
-        )
+def _cell(value: Any) -> str:
+    """Return the text of a parameter in a table: a number, or a row of a matrix, cut if it is long."""
+    if value.ndim == 0:
+        return str(value)
+    numbers = [*map(str, value)]
+    return " ".join(numbers if len(numbers) <= 8 else [*numbers[:4], "…", *numbers[-3:]])
 
 
 @contextlib.contextmanager
@@ -425,7 +422,8 @@ def _progress(label: str) -> Iterator[Callable[[float | None], None]]:
 
 
 def _warn(message: str) -> None:
-    click.echo(f"batchnorm: warning: {message}", err=True)
+    if message:
+        click.echo(f"batchnorm: warning: {message}", err=True)
 
 
 def _print_json(**values: Any) -> None:

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import struct
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm._checks import channels_where, integer, number, parameter_dtype
-from batchnorm._core import Coefficients, Moments, real_array, tensor
+from batchnorm._core import Coefficients, Moments, real_array
+from batchnorm._frozen import COARSE, Frozen, checked_axis, fingerprint, rounded, warn_of_rounding
 from batchnorm._types import Gradients
 from batchnorm.conventions import torch_parameters
 
 if TYPE_CHECKING:
     import onnx
-
-_COARSE_MEAN = 1e-4
-"""In units of σ: where rounding moves the mean by more than this, freezing warns."""
-
-# dtypes and not types: comparing a dtype with a type first makes a dtype of it, which takes longer.
-_FLOAT32 = np.dtype(np.float32)
-
-_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +52,7 @@ class FrozenCache:
 
 @final
 @dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
-class FrozenBatchNorm:
+class FrozenBatchNorm(Frozen):
     """Batch normalization with fixed statistics: y = (x − mean)·gamma/√(var + eps) + beta.
 
     It is the inference form of Ioffe and Szegedy 2015 (arXiv 1502.03167), Algorithm 2, steps 8 to 12. The
@@ -128,7 +116,7 @@ class FrozenBatchNorm:
         dtype: DTypeLike = "float32",
     ) -> None:
         dtype = parameter_dtype(dtype)
-        channel_axis = _checked_axis(channel_axis)
+        channel_axis = checked_axis(channel_axis)
         given = {
             "mean": real_array("mean", mean),
             "var": real_array("var", var),
@@ -141,18 +129,22 @@ class FrozenBatchNorm:
         with np.errstate(all="ignore"):  # Coefficients, above, has checked the values
             wide = {name: array.astype(np.float64) for name, array in given.items()}
         exact = {name: np.broadcast_to(array, (channels,)) for name, array in wide.items()}
-        rounded = {name: _rounded(name, values, dtype) for name, values in exact.items()}
+        kept = {name: rounded(name, values, dtype) for name, values in exact.items()}
         eps = _rounded_eps(eps)
 
         put: Callable[[str, Any], None] = partial(object.__setattr__, self)
-        for name, values in rounded.items():
+        for name, values in kept.items():
             put(name, values)
         put("eps", eps)
         put("channel_axis", channel_axis)
         put("dtype", dtype)
-        put("_coefficients", Coefficients(**rounded, eps=eps))
-        put("fingerprint", _fingerprint(self))
-        _warn_of_coarse_means(exact["mean"], self)
+        put("_coefficients", Coefficients(**kept, eps=eps))
+        head = struct.pack("<qQd", channel_axis, channels, eps)
+        arrays = (self.gamma, self.beta, self.mean, self.var)
+        put("fingerprint", fingerprint("batchnorm-frozen/1", dtype, head, arrays))
+        sigma = np.sqrt(self.var.astype(np.float64) + eps)
+        coarse = np.abs(exact["mean"] - self.mean) > COARSE * sigma
+        warn_of_rounding("mean", "it", coarse, dtype)
 
     @classmethod
     def from_moments(
@@ -223,9 +215,9 @@ class FrozenBatchNorm:
             OSError: The file cannot be read.
             ValueError: The file is not a frozen layer, is of an unknown version, or is damaged.
         """
-        from batchnorm._file import read
+        from batchnorm._file import BATCH_NORM, read
 
-        return read(FrozenBatchNorm, path)
+        return read(path, {BATCH_NORM: FrozenBatchNorm})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save the layer to `path` as safetensors (`docs/format.md`), whole or not at all.
@@ -235,9 +227,9 @@ class FrozenBatchNorm:
         Raises:
             OSError: The file cannot be written; an old file at `path` is unchanged.
         """
-        from batchnorm._file import write
+        from batchnorm._file import BATCH_NORM, write
 
-        write(self, path)
+        write(self, path, BATCH_NORM)
 
     def to_onnx(
         self, *, opset: int = 15, mode: Literal["inference", "exact"] = "inference", rank: int = 4
@@ -283,7 +275,7 @@ class FrozenBatchNorm:
             TypeError: x is not of such a dtype.
             ValueError: x or out is of the wrong shape.
         """
-        return self._coefficients.infer(self._tensor(x), channel_axis=self.channel_axis, out=out)
+        return self._coefficients.infer(self._tensor("x", x), channel_axis=self.channel_axis, out=out)
 
     def _forward(
         self, x: Any, activation: Literal["relu", "relu6"] | None = None, residual: Any | None = None
@@ -302,7 +294,7 @@ class FrozenBatchNorm:
             TypeError: x is not of a dtype that the layer takes.
             ValueError: A tensor is of the wrong shape, or the activation is unknown.
         """
-        x, axis = self._tensor(x), self.channel_axis
+        x, axis = self._tensor("x", x), self.channel_axis
         y = self._coefficients.infer(x, channel_axis=axis, activation=activation, residual=residual)
         return y, FrozenCache(self._coefficients, x, axis, activation, residual)
 
@@ -318,25 +310,7 @@ class FrozenBatchNorm:
             TypeError: x is not of a dtype that the layer takes, or dy or out has another dtype than x.
             ValueError: A tensor is of the wrong shape.
         """
-        return FrozenCache(self._coefficients, self._tensor(x), self.channel_axis).backward(dy, out=out)
-
-    def _tensor(self, x: Any) -> NDArray[Any]:
-        """Return x as a NumPy array, or raise TypeError if the layer does not take its dtype."""
-        array = tensor("x", x)
-        if self.dtype == _FLOAT32 and array.dtype.type is np.float64:
-            raise TypeError(
-                "x: float64 tensors want a layer with float64 parameters, and those of this one are float32; "
-                "freeze it with dtype='float64' or convert x"
-            )
-        return array
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FrozenBatchNorm):
-            return NotImplemented
-        return self.fingerprint == other.fingerprint
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
+        return FrozenCache(self._coefficients, self._tensor("x", x), self.channel_axis).backward(dy, out=out)
 
     def __repr__(self) -> str:
         return (
@@ -349,56 +323,9 @@ class FrozenBatchNorm:
         return make, (self.mean, self.var, self.gamma, self.beta)
 
 
-def _checked_axis(channel_axis: int) -> int:
-    axis = integer("channel_axis", channel_axis)
-    if not -(2**63) <= axis < 2**63:  # the fingerprint holds an int64
-        raise ValueError(f"channel_axis: was {axis}, wanted an integer of 64 bits")
-    return axis
-
-
-def _rounded(name: str, values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round `values` to `dtype`, as a read-only array."""
-    with np.errstate(all="ignore"):
-        rounded = values.astype(dtype)
-    lost = ~np.isfinite(rounded)
-    if name == "var":
-        lost |= (values > 0) & (rounded == 0)
-    if lost.any():
-        where = f"in {channels_where(lost)}; dtype='float64' would hold it"
-        raise ValueError(f"{name}: out of the range of {dtype.name} {where}")
-    return np.frombuffer(rounded.tobytes(), dtype)
-
-
 def _rounded_eps(eps: float) -> float:
     with np.errstate(all="ignore"):
-        rounded = float(np.float32(eps)) + 0.0  # turns -0.0, which is the same ε, into 0.0
-    if not np.isfinite(rounded) or (eps > 0 and rounded == 0):
-        raise ValueError(f"eps: {eps!r} is {rounded} in float32, in which eps is held")
-    return rounded
-
-
-def _fingerprint(layer: FrozenBatchNorm) -> str:
-    digest = hashlib.sha256(f"batchnorm-frozen/1\n{layer.dtype.name}\n".encode("ascii"))
-    digest.update(struct.pack("<qQd", layer.channel_axis, layer.channels, layer.eps))
-    for values in (layer.gamma, layer.beta, layer.mean, layer.var):
-        digest.update(values.astype(layer.dtype.newbyteorder("<")).tobytes())
-    return digest.hexdigest()
-
-
-def _warn_of_coarse_means(mean: NDArray[np.float64], layer: FrozenBatchNorm) -> None:
-    sigma = np.sqrt(layer.var.astype(np.float64) + layer.eps)
-    coarse = np.abs(mean - layer.mean) > _COARSE_MEAN * sigma
-    if coarse.any():
-        warnings.warn(
-            f"mean: rounding to {layer.dtype.name} moves it by more than {_COARSE_MEAN:g} standard "
-            f"deviations in {channels_where(coarse)}; dtype='float64' keeps it",
-            stacklevel=_stacklevel_outside(),
-        )
-
-
-def _stacklevel_outside() -> int:
-    """Return the `stacklevel` with which a warning of the caller names a line outside this package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    return level
+        held = float(np.float32(eps)) + 0.0  # turns -0.0, which is the same ε, into 0.0
+    if not np.isfinite(held) or (eps > 0 and held == 0):
+        raise ValueError(f"eps: {eps!r} is {held} in float32, in which eps is held")
+    return held

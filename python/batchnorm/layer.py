@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _core
-from batchnorm._checks import finite_vector, integer, mapping, number, of_channels, parameter_dtype
+from batchnorm._trainable import Trainable
 from batchnorm._types import Gradients
-from batchnorm.frozen import FrozenBatchNorm, FrozenCache
+from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.population import MovingAverage, Population
-
-_FLOAT64 = np.dtype(np.float64)
-_PREFIX = "population."
 
 
 class _TrainingCache(NamedTuple):
@@ -29,7 +24,7 @@ class _TrainingCache(NamedTuple):
         return _core.backward(dy, self.cache, dresidual=dresidual)
 
 
-class BatchNorm:
+class BatchNorm(Trainable[Population]):
     """Batch normalization with trainable γ, β and an estimate of the population (Ioffe and Szegedy 2015).
 
     A new layer is in train mode: a call normalizes by the statistics of the batch (Algorithm 1) and updates
@@ -71,6 +66,7 @@ class BatchNorm:
         (2, 2)
     """
 
+    _STATISTICS = ("mean", "var")
     # Called with x and its moments after each forward pass in train mode. `shift.ShiftTrace` puts itself here
     # by a new tuple, so that one may leave while they are being called.
     _observers: tuple[Callable[[NDArray[Any], _core.Moments], None], ...] = ()
@@ -85,73 +81,16 @@ class BatchNorm:
         channel_axis: int = 1,
         population: Population | None = None,
     ) -> None:
-        self.channels = integer("channels", channels)
-        if self.channels < 1:
-            raise ValueError(f"channels: was {channels}, wanted 1 or more")
-        self.eps = number("eps", eps)
+        super().__init__(
+            channels,
+            eps=eps,
+            affine=affine,
+            dtype=dtype,
+            channel_axis=channel_axis,
+            population=MovingAverage(update_weight=0.1) if population is None else population,
+        )
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps: was {eps!r}, wanted a finite number > 0")
-        self.dtype = parameter_dtype(dtype)
-        self.channel_axis = integer("channel_axis", channel_axis)
-        self.population = MovingAverage(update_weight=0.1) if population is None else population
-        self.training = True
-        self.grad_gamma: Any = None
-        self.grad_beta: Any = None
-        self._parameters: dict[str, NDArray[Any]] = {}
-        if affine:
-            self._parameters["gamma"] = np.ones(self.channels, self.dtype)
-            self._parameters["beta"] = np.zeros(self.channels, self.dtype)
-        self._cache: _TrainingCache | FrozenCache | None = None
-        self._kept: tuple[tuple[Any, ...], FrozenBatchNorm] | None = None
-
-    # γ and β are typed Any: with a union with None, every optimizer step of a typed program would need an
-    # assertion first.
-    @property
-    def gamma(self) -> Any:
-        """γ, shape (channels,), `dtype`; None if not affine. Assignment copies into the same array."""
-        return self._parameters.get("gamma")
-
-    @gamma.setter
-    def gamma(self, value: ArrayLike) -> None:
-        self._set("gamma", value)
-
-    @property
-    def beta(self) -> Any:
-        """β, shape (channels,), `dtype`; None if not affine. Assignment copies into the same array."""
-        return self._parameters.get("beta")
-
-    @beta.setter
-    def beta(self, value: ArrayLike) -> None:
-        self._set("beta", value)
-
-    @property
-    def affine(self) -> bool:
-        """Whether there are γ and β."""
-        return bool(self._parameters)
-
-    @property
-    def population(self) -> Population:
-        """The estimator that train mode updates; `Algorithm2` says how to use it after training."""
-        return self._population
-
-    @population.setter
-    def population(self, value: Population) -> None:
-        wanted = ("update", "mean", "var", "ready", "reset", "state_dict", "load_state_dict")
-        # Looked up on the class: `mean` of an estimator that is not ready raises. A class given for an object
-        # (`Algorithm2` for `Algorithm2()`) has the type `type`, and is caught likewise.
-        if missing := [name for name in wanted if not hasattr(type(value), name)]:
-            raise TypeError(f"population: was {value!r}, wanted an estimator with {', '.join(missing)}")
-        self._population = value
-
-    def train(self) -> Self:
-        """Switch to train mode, and return the layer."""
-        self.training = True
-        return self
-
-    def eval(self) -> Self:
-        """Switch to eval mode, and return the layer."""
-        self.training = False
-        return self
 
     def __call__(
         self, x: Any, activation: Literal["relu", "relu6"] | None = None, residual: Any | None = None
@@ -177,7 +116,8 @@ class BatchNorm:
             TypeError: A layer of this dtype does not take x of its dtype.
         """
         if not self.training:
-            y, self._cache = self._frozen()._forward(x, activation, residual)
+            frozen = self._kept(self.freeze, self.eps, self.channel_axis)
+            y, self._cache = frozen._forward(x, activation, residual)
             return y
         x = self._batch(x)
         y, cache = _core.train_forward(
@@ -195,18 +135,6 @@ class BatchNorm:
         for observe in self._observers:
             observe(x, moments)
         return y
-
-    def _batch(self, x: Any) -> NDArray[Any]:
-        """Return x as a NumPy array, or raise if its shape or dtype is not that of a batch of this layer."""
-        array, axis = _core.tensor("x", x), self.channel_axis
-        if not -array.ndim <= axis < array.ndim or array.shape[axis] != self.channels:
-            wanted = f"{of_channels(self.channels)} on axis {axis}"
-            raise ValueError(f"x: shape was {array.shape}, wanted {wanted}")
-        wide = self.dtype == _FLOAT64
-        if (array.dtype.type is np.float64) != wide:
-            wanted = "float64" if wide else "float16, bfloat16 or float32"
-            raise TypeError(f"x: dtype was {array.dtype}, wanted {wanted} for a {self.dtype} layer")
-        return array
 
     def backward(self, dy: Any, dresidual: NDArray[Any] | None = None) -> NDArray[Any]:
         """Compute the gradients of the last forward pass; overwrites `grad_gamma` and `grad_beta`.
@@ -228,14 +156,7 @@ class BatchNorm:
             ValueError: dy has another shape than y, or dresidual is given but there was no residual.
             TypeError: dy has another dtype than y.
         """
-        if self._cache is None:
-            raise RuntimeError("backward: there was no forward pass to go back through; call the layer first")
-        dx, dgamma, dbeta = self._cache.backward(dy, dresidual=dresidual)
-        if self.affine:
-            with np.errstate(all="ignore"):
-                gradients = dgamma.astype(self.dtype), dbeta.astype(self.dtype)
-            self.grad_gamma, self.grad_beta = gradients
-        return dx
+        return self._backward(dy, dresidual=dresidual)
 
     def freeze(self, dtype: DTypeLike | None = None) -> FrozenBatchNorm:
         """Return the layer as a `FrozenBatchNorm`: γ, β, E[x], Var[x] and ε, rounded once.
@@ -247,12 +168,10 @@ class BatchNorm:
             ValueError: The population is not ready or has another number of channels, or rounding makes a
                 parameter invalid.
         """
-        mean, var = self.population.mean, self.population.var
-        if mean.shape != (self.channels,):
-            raise ValueError(f"population: shape was {mean.shape}, wanted ({self.channels},)")
+        self._check_shapes(self.population, "population: shape was")
         return FrozenBatchNorm(
-            mean,
-            var,
+            self.population.mean,
+            self.population.var,
             self.gamma,
             self.beta,
             eps=self.eps,
@@ -260,67 +179,9 @@ class BatchNorm:
             dtype=self.dtype if dtype is None else dtype,
         )
 
-    def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return copies of γ and β (if affine) and of the population's state.
-
-        Keys of the population's state begin with `population.`.
-        """
-        state = {name: array.copy() for name, array in self._parameters.items()}
-        return state | {_PREFIX + name: array for name, array in self.population.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
-        """Load a copy of `state`.
-
-        Args:
-            state: What `state_dict` of a layer of the same kind returned.
-
-        Raises:
-            ValueError: Keys are missing or unknown, or an array has a wrong shape or values that are not
-                finite; nothing is changed then.
-            TypeError: `state` is not a mapping, or an array in it is not real, has a mask or requires grad;
-                nothing is changed then.
-        """
-        mapping("state", state, "state_dict()")
-        own = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
-        if own.keys() != self._parameters.keys():
-            wanted = sorted(self._parameters)
-            raise ValueError(f"state: keys were {sorted(own)}, wanted {wanted} beside {_PREFIX}*")
-        parameters = {name: self._checked(name, value) for name, value in own.items()}
-        inner = {name.removeprefix(_PREFIX): value for name, value in state.items() if name not in own}
-        trial = copy.deepcopy(self.population)
-        trial.load_state_dict(inner)
-        if trial.ready and trial.mean.shape != (self.channels,):
-            raise ValueError(f"state: population of shape {trial.mean.shape}, wanted ({self.channels},)")
-        self.population.load_state_dict(inner)
-        for name, array in parameters.items():
-            self._parameters[name][...] = array
-
-    def _frozen(self) -> FrozenBatchNorm:
-        """Return the frozen layer, kept from the last call if nothing has changed.
-
-        Freezing takes ten times as long as normalizing a small batch.
-        """
-        arrays = self.population.mean, self.population.var, *self._parameters.values()
-        key = self.eps, self.channel_axis, *(array.tobytes() for array in arrays)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self.freeze()
-        return self._kept[1]
-
-    def _checked(self, name: str, value: ArrayLike) -> NDArray[Any]:
-        vector = finite_vector(name, value, self.dtype)
-        if vector.shape != (self.channels,):
-            raise ValueError(f"{name}: shape was {vector.shape}, wanted ({self.channels},)")
-        return vector
-
-    def _set(self, name: str, value: ArrayLike) -> None:
-        if not self.affine:
-            raise ValueError(f"{name}: the layer was made with affine=False")
-        self._parameters[name][...] = self._checked(name, value)
-
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference, and
-        # without whoever observes this layer.
-        return self.__dict__ | {"_cache": None, "_observers": ()}
+        # A copy starts without whoever observes this layer.
+        return super().__getstate__() | {"_observers": ()}
 
     def __repr__(self) -> str:
         return (

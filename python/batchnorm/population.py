@@ -16,23 +16,16 @@ from batchnorm._checks import channels_where, finite_vector, mapping, number, of
 from batchnorm._core import Moments
 
 
-class Population(Protocol):
-    """The protocol of an estimator for `BatchNorm`; a class of your own needs these members."""
+class Estimator(Protocol):
+    """What a trainable layer needs of its population beside the statistics themselves."""
 
     @property
     def ready(self) -> bool:
-        """Whether `mean` and `var` have a value."""
+        """Whether the estimates have a value."""
 
     @property
     def mean(self) -> NDArray[np.float64]:
         """Estimate of E[x], shape (channels,); raises ValueError while not ready."""
-
-    @property
-    def var(self) -> NDArray[np.float64]:
-        """Unbiased estimate of Var[x], shape (channels,); raises ValueError while not ready."""
-
-    def update(self, moments: Moments) -> None:
-        """Update the estimate with one batch, or raise ValueError naming the channels and change nothing."""
 
     def reset(self) -> None:
         """Forget every batch."""
@@ -44,8 +37,19 @@ class Population(Protocol):
         """Replace the state by a copy of `state`, or raise and change nothing."""
 
 
-class _Averages:
-    """Float64 averages of batch means and of unbiased batch variances; subclasses choose the weights."""
+class Population(Estimator, Protocol):
+    """The protocol of an estimator for `BatchNorm`; a class of your own needs these members."""
+
+    @property
+    def var(self) -> NDArray[np.float64]:
+        """Unbiased estimate of Var[x], shape (channels,); raises ValueError while not ready."""
+
+    def update(self, moments: Moments) -> None:
+        """Update the estimate with one batch, or raise ValueError naming the channels and change nothing."""
+
+
+class ArrayState:
+    """An estimator whose state is float64 arrays by name; subclasses say which, and compute with them."""
 
     def __init__(self) -> None:
         self._state: dict[str, NDArray[np.float64]] = {}
@@ -64,21 +68,12 @@ class _Averages:
         """
         return self._get("mean")
 
-    @property
-    def var(self) -> NDArray[np.float64]:
-        """Unbiased estimate of Var[x], float64, shape (channels,).
-
-        Raises:
-            ValueError: Not ready.
-        """
-        return self._get("var")
-
     def reset(self) -> None:
         """Forget every batch; the estimator is not ready until the next update."""
         self._state = {}
 
     def state_dict(self) -> dict[str, NDArray[np.float64]]:
-        """Return a copy of the state: float64 arrays of shape (channels,), or no arrays while not ready."""
+        """Return a copy of the state: float64 arrays, or none while not ready."""
         return {name: array.copy() for name, array in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
@@ -96,16 +91,46 @@ class _Averages:
         names = self._names()
         if state and set(state) != set(names):
             raise ValueError(f"state: keys were {sorted(state)}, wanted {sorted(names)} or none")
-        loaded = {name: finite_vector(f"state[{name!r}]", state[name], np.float64) for name in names if state}
-        shapes = {name: array.shape for name, array in loaded.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(f"state: shapes were {shapes}, wanted one number of channels")
-        if loaded:
-            self._check_possible(loaded)
-        self._state = loaded
+        self._state = self._loaded({name: state[name] for name in names}) if state else {}
+
+    def _names(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _loaded(self, state: dict[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
+        """Return copies of the arrays of a state, or raise if no batches can lead to them."""
+        raise NotImplementedError
+
+    def _get(self, name: str) -> NDArray[np.float64]:
+        if not self.ready:
+            raise ValueError(
+                f"population: {type(self).__name__} has seen no batch; run forward passes in train mode "
+                "or load a state first"
+            )
+        return self._state[name].copy()
+
+
+class _Averages(ArrayState):
+    """Float64 averages of batch means and of unbiased batch variances; subclasses choose the weights."""
+
+    @property
+    def var(self) -> NDArray[np.float64]:
+        """Unbiased estimate of Var[x], float64, shape (channels,).
+
+        Raises:
+            ValueError: Not ready.
+        """
+        return self._get("var")
 
     def _names(self) -> tuple[str, ...]:
         return ("mean", "var")
+
+    def _loaded(self, state: dict[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
+        loaded = {name: finite_vector(f"state[{name!r}]", value, np.float64) for name, value in state.items()}
+        shapes = {name: array.shape for name, array in loaded.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"state: shapes were {shapes}, wanted one number of channels")
+        self._check_possible(loaded)
+        return loaded
 
     def _check_possible(self, state: dict[str, NDArray[np.float64]]) -> None:
         """Raise ValueError if no batches can lead to these finite values."""
@@ -117,14 +142,6 @@ class _Averages:
         if bad := channels_where(~(np.isfinite(state["mean"]) & np.isfinite(state["var"]))):
             raise ValueError(f"moments: the batch is too far from those before it for float64 in {bad}")
         self._state = state
-
-    def _get(self, name: str) -> NDArray[np.float64]:
-        if not self.ready:
-            raise ValueError(
-                f"population: {type(self).__name__} has seen no batch; run forward passes in train mode "
-                "or load a state first"
-            )
-        return self._state[name].copy()
 
     def _checked(self, moments: Moments) -> tuple[NDArray[np.float64], ...]:
         """Return count, mean and unbiased variance of a batch, or raise if it must not enter the averages."""

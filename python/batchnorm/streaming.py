@@ -15,15 +15,17 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm._core import Moments
+from batchnorm._core import CoMoments, Moments
 
 CHUNK_VALUES = 2**20
 """4 to 8 MiB of floats: work enough for every thread, and little beside the memory of any machine."""
+
+_Statistics = TypeVar("_Statistics", Moments, CoMoments)
 
 Header: TypeAlias = Literal["auto", "yes", "no"]
 
@@ -255,20 +257,20 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def merge_in_order(parts: Iterable[Moments]) -> Moments | None:
-    """Merge moments, in their order, in a binary tree; None if there are none.
+def merge_in_order(parts: Iterable[_Statistics]) -> _Statistics | None:
+    """Merge moments or co-moments, in their order, in a binary tree; None if there are none.
 
-    The shape of the tree depends on the number of moments alone.
+    The shape of the tree depends on the number of parts alone.
     Neighbours of equal size merge first, so that rounding errors grow with the logarithm of the number.
     """
-    waiting: list[tuple[int, Moments]] = []
+    waiting: list[tuple[int, _Statistics]] = []
     for part in parts:
         size, merged = 1, part
         while waiting and waiting[-1][0] == size:
             merged = waiting.pop()[1].merge(merged)
             size *= 2
         waiting.append((size, merged))
-    total: Moments | None = None
+    total: _Statistics | None = None
     for _, part in reversed(waiting):
         total = part if total is None else part.merge(total)
     return total

@@ -1,4 +1,4 @@
-"""HTTP service for frozen batch normalization layers (Open Inference Protocol v2).
+"""HTTP service for frozen batch normalization and whitening layers (Open Inference Protocol v2).
 
 Each module imports only modules above it in this list and, without cycles, beside it; a test checks this.
 

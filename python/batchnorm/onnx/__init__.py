@@ -1,4 +1,4 @@
-"""Frozen layers in ONNX models: `load_frozen` reads one, `FrozenBatchNorm.to_onnx` writes one.
+"""Frozen layers in ONNX models: `load_frozen` reads one, `to_onnx` of the layer writes one.
 
 This package needs the extra `batchnorm[onnx]`.
 """

@@ -1,4 +1,4 @@
-"""Import of a frozen layer from an ONNX model, written by `FrozenBatchNorm.to_onnx` or by other programs."""
+"""Import of a frozen layer from an ONNX model, written by `to_onnx` or by other programs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from batchnorm._file import METADATA_KEYS, check_known, restore
+from batchnorm._file import BATCH_NORM, WHITENING, kind_of, restore
+from batchnorm._kinds import MAKERS
 from batchnorm.frozen import FrozenBatchNorm
+from batchnorm.frozen_whitening import FrozenWhitening
+from batchnorm.onnx import whitening
 from batchnorm.onnx.graph import Graph, is_standard, operator_name
 
 # Since BatchNormalization-9 the inference form has meant the same; 14 and 15 changed training and the types.
@@ -20,10 +23,11 @@ _INPUTS = {"Cast": 1, "Sqrt": 1}  # all others of mode "exact" have 2
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> FrozenBatchNorm:
+def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> FrozenBatchNorm | FrozenWhitening:
     """Load the frozen layer of an ONNX model.
 
-    The model was written by `FrozenBatchNorm.to_onnx`, in either mode, or by another program.
+    The model was written by `FrozenBatchNorm.to_onnx`, in either mode, by `FrozenWhitening.to_onnx`, or by
+    another program.
 
     In a model of another program, the one BatchNormalization node of the main graph is read. It must be in
     inference mode, and its parameters must be constant: initializers, every form of Constant, and Identity,
@@ -41,14 +45,20 @@ def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> Froz
             was written by this package and its parameters are not those of its fingerprint.
     """
     graph = Graph(model)
-    found = {prop.key: prop.value for prop in graph.model.metadata_props if prop.key in METADATA_KEYS}
-    if "fingerprint" not in found:
+    props = {prop.key: prop.value for prop in graph.model.metadata_props}
+    if "fingerprint" not in props:
         parameters, eps = _inference(graph)
         wide = any(values.dtype == np.float64 for values in parameters.values())
         return FrozenBatchNorm(**_float64(parameters), eps=eps, dtype="float64" if wide else "float32")
-    check_known(graph.where, found)
+    keys = (WHITENING if props.get("format") == WHITENING.format else BATCH_NORM).keys
+    found = {key: value for key, value in props.items() if key in keys}  # tools add entries of their own
+    if kind_of(graph.where, found, MAKERS) is WHITENING:
+        parameters = _float64(whitening.parameters(graph))
+        layer = restore(FrozenWhitening, graph.where, found, parameters, WHITENING)
+        whitening.check(graph, layer)
+        return layer
     parameters, eps = _inference(graph) if graph.nodes("BatchNormalization") else _exact(graph)
-    return restore(FrozenBatchNorm, graph.where, found, _float64(parameters), eps)
+    return restore(FrozenBatchNorm, graph.where, found, _float64(parameters) | {"eps": eps}, BATCH_NORM)
 
 
 def _float64(parameters: dict[str, NDArray[Any]]) -> dict[str, Any]:

@@ -64,7 +64,18 @@ class ModelParameters(BaseModel):
     fingerprint: str
     datatypes: str
     channel_axis: int
+
+
+class BatchNormParameters(ModelParameters):
+    """Parameters of a frozen batch norm."""
+
     eps: float
+
+
+class WhiteningParameters(ModelParameters):
+    """Parameters of a frozen whitening layer."""
+
+    groups: int
 
 
 class Model(BaseModel):
@@ -75,7 +86,7 @@ class Model(BaseModel):
     platform: str
     inputs: list[Tensor]
     outputs: list[Tensor]
-    parameters: ModelParameters
+    parameters: BatchNormParameters | WhiteningParameters
 
 
 class ConfiguredTensor(BaseModel):

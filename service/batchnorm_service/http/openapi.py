@@ -20,7 +20,7 @@ from batchnorm_service.protocol import metadata
 from batchnorm_service.protocol.request import INPUT, OUTPUT
 from batchnorm_service.protocol.tensors import DTYPES, JSON_DATATYPES
 
-_DESCRIPTION: Final = """Frozen batch normalization layers by the Open Inference Protocol v2.
+_DESCRIPTION: Final = """Frozen batch normalization and whitening layers by the Open Inference Protocol v2.
 Every answer but 200 is `{"error": text}`; a defect is answered 500."""
 
 _LENGTH: Final = "Inference-Header-Content-Length"

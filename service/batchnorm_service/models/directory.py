@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from batchnorm import FrozenBatchNorm
+from batchnorm._kinds import AnyFrozen, load
 from batchnorm_service.models.model import MAX_RANK
 
 # A name is one segment of a URL and one component of a path: no slash, no leading dot, no percent.
@@ -82,7 +82,7 @@ class Directory:
         seen: set[tuple[str, str]] = set()
         return [self._checked(source, seen) for source in found]
 
-    def read(self, source: Source, scratch: Path) -> FrozenBatchNorm:
+    def read(self, source: Source, scratch: Path) -> AnyFrozen:
         """Return the layer of a source.
 
         The file is copied first, and the copy read, so that a change of the file meanwhile does no harm.
@@ -103,7 +103,7 @@ class Directory:
             raise ValueError("not a regular file")
         with open(real, "rb", opener=_unfollowed) as file, scratch.open("wb") as copy:
             shutil.copyfileobj(file, copy)
-        layer = _read_onnx(scratch) if real.suffix == ".onnx" else FrozenBatchNorm.load(scratch)
+        layer = _read_onnx(scratch) if real.suffix == ".onnx" else load(scratch)
         if not -MAX_RANK <= layer.channel_axis < MAX_RANK:
             raise ValueError(f"no tensor has a channel axis {layer.channel_axis}")
         return layer
@@ -205,7 +205,7 @@ def _unfollowed(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _read_onnx(path: Path) -> FrozenBatchNorm:
+def _read_onnx(path: Path) -> AnyFrozen:
     try:
         import onnx
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import FrozenBatchNorm
+from batchnorm._kinds import AnyFrozen
 from batchnorm_service.errors import InvalidInputError
 
 # NumPy's limit, so that of a tensor.
@@ -28,7 +29,7 @@ class Model:
 
     name: str
     version: str
-    layer: FrozenBatchNorm
+    layer: AnyFrozen
 
     @cached_property
     def dtypes(self) -> tuple[str, ...]:
@@ -43,6 +44,12 @@ class Model:
         sizes = [-1] * max(2, axis + 1 if axis >= 0 else -axis)
         sizes[axis] = self.layer.channels
         return tuple(sizes)
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """What the metadata say of this kind of layer."""
+        layer = self.layer
+        return {"eps": layer.eps} if isinstance(layer, FrozenBatchNorm) else {"groups": layer.groups}
 
     def infer(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return `layer(x)`, written to `out` if that is given.

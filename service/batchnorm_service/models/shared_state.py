@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from batchnorm import FrozenBatchNorm
+from batchnorm._kinds import AnyFrozen, load
 from batchnorm_service.errors import LaggingError
 
 # How long one change waits for another, and a load for the workers.
@@ -129,7 +129,7 @@ class SharedState:
         """Return a path for a temporary file, which the caller deletes."""
         return self._path / f"copy-{secrets.token_hex(8)}"
 
-    def put(self, layer: FrozenBatchNorm) -> None:
+    def put(self, layer: AnyFrozen) -> None:
         """Save a layer under its fingerprint; it is kept until a list without it is published.
 
         Raises:
@@ -139,14 +139,14 @@ class SharedState:
         if not path.exists():
             layer.save(path)
 
-    def get(self, fingerprint: str) -> FrozenBatchNorm:
+    def get(self, fingerprint: str) -> AnyFrozen:
         """Return a saved layer.
 
         Raises:
             OSError: The file is not there any more.
             ValueError: The file has changed since it was written.
         """
-        layer = FrozenBatchNorm.load(self._layers / fingerprint)
+        layer = load(self._layers / fingerprint)
         if layer.fingerprint != fingerprint:
             raise ValueError(f"the file of layer {fingerprint} has another one")
         return layer

@@ -32,7 +32,7 @@ def of_model(model: Model, versions: list[str]) -> dict[str, Any]:
             "fingerprint": model.layer.fingerprint,
             "datatypes": ",".join(datatypes),
             "channel_axis": model.layer.channel_axis,
-            "eps": model.layer.eps,
+            **model.parameters,
         },
     }
 
