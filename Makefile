@@ -144,7 +144,8 @@ $(VENV)/.release: $(VENV)/.packages tests/requirements-release.txt
 dist/.checked: $(VENV)/.built $(VENV)/.release $(SOURCES)
 	$(call step,Building and checking what is released)
 	@rm -rf dist
-	@$(BIN)/python -m maturin build --release --quiet --compatibility pypi --sdist --out dist
+	@# The wheel is built from the sdist's own sources, but with the dependencies that are compiled already.
+	@CARGO_TARGET_DIR=$(CURDIR)/target $(BIN)/python -m maturin build --release --quiet --compatibility pypi --sdist --out dist
 	@cd service && ../$(BIN)/python -m hatchling build -d ../dist >/dev/null
 	@$(BIN)/python -m twine check --strict dist/*
 	@$(BIN)/python -m abi3audit --strict dist/batchnorm-*.whl

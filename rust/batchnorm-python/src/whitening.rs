@@ -453,7 +453,7 @@ impl WhiteningMap {
         let wanted = "(channels, D), where D divides channels";
         let (matrix, [channels, d]) = array::<2>("matrix", matrix, wanted)?;
         let (mean, bias) = (vector("mean", mean)?, vector("bias", bias)?);
-        if mean.len() != channels || d == 0 || channels % d != 0 {
+        if mean.len() != channels || d == 0 || !channels.is_multiple_of(d) {
             let count = mean.len();
             return Err(PyValueError::new_err(format!(
                 "matrix has shape [{channels}, {d}]; wanted {wanted}, with channels = {count}, as mean has"

@@ -275,8 +275,7 @@ fn iterative(cov: MatRef<'_, f64>, eps: f64, wanted: Option<u32>, group: usize) 
     let root = trace.sqrt();
     let matrix = Mat::from_fn(d, d, |i, j| z[(i, j)] / root);
     let residual = residual(times(matrix.as_ref(), shifted.as_ref()).as_ref(), matrix.transpose());
-    // The negation, so that NaN is an error too.
-    if wanted.is_none() && !(residual <= WHITE) {
+    if wanted.is_none() && (residual.is_nan() || residual > WHITE) {
         return Err(Error::NotConverged { group });
     }
     let steps = Some(iterates.len() as u32);

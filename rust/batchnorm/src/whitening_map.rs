@@ -40,7 +40,7 @@ impl WhiteningMap {
         }
         Error::check_channels("bias", bias.len(), channels)?;
         let group = matrix.len() / channels;
-        if group == 0 || matrix.len() % channels != 0 || channels % group != 0 {
+        if group == 0 || !matrix.len().is_multiple_of(channels) || !channels.is_multiple_of(group) {
             return Err(Error::Elements { argument: "matrix", got: matrix.len(), wanted: channels * channels });
         }
         if let Some(k) = matrix.iter().position(|v| !v.is_finite()) {
