@@ -5,6 +5,7 @@ What needs PyTorch is run by tests/pytorch/test_torch_docs.py.
 
 import ast
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -48,6 +49,7 @@ def test_pages_have_code_and_name_only_files_that_exist():
     assert [name for name in sorted(named | links) if not (ROOT / name).exists()] == []
 
 
+@functools.cache
 def definitions(path):
     """The functions and types of a file as `file::name` names them; of Rust without what they are part of."""
     if path.suffix == ".rs":
