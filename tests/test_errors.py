@@ -155,6 +155,31 @@ CASES = [
         Case("Library", 'library is "nowhere"; wanted', lambda: bn.set_thread_source("openmp", "nowhere"))
         for _ in range(sys.platform == "linux")
     ),
+    *(
+        Case("Groups", f"groups is {n}; wanted a divisor of the number of channels, 3", call, f"{n}")
+        for n in (0, 2)
+        for call in (lambda n=n: bn.comoments(X, groups=n), lambda n=n: bn.whiten_forward(X, groups=n))
+    ),
+    Case(
+        "OtherGroups",
+        "other has 3 groups of channels; wanted 1",
+        lambda: bn.comoments(X).merge(bn.comoments(X, groups=3)),
+    ),
+    Case("Method", "method is .*svd.*; wanted", lambda: bn.whiten_forward(X, method="svd")),
+    Case("Steps", "steps is 5 for method .*zca", lambda: bn.whiten_forward(X, steps=5)),
+    Case("Steps", "steps is 101 for .*1 to 100", lambda: bn.whiten_forward(X, method="iterative", steps=101)),
+    Case("Singular", "group 0 of channels is singular .* larger eps", lambda: bn.whiten_forward(X, eps=0)),
+    Case("Singular", "group 1 of channels is singular", lambda: bn.whitening_matrix([[[1.0]], [[0.0]]])),
+    Case(
+        "NotConverged",
+        "did not converge for group 0 of channels; wanted",
+        lambda: bn.whitening_matrix([np.diag([1.0, 0.0])], method="iterative"),
+    ),
+    Case(
+        "EigenvalueGap",
+        "components 0 and 1 of group 0 of channels .* wanted a relative gap",
+        lambda: bn.whiten_backward(X, bn.whiten_forward(X, method="pca")[1]),
+    ),
     Case("Level", "level is .*nonsense.*" + bn.simd_levels()[0], lambda: bn.set_simd_level("nonsense")),
 ]
 FEW = bn.Moments([2, 1], [0, 0], [0, 0])

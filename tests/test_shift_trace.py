@@ -13,7 +13,7 @@ import pytest
 
 import batchnorm as bn
 import cases
-from batchnorm.demo.network import Network
+from batchnorm.demo.network import dense_network
 from batchnorm.shift import PERCENTILES, ShiftTrace, shift
 from timing import medians
 
@@ -460,7 +460,7 @@ for package, call in (("matplotlib", trace.plot), ("pyarrow", lambda: trace.to_p
 def test_a_trace_takes_a_twentieth_of_a_step_at_most(rng):
     """At the default, in a network as small as the paper's; the best of three tries, since others work."""
     x, digit = rng.random((60, 64), np.float32), rng.integers(0, 10, 60)
-    network = Network(normalized=True)
+    network = dense_network(64, normalized=True)
     trace = ShiftTrace({str(k): norm for k, norm in enumerate(network.norms)}).attach()
     inputs = [rng.random((60, 100), np.float32) for _ in network.norms]
     moments = [bn.moments(each) for each in inputs]

@@ -215,7 +215,7 @@ def test_refused_gradients(rng, dy, error):
         bn.whiten_backward(dy, cache)
 
 
-@pytest.mark.parametrize("scale", [1e-100, 1e100])
+@pytest.mark.parametrize("scale", [1e-140, 1e140])
 @pytest.mark.parametrize("method", theory.METHODS)
 def test_values_far_from_one(rng, method, scale):
     """Whitening undoes a scale of x, so that dx is divided by it."""

@@ -26,6 +26,9 @@ class Trainable(Generic[P]):
 
     _STATISTICS: ClassVar[tuple[str, ...]]
     """The names of what the population estimates."""
+    # Called with x and its moments after each forward pass in train mode. `shift.ShiftTrace` puts itself here
+    # by a new tuple, so that one may leave while they are being called.
+    _observers: tuple[Callable[[NDArray[Any], _core.Moments], None], ...] = ()
 
     def __init__(
         self, channels: int, *, eps: float, affine: bool, dtype: DTypeLike, channel_axis: int, population: P
@@ -188,5 +191,10 @@ class Trainable(Generic[P]):
         self._parameters[name][...] = self._checked(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference.
-        return self.__dict__ | {"_cache": None}
+        # A copy (copy.deepcopy, pickle) starts without the last forward pass, which holds x by reference, and
+        # without whoever observes this layer.
+        return self.__dict__ | {"_cache": None, "_observers": ()}
+
+    def _observe(self, x: NDArray[Any], moments: _core.Moments) -> None:
+        for observe in self._observers:
+            observe(x, moments)

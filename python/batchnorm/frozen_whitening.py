@@ -100,6 +100,7 @@ class FrozenWhitening(Frozen):
         put("fingerprint", fingerprint("batchnorm-frozen-whitening/1", dtype, head, kept.values()))
 
     @classmethod
+    @np.errstate(all="ignore")  # what the dtype cannot hold is asked of the result
     def from_comoments(
         cls,
         comoments: CoMoments,

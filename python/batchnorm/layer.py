@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 from numpy.typing import DTypeLike, NDArray
@@ -67,9 +66,6 @@ class BatchNorm(Trainable[Population]):
     """
 
     _STATISTICS = ("mean", "var")
-    # Called with x and its moments after each forward pass in train mode. `shift.ShiftTrace` puts itself here
-    # by a new tuple, so that one may leave while they are being called.
-    _observers: tuple[Callable[[NDArray[Any], _core.Moments], None], ...] = ()
 
     def __init__(
         self,
@@ -132,8 +128,7 @@ class BatchNorm(Trainable[Population]):
         moments = cache.moments
         self.population.update(moments)
         self._cache = _TrainingCache(cache)
-        for observe in self._observers:
-            observe(x, moments)
+        self._observe(x, moments)
         return y
 
     def backward(self, dy: Any, dresidual: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -178,10 +173,6 @@ class BatchNorm(Trainable[Population]):
             channel_axis=self.channel_axis,
             dtype=self.dtype if dtype is None else dtype,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy starts without whoever observes this layer.
-        return super().__getstate__() | {"_observers": ()}
 
     def __repr__(self) -> str:
         return (

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _core
-from batchnorm._checks import integer
+from batchnorm._checks import channels_where, integer
 from batchnorm._core import CoMoments
 from batchnorm._trainable import Trainable
 from batchnorm._types import Gradients
@@ -181,19 +181,28 @@ class Whitening(Trainable[CovariancePopulation]):
             y = frozen(x)
             self._cache = _EvalCache(frozen, plain, x)
             return y
-        y, cache = _core.whiten_forward(
-            x,
-            self.gamma,
-            self.beta,
-            method=self.method,
-            groups=self.groups,
-            eps=self.eps,
-            steps=self.steps,
-            shrinkage=self.shrinkage,
-            channel_axis=self.channel_axis,
-        )
-        self.population.update(cache.comoments)
+        try:
+            y, cache = _core.whiten_forward(
+                x,
+                self.gamma,
+                self.beta,
+                method=self.method,
+                groups=self.groups,
+                eps=self.eps,
+                steps=self.steps,
+                shrinkage=self.shrinkage,
+                channel_axis=self.channel_axis,
+            )
+        except ValueError:
+            moments = _core.moments(x, channel_axis=self.channel_axis)
+            if bad := channels_where(~(np.isfinite(moments.mean) & np.isfinite(moments.m2))):
+                raise ValueError(f"x: the batch has non-finite statistics in {bad}") from None
+            raise
+        comoments = cache.comoments
+        self.population.update(comoments)
         self._cache = _TrainingCache(cache)
+        if self._observers:
+            self._observe(x, comoments.moments)
         return y
 
     def backward(self, dy: Any) -> NDArray[Any]:
@@ -216,7 +225,6 @@ class Whitening(Trainable[CovariancePopulation]):
         """
         return self._backward(dy)
 
-    @np.errstate(all="ignore")  # what the dtype cannot hold is asked of the result
     def freeze(self, dtype: DTypeLike | None = None) -> FrozenWhitening:
         """Return the layer as a `FrozenWhitening`: diag(γ)·W of the population's Λ, E[x] and β, rounded once.
 

@@ -18,7 +18,7 @@ from batchnorm import _core
 from batchnorm._atomic import replacing
 from batchnorm._checks import integer, of_channels
 from batchnorm._core import Moments
-from batchnorm.layer import BatchNorm
+from batchnorm._trainable import Trainable
 from batchnorm.shift.measures import Shift, shift, statistics
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ShiftTrace:
 
     Raises:
         ValueError: A number is less than 1, or a layer has no such channel.
-        TypeError: A layer is not a `BatchNorm`, or a number is not an integer.
+        TypeError: A layer is neither a `BatchNorm` nor a `Whitening`, or a number is not an integer.
 
     Example:
         >>> import batchnorm as bn
@@ -94,7 +94,7 @@ class ShiftTrace:
 
     def __init__(
         self,
-        layers: Mapping[str, BatchNorm],
+        layers: Mapping[str, Trainable[Any]],
         *,
         channels: Mapping[str, Sequence[int]] | Sequence[int] | None = None,
         every: int = 10,
@@ -112,8 +112,9 @@ class ShiftTrace:
         self._passes: dict[str, int] = {}
         self._chosen: dict[str, NDArray[np.intp]] = {}
         for name, layer in self._layers.items():
-            if not isinstance(layer, BatchNorm):
-                raise TypeError(f"layers: {name!r} was {type(layer).__qualname__}, wanted BatchNorm")
+            if not isinstance(layer, Trainable):
+                wanted = "a BatchNorm or a Whitening"
+                raise TypeError(f"layers: {name!r} was {type(layer).__qualname__}, wanted {wanted}")
             self._choose(name, layer.channels)
         self._observers: dict[str, Callable[[NDArray[Any], Moments], None]] = {}
 
@@ -167,7 +168,7 @@ class ShiftTrace:
             self._choose(name, moments.channels)
         self._add(name, x, channel_axis, moments)
 
-    def _observe(self, name: str, layer: BatchNorm, x: NDArray[Any], moments: Moments) -> None:
+    def _observe(self, name: str, layer: Trainable[Any], x: NDArray[Any], moments: Moments) -> None:
         self._add(name, x, layer.channel_axis, moments)
 
     def _add(self, name: str, x: NDArray[Any], channel_axis: int, moments: Moments) -> None:

@@ -50,6 +50,21 @@ fn cube<'py>(py: Python<'py>, values: &[f64], groups: usize) -> PyResult<Bound<'
     new_vector(py, values)?.reshape([groups, d, d])
 }
 
+/// The argument as a number of things, of which there must be one or more.
+fn positive(argument: &str, value: isize) -> PyResult<usize> {
+    match usize::try_from(value) {
+        Ok(value @ 1..) => Ok(value),
+        _ => Err(PyValueError::new_err(format!("{argument} is {value}; wanted 1 or more"))),
+    }
+}
+
+fn method_of(method: &str, steps: Option<isize>) -> PyResult<Method> {
+    let steps = steps.map(|steps| positive("steps", steps)).transpose()?;
+    // More steps than a u32 holds are too many anyway.
+    let steps = steps.map(|steps| u32::try_from(steps).unwrap_or(u32::MAX));
+    Method::find(method, steps).map_err(value_error)
+}
+
 /// Count, mean and scatter matrix of channels, in float64: immutable, and mergeable over parts of the data.
 ///
 /// `scatter` is Σ(x − mean)(x − mean)ᵀ over all positions, of each group of D adjacent channels. The comoments of parts merge into
@@ -189,9 +204,10 @@ impl CoMoments {
 pub(crate) fn comoments(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
-    groups: usize,
+    groups: isize,
     channel_axis: isize,
 ) -> PyResult<CoMoments> {
+    let groups = positive("groups", groups)?;
     let x = Tensor::read("x", x, channel_axis)?;
     with_element!(x.dtype, T => {
         let view = x.view::<T>();
@@ -240,9 +256,9 @@ pub(crate) fn whitening_matrix<'py>(
     cov: &Bound<'py, PyAny>,
     method: &str,
     eps: f64,
-    steps: Option<u32>,
+    steps: Option<isize>,
 ) -> PyResult<Bound<'py, PyArray3<f64>>> {
-    let method = Method::find(method, steps).map_err(value_error)?;
+    let method = method_of(method, steps)?;
     let (cov, groups, d) = matrices("cov", cov)?;
     let (matrix, residual) = run(py, LONG, || batchnorm::whitening_matrix(&cov, groups * d, groups, eps, method))?;
     warn_of(py, residual)?;
@@ -344,14 +360,14 @@ pub(crate) fn whiten_forward<'py>(
     gamma: Option<&Bound<'py, PyAny>>,
     beta: Option<&Bound<'py, PyAny>>,
     method: &str,
-    groups: usize,
+    groups: isize,
     eps: f64,
-    steps: Option<u32>,
+    steps: Option<isize>,
     shrinkage: Option<&str>,
     channel_axis: isize,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<(Bound<'py, PyUntypedArray>, WhiteningCache)> {
-    let method = Method::find(method, steps).map_err(value_error)?;
+    let (method, groups) = (method_of(method, steps)?, positive("groups", groups)?);
     let shrinkage = match shrinkage {
         None => false,
         Some("ledoit-wolf") => true,

@@ -119,7 +119,8 @@ impl Whitener {
             Kept::Symmetric(u, values) => {
                 let inner = times(times(u.transpose(), dw).as_ref(), u.as_ref());
                 let root: Vec<f64> = values.iter().map(|v| v.sqrt()).collect();
-                let weighted = Mat::from_fn(d, d, |i, j| -inner[(i, j)] / (root[i] * root[j] * (root[i] + root[j])));
+                // One division after the other: the product of three roots may leave the range of float64.
+                let weighted = Mat::from_fn(d, d, |i, j| -inner[(i, j)] / root[i] / root[j] / (root[i] + root[j]));
                 times(times(u.as_ref(), weighted.as_ref()).as_ref(), u.transpose())
             }
             Kept::Principal(u, values) => {
@@ -128,8 +129,8 @@ impl Whitener {
                 }
                 let h = times(dw, u.as_ref());
                 let inner = Mat::from_fn(d, d, |j, i| match i == j {
-                    true => -0.5 * h[(i, i)] / (values[i] * values[i].sqrt()),
-                    false => h[(i, j)] / (values[i].sqrt() * (values[i] - values[j])),
+                    true => -0.5 * h[(i, i)] / values[i].sqrt() / values[i],
+                    false => h[(i, j)] / values[i].sqrt() / (values[i] - values[j]),
                 });
                 times(times(u.as_ref(), inner.as_ref()).as_ref(), u.transpose())
             }
@@ -275,7 +276,7 @@ fn iterative(cov: MatRef<'_, f64>, eps: f64, wanted: Option<u32>, group: usize) 
     let root = trace.sqrt();
     let matrix = Mat::from_fn(d, d, |i, j| z[(i, j)] / root);
     let residual = residual(times(matrix.as_ref(), shifted.as_ref()).as_ref(), matrix.transpose());
-    if wanted.is_none() && (residual.is_nan() || residual > WHITE) {
+    if residual.is_nan() || (wanted.is_none() && residual > WHITE) {
         return Err(Error::NotConverged { group });
     }
     let steps = Some(iterates.len() as u32);
