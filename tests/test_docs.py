@@ -1,9 +1,11 @@
-"""The Python code of README, docs and docstrings is run; the files that they name exist.
+"""The Python code of README, docs and docstrings is run; files, and names in files, that they name exist.
 
 What needs PyTorch is run by tests/pytorch/test_torch_docs.py.
 """
 
+import ast
 import doctest
+import functools
 import importlib
 import pkgutil
 import re
@@ -45,6 +47,46 @@ def test_pages_have_code_and_name_only_files_that_exist():
     assert len(named) >= 8
     assert len(links) >= 4
     assert [name for name in sorted(named | links) if not (ROOT / name).exists()] == []
+
+
+@functools.cache
+def definitions(path):
+    """The functions and types of a file as `file::name` names them; of Rust without what they are part of."""
+    if path.suffix == ".rs":
+        return set(re.findall(r"\b(?:fn|struct|enum|trait) (\w+)", path.read_text()))
+
+    def of(body, prefix=""):
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield prefix + node.name
+                if isinstance(node, ast.ClassDef):
+                    yield from of(node.body, f"{prefix}{node.name}::")
+
+    return set(of(ast.parse(path.read_text()).body))
+
+
+def undefined(text):
+    """The `file::name` of a page, or names of tests alone, that do not exist."""
+    missing = []
+    for file, name in re.findall(r"`([\w/.-]+\.(?:py|rs))::([\w:]+)`", text):
+        names = set(name.split("::")) if file.endswith(".rs") else {name}
+        if not (ROOT / file).exists() or not names <= definitions(ROOT / file):
+            missing.append(f"{file}::{name}")
+    tests = set().union(*(definitions(path) for path in (ROOT / "tests").rglob("test_*.py")))
+    return missing + sorted(set(re.findall(r"`((?:test_|Test[A-Z])\w+)`", text)) - tests)
+
+
+def test_functions_and_tests_that_pages_name_exist():
+    paper = (ROOT / "docs" / "paper.md").read_text()
+    assert len(re.findall(r"`[\w/.-]+::[\w:]+`", paper)) > 80
+    assert [missing for page in PAGES for missing in undefined(page.read_text())] == []
+
+
+def test_a_name_that_does_not_exist_is_found():
+    core, here = "rust/batchnorm/src/moments.rs", "tests/test_docs.py"
+    right = [f"{core}::Moments::var", f"{here}::undefined", "test_code_of_a_page_runs"]
+    wrong = [f"{core}::Moments::vars", f"{here}::of", "tests/none.py::undefined", "test_code_of_a_page"]
+    assert undefined(" ".join(f"`{name}`" for name in right + wrong)) == wrong
 
 
 def modules():
