@@ -111,7 +111,8 @@ class ShiftTrace:
         self._percentiles = _Series[_Floats](_positive("every", every), limit)
         self._passes: dict[str, int] = {}
         self._chosen: dict[str, NDArray[np.intp]] = {}
-        for name, layer in self._layers.items():
+        given: Mapping[str, object] = layers
+        for name, layer in given.items():
             if not isinstance(layer, Trainable):
                 wanted = "a BatchNorm or a Whitening"
                 raise TypeError(f"layers: {name!r} was {type(layer).__qualname__}, wanted {wanted}")

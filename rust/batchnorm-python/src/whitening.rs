@@ -156,8 +156,7 @@ impl CoMoments {
         self.0.merge(&other.0).map(Self::from).map_err(value_error)
     }
 
-    /// Encode as bytes: a header with the version, the numbers of channels and of groups, then count, mean and scatter,
-    /// little-endian.
+    /// Encode as bytes: a header with version and sizes, then count, mean and scatter, little-endian.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         new_bytes(py, &self.0.to_bytes().map_err(value_error)?)
     }
