@@ -195,8 +195,8 @@ def x_with(**values):
 
 
 REFUSED_BATCHES = {
-    "NaN": (x_with(c1=np.nan), ValueError, "channel 1; wanted a finite number"),
-    "Inf": (x_with(c0=np.inf, c2=-np.inf), ValueError, "channel 0; wanted a finite number"),
+    "NaN": (x_with(c1=np.nan), ValueError, "non-finite statistics in channel 1$"),
+    "Inf": (x_with(c0=np.inf, c2=-np.inf), ValueError, "non-finite statistics in channels 0, 2$"),
     "one row": (x_with()[:1], ValueError, "x has shape .*, 1 value in each channel"),
     "no rows": (x_with()[:0], ValueError, "x has shape .*, 0 values in each channel"),
     "singular": (x_with()[:3], ValueError, "singular"),

@@ -236,60 +236,158 @@ class Coefficients:
 
 @final
 class CoMoments:
+    """Count, mean and scatter matrix of channels, in float64: immutable, and mergeable over parts of the data.
+
+    `scatter` is Σ(x − mean)(x − mean)ᵀ over all positions, of each group of D adjacent channels. The comoments of parts merge into
+    those of the whole by the update of Chan, Golub and LeVeque (1979), as `Moments` do. The comoments of no values (count
+    0) are the neutral element.
+
+    Args:
+        count: Number of positions: values per channel; finite, 0 or more.
+        mean: Mean per channel, shape (channels,).
+        scatter: Shape (groups, D, D), D = channels / groups; of each matrix the lower triangle counts.
+
+    Raises:
+        ValueError: A shape is not as described, or the count or a diagonal element of scatter is negative.
+        TypeError: An argument is not an array of real numbers.
+    """
     def __new__(cls, count: float, mean: ArrayLike, scatter: ArrayLike) -> CoMoments: ...
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels."""
     @property
-    def groups(self) -> int: ...
+    def groups(self) -> int:
+        """Number of groups of adjacent channels."""
     @property
-    def count(self) -> float: ...
+    def count(self) -> float:
+        """Number of positions: values per channel, the paper's m."""
     @property
-    def mean(self) -> NDArray[np.float64]: ...
+    def mean(self) -> NDArray[np.float64]:
+        """Mean per channel, shape (channels,), float64."""
     @property
-    def scatter(self) -> NDArray[np.float64]: ...
+    def scatter(self) -> NDArray[np.float64]:
+        """Σ(x − mean)(x − mean)ᵀ of each group, shape (groups, D, D), float64."""
     @property
-    def cov(self) -> NDArray[np.float64]: ...
+    def cov(self) -> NDArray[np.float64]:
+        """Biased covariance scatter/count, shape (groups, D, D), float64: Λ, by which a batch is whitened.
+
+        Raises:
+            ValueError: There is no value.
+        """
     @property
-    def cov_unbiased(self) -> NDArray[np.float64]: ...
+    def cov_unbiased(self) -> NDArray[np.float64]:
+        """Unbiased covariance scatter/(count − 1), shape (groups, D, D), float64: an estimate of the population's.
+
+        Raises:
+            ValueError: There are fewer than 2 positions.
+        """
     @property
-    def moments(self) -> Moments: ...
-    def merge(self, other: CoMoments) -> CoMoments: ...
-    def to_bytes(self) -> bytes: ...
+    def moments(self) -> Moments:
+        """Count, mean and M2 of each channel: the diagonal of scatter."""
+    def merge(self, other: CoMoments) -> CoMoments:
+        """Return the comoments over the values of both, as a new object.
+
+        Raises:
+            ValueError: The numbers of channels or of groups differ.
+        """
+    def to_bytes(self) -> bytes:
+        """Encode as bytes: a header with the version, the numbers of channels and of groups, then count, mean and scatter,
+        little-endian.
+        """
     @staticmethod
-    def from_bytes(data: bytes) -> CoMoments: ...
+    def from_bytes(data: bytes) -> CoMoments:
+        """Decode the bytes that `to_bytes` returned.
+
+        Raises:
+            ValueError: The bytes are not those of CoMoments.
+        """
     def __eq__(self, other: object, /) -> bool: ...
     def __reduce__(self) -> tuple[Any, tuple[bytes]]: ...
 
 @final
 class WhiteningCache:
+    """Everything that a backward pass needs of a whitening pass.
+
+    It holds x by reference: it must not be changed between the two passes.
+    """
     @property
-    def x(self) -> NDArray[Any]: ...
+    def x(self) -> NDArray[Any]:
+        """The input of the forward pass."""
     @property
-    def comoments(self) -> CoMoments: ...
+    def comoments(self) -> CoMoments:
+        """The comoments of x."""
     @property
-    def matrix(self) -> NDArray[np.float64]: ...
+    def matrix(self) -> NDArray[np.float64]:
+        """W of each group, shape (groups, D, D), float64."""
     @property
-    def steps(self) -> int | None: ...
+    def steps(self) -> int | None:
+        """The most steps that a group took; None if the method is not iterative."""
     @property
-    def residual(self) -> float | None: ...
+    def residual(self) -> float | None:
+        """The largest magnitude in W(Λ + εI)Wᵀ − I; None if the method is not iterative."""
     @property
-    def shrinkage(self) -> NDArray[np.float64] | None: ...
+    def shrinkage(self) -> NDArray[np.float64] | None:
+        """The weight δ of shrinkage of each group, shape (groups,), float64; None without shrinkage."""
     @property
-    def channel_axis(self) -> int: ...
+    def channel_axis(self) -> int:
+        """The channel axis of the forward pass, as it was passed in."""
 
 @final
 class WhiteningMap:
+    """The validated map of a frozen whitening layer: y = M(x − mean) + bias of each group of channels.
+
+    y_o = round(Σ M_oi·(x_i − mean_i) + bias_o) in float64. The sum begins at 0 and goes in the order of i, and each operation is
+    rounded; so the bits are the same for any batch split, any number of threads and any instruction-set level.
+
+    Args:
+        matrix: M, shape (channels, D), where D divides channels: row o has the weights of the channels of o's group.
+        mean: Shape (channels,).
+        bias: Shape (channels,).
+
+    Raises:
+        ValueError: A shape is not as described, or a value is not finite.
+        TypeError: A parameter is not an array of real numbers.
+    """
     def __new__(cls, matrix: ArrayLike, mean: ArrayLike, bias: ArrayLike) -> WhiteningMap: ...
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """Number of channels."""
     @property
-    def groups(self) -> int: ...
+    def groups(self) -> int:
+        """Number of groups of adjacent channels."""
     @property
-    def matrix(self) -> NDArray[np.float64]: ...
-    def apply(self, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None) -> NDArray[Any]: ...
-    def backward(
-        self, dy: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]: ...
+    def matrix(self) -> NDArray[np.float64]:
+        """M, shape (channels, D), float64."""
+    def apply(self, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Apply the map to x.
+
+        Args:
+            x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+            channel_axis: The axis of the channels; negative counts from the end.
+            out: Array of x's shape, dtype and memory order to write y to; may be x itself.
+
+        Returns:
+            y, of x's shape, dtype and memory order.
+
+        Raises:
+            ValueError: A shape is not as described.
+            TypeError: x is not a tensor of one of these dtypes, or out has another dtype.
+        """
+    def backward(self, dy: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Compute dx = Mᵀ·dy, the gradient with the statistics held fixed.
+
+        Args:
+            dy: ∂ℓ/∂y; float32, float64, float16 or bfloat16.
+            channel_axis: The axis of the channels; negative counts from the end.
+            out: Array of dy's shape, dtype and memory order to write dx to; may be dy itself.
+
+        Returns:
+            dx, of dy's shape, dtype and memory order.
+
+        Raises:
+            ValueError: A shape is not as described.
+            TypeError: dy is not a tensor of one of these dtypes, or out has another dtype.
+        """
 
 @final
 class Host:
@@ -960,14 +1058,54 @@ def infer_backward(
         TypeError: dy, x, out or a parameter is of a wrong type.
     """
 
-def comoments(x: Any, *, groups: int = 1, channel_axis: int = 1) -> CoMoments: ...
+def comoments(x: Any, *, groups: int = 1, channel_axis: int = 1) -> CoMoments:
+    """Compute the comoments of x: count, mean and scatter matrix of the channels over all other axes.
+
+    The bits are the same for any number of threads, on processors of one type.
+
+    Args:
+        x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
+        groups: Number of groups of adjacent channels; each has a scatter matrix of its own.
+        channel_axis: The axis of the channels; negative counts from the end.
+
+    Returns:
+        CoMoments in float64. If x has zero rows, they are the neutral element, with count 0.
+
+    Raises:
+        ValueError: Rank, channel_axis, groups or size are not as described.
+        TypeError: x is not a tensor of one of these dtypes.
+    """
+
 def whitening_matrix(
     cov: ArrayLike,
     *,
     method: Literal["zca", "pca", "cholesky", "iterative"] = "zca",
     eps: float = 0.0,
     steps: int | None = None,
-) -> NDArray[np.float64]: ...
+) -> NDArray[np.float64]:
+    """Compute the whitening matrix W of each covariance Λ, so that W(Λ + εI)Wᵀ = I.
+
+    The methods: "zca" is (Λ+εI)^(−1/2), the symmetric solution; "pca" is D^(−1/2)Uᵀ, eigenvalues in descending order and the
+    entry of largest magnitude of each eigenvector positive; "cholesky" is L⁻¹ with Λ+εI = LLᵀ; "iterative" approximates "zca" by
+    Newton–Schulz steps, from the matrix divided by its trace.
+
+    Args:
+        cov: Λ, shape (groups, D, D); of each matrix the lower triangle counts.
+        method: "zca", "pca", "cholesky" or "iterative".
+        eps: ε, finite, 0 or more.
+        steps: Number of steps of "iterative", 1 to 100; None for as many as it takes.
+
+    Returns:
+        W, shape (groups, D, D), float64.
+
+    Raises:
+        ValueError: A shape or value is not as described; or Λ + εI has no inverse, as far as float64 can tell.
+        TypeError: cov is not an array of real numbers.
+
+    Warns:
+        UserWarning: After so many steps, an element of W(Λ + εI)Wᵀ − I is above 1e-3.
+    """
+
 def whiten_forward(
     x: Any,
     gamma: ArrayLike | None = None,
@@ -980,8 +1118,57 @@ def whiten_forward(
     shrinkage: Literal["ledoit-wolf"] | None = None,
     channel_axis: int = 1,
     out: NDArray[Any] | None = None,
-) -> tuple[NDArray[Any], WhiteningCache]: ...
-def whiten_backward(dy: Any, cache: WhiteningCache, *, out: NDArray[Any] | None = None) -> Gradients: ...
+) -> tuple[NDArray[Any], WhiteningCache]:
+    """Whiten x by its own batch statistics: y = γ·W(x − mean) + β with W(Λ + εI)Wᵀ = I.
+
+    Λ is the biased covariance of the channels of a group over all positions. The bits are the same for any number of threads, on
+    processors of one type; between types they differ within the accuracy of the linear algebra.
+
+    Args:
+        x: Tensor of rank 2 or more, with 2 or more positions; float32, float64, float16 or bfloat16.
+        gamma: γ, shape (channels,) or a number; 1 if None.
+        beta: β, shape (channels,) or a number; 0 if None.
+        method: "zca", "pca", "cholesky" or "iterative"; `whitening_matrix` documents them.
+        groups: Number of groups of adjacent channels, each whitened by itself. With one channel a group it is batch
+            normalization.
+        eps: ε, finite, 0 or more.
+        steps: Number of steps of "iterative", 1 to 100; None for as many as it takes.
+        shrinkage: None, or "ledoit-wolf" to shrink Λ towards a multiple of the identity, with the weight of Ledoit and Wolf
+            (2004).
+        channel_axis: The axis of the channels; negative counts from the end.
+        out: Array of x's shape, dtype and memory order to write y to; it must not share memory with x.
+
+    Returns:
+        y, of x's shape, dtype and memory order, and the cache for `whiten_backward`, which holds x by reference.
+
+    Raises:
+        ValueError: A shape or value is not as described; the mean or covariance of x is not finite; or Λ + εI has no inverse,
+            as far as float64 can tell.
+        TypeError: x is not a tensor of one of these dtypes, or out or a parameter is of a wrong type.
+
+    Warns:
+        UserWarning: After so many steps, an element of W(Λ + εI)Wᵀ − I is above 1e-3.
+    """
+
+def whiten_backward(dy: Any, cache: WhiteningCache, *, out: NDArray[Any] | None = None) -> Gradients:
+    """Compute the gradients of a whitening pass, through mean and covariance of the batch: dx, dγ and dβ.
+
+    With x̂ = W(x − mean): dβ = Σdy, dγ = Σdy·x̂, and dx has the derivatives of W by Λ and of Λ and mean by x.
+
+    Args:
+        dy: ∂ℓ/∂y, of the shape and dtype of x.
+        cache: The cache that the forward pass returned.
+        out: Array of x's shape, dtype and memory order to write dx to; it must not share memory with x or dy.
+
+    Returns:
+        Gradients (dx, dgamma, dbeta): dx like x; dγ and dβ of shape (channels,) in float64, even if γ and β were None.
+
+    Raises:
+        ValueError: A shape is not as described; or the method is "pca" and two components, which are named, have nearly the same
+            variance (a relative gap below 1e-8), so that there is no derivative.
+        TypeError: dy or out has another dtype than x.
+    """
+
 def copy(x: Any, out: NDArray[Any], *, z: Any | None = None, streaming: bool = False) -> None:
     """Copy x to out, or write x + z to out: the least time that any function here can take, for benchmarks.
 

@@ -100,7 +100,6 @@ class FrozenWhitening(Frozen):
         put("fingerprint", fingerprint("batchnorm-frozen-whitening/1", dtype, head, kept.values()))
 
     @classmethod
-    @np.errstate(all="ignore")  # what the dtype cannot hold is asked of the result
     def from_comoments(
         cls,
         comoments: CoMoments,
@@ -150,14 +149,14 @@ class FrozenWhitening(Frozen):
         scale = _vector("gamma", 1.0 if gamma is None else gamma, channels)
         bias = _vector("beta", 0.0 if beta is None else beta, channels)
         whitening = whitening_matrix(cov, method=method, eps=eps, steps=steps)
-        matrix = scale[:, None] * whitening.reshape(channels, -1)
-        layer = cls(matrix, comoments.mean, bias, channel_axis=channel_axis, dtype=dtype)
-
-        lost = (matrix - layer.matrix).reshape(cov.shape)
-        lost_mean = (comoments.mean - layer.mean).reshape(len(cov), -1, 1)
-        variance = ((lost @ cov) * lost).sum(axis=2)
-        shift = (layer.matrix.reshape(cov.shape) @ lost_mean)[:, :, 0]
-        moved = np.sqrt(variance + shift**2).ravel()
+        with np.errstate(all="ignore"):  # what the dtype cannot hold is asked of the result
+            matrix = scale[:, None] * whitening.reshape(channels, -1)
+            layer = cls(matrix, comoments.mean, bias, channel_axis=channel_axis, dtype=dtype)
+            lost = (matrix - layer.matrix).reshape(cov.shape)
+            lost_mean = (comoments.mean - layer.mean).reshape(len(cov), -1, 1)
+            variance = ((lost @ cov) * lost).sum(axis=2)
+            shift = (layer.matrix.reshape(cov.shape) @ lost_mean)[:, :, 0]
+            moved = np.sqrt(variance + shift**2).ravel()
         warn_of_rounding("dtype", "y", moved > COARSE * np.abs(scale), dtype)
         return layer
 

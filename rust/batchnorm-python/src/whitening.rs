@@ -50,16 +50,13 @@ fn cube<'py>(py: Python<'py>, values: &[f64], groups: usize) -> PyResult<Bound<'
     new_vector(py, values)?.reshape([groups, d, d])
 }
 
-/// The argument as a number of things, of which there must be one or more.
-fn positive(argument: &str, value: isize) -> PyResult<usize> {
-    match usize::try_from(value) {
-        Ok(value @ 1..) => Ok(value),
-        _ => Err(PyValueError::new_err(format!("{argument} is {value}; wanted 1 or more"))),
-    }
+/// The argument as a number of things; the core refuses 0.
+fn number(argument: &str, value: isize) -> PyResult<usize> {
+    value.try_into().map_err(|_| PyValueError::new_err(format!("{argument} is {value}; wanted 1 or more")))
 }
 
 fn method_of(method: &str, steps: Option<isize>) -> PyResult<Method> {
-    let steps = steps.map(|steps| positive("steps", steps)).transpose()?;
+    let steps = steps.map(|steps| number("steps", steps)).transpose()?;
     // More steps than a u32 holds are too many anyway.
     let steps = steps.map(|steps| u32::try_from(steps).unwrap_or(u32::MAX));
     Method::find(method, steps).map_err(value_error)
@@ -207,7 +204,7 @@ pub(crate) fn comoments(
     groups: isize,
     channel_axis: isize,
 ) -> PyResult<CoMoments> {
-    let groups = positive("groups", groups)?;
+    let groups = number("groups", groups)?;
     let x = Tensor::read("x", x, channel_axis)?;
     with_element!(x.dtype, T => {
         let view = x.view::<T>();
@@ -367,7 +364,7 @@ pub(crate) fn whiten_forward<'py>(
     channel_axis: isize,
     out: Option<&Bound<'py, PyAny>>,
 ) -> PyResult<(Bound<'py, PyUntypedArray>, WhiteningCache)> {
-    let (method, groups) = (method_of(method, steps)?, positive("groups", groups)?);
+    let (method, groups) = (method_of(method, steps)?, number("groups", groups)?);
     let shrinkage = match shrinkage {
         None => false,
         Some("ledoit-wolf") => true,
