@@ -291,9 +291,7 @@ class CoMoments:
             ValueError: The numbers of channels or of groups differ.
         """
     def to_bytes(self) -> bytes:
-        """Encode as bytes: a header with the version, the numbers of channels and of groups, then count, mean and scatter,
-        little-endian.
-        """
+        """Encode as bytes: a header with version and sizes, then count, mean and scatter, little-endian."""
     @staticmethod
     def from_bytes(data: bytes) -> CoMoments:
         """Decode the bytes that `to_bytes` returned.
