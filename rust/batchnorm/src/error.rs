@@ -249,7 +249,7 @@ impl fmt::Display for Error {
             Self::Singular { group, smallest, largest } => write!(
                 f,
                 "the covariance of group {group} of channels is singular with this eps: its smallest eigenvalue is {smallest:e}, \
-                 its largest {largest:e}; wanted a larger eps, more rows, or shrinkage=\"ledoit-wolf\""
+                 its largest {largest:e}; wanted a larger eps or more rows; in training shrinkage helps too"
             ),
             Self::NotConverged { group } => write!(
                 f,

@@ -8,18 +8,47 @@ use crate::error::Error;
 use crate::input::Input;
 use crate::kernels::{GatherRows, GatherRuns, Rows, ScaleAndShift, ScatterRows, ScatterRuns};
 use crate::layout::Layout;
-use crate::memory::zeros;
+use crate::memory::{self, zeros};
 use crate::simd::dispatch;
 use crate::view::{Grid, Rect, Tile, TileMut, ViewMut};
 use faer::{MatMut, MatRef};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-/// The number of positions in a patch, as far as the layout allows: products then take much longer than gathering.
-const POSITIONS: usize = 256;
+/// The number of positions in a patch, as far as the layout allows; more of them if the matrices of groups, which are packed
+/// for the product with each patch, leave the nearest caches.
+const POSITIONS: (usize, usize) = (256, 512);
 /// The number of channels in a patch, unless a group has more.
 pub(crate) const STRIP: usize = 256;
 /// Work on a patch takes as long as moving so many times fewer bytes than its multiplications.
-const MULTIPLICATIONS_PER_BYTE: usize = 4;
+const MULTIPLICATIONS_PER_BYTE: usize = 16;
+
+/// Scratch memory that the tasks of a pass hand on to each other: to get fresh memory takes longer than many a patch.
+pub(crate) struct Spare<S>(Mutex<Vec<S>>);
+
+impl<S> Spare<S> {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+
+    /// Calls `f` with memory that is spare, or that `make` returns.
+    ///
+    /// # Errors
+    /// What `make` or `f` returned.
+    pub(crate) fn with<R>(
+        &self,
+        make: impl FnOnce() -> Result<S, Error>,
+        f: impl FnOnce(&mut S) -> Result<R, Error>,
+    ) -> Result<R, Error> {
+        // Each value is moved whole, so a panic cannot have left the list half changed.
+        let spare = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = spare().pop();
+        let mut scratch = taken.map_or_else(make, Ok)?;
+        let result = f(&mut scratch);
+        memory::push(&mut spare(), scratch)?;
+        result
+    }
+}
 
 /// How a tensor is cut into patches.
 #[derive(Clone, Copy)]
@@ -46,7 +75,8 @@ impl Patches {
         let group = channels / groups;
         let strip = (STRIP / group).clamp(1, groups) * group;
         let inner = layout.inner().max(1);
-        Ok(Self { layout, group, strip, rows: (POSITIONS / inner).max(1), part: inner.min(POSITIONS) })
+        let positions = if group > STRIP { POSITIONS.1 } else { POSITIONS.0 };
+        Ok(Self { layout, group, strip, rows: (positions / inner).max(1), part: inner.min(positions) })
     }
 
     pub(crate) fn channels(&self) -> usize {
@@ -97,37 +127,38 @@ impl Patches {
         self.layout.len().saturating_mul(self.group.max(MULTIPLICATIONS_PER_BYTE)) / MULTIPLICATIONS_PER_BYTE
     }
 
-    /// An empty patch of some channels.
+    /// An empty patch, with room for so many channels, or for a strip.
     ///
     /// # Errors
     /// [`Error::NoMemory`].
-    pub(crate) fn room(&self, channels: usize) -> Result<Patch, Error> {
-        let values = zeros(channels * self.rows * self.part)?;
-        Ok(Patch { values, channels, positions: 0, inner: self.layout.inner() })
+    pub(crate) fn room(&self, most: Option<usize>) -> Result<Patch, Error> {
+        let values = zeros(most.unwrap_or(self.strip) * self.rows * self.part)?;
+        Ok(Patch { values, channels: 0, positions: 0, inner: self.layout.inner() })
     }
 
     /// Calls `f` once with each patch of y, and the channels and the rectangle that it is, on several threads where that
-    /// pays; patches that share memory of `scratch` follow each other on one.
+    /// pays. Of `scratch` there is one for each thread.
     ///
     /// # Errors
     /// [`Error::NoMemory`] before `f` is called, or what `f` returned.
-    pub(crate) fn write<T: Element, S>(
+    pub(crate) fn write<T: Element, S: Send>(
         &self,
         y: &mut ViewMut<'_, T>,
-        scratch: impl Fn(usize) -> Result<S, Error> + Sync,
+        scratch: impl Fn() -> Result<S, Error> + Sync,
         f: impl Fn(&mut S, &Range<usize>, &Rect, &TileMut<'_, T>) -> Result<(), Error> + Sync,
     ) -> Result<(), Error> {
         let inner = self.layout.inner();
         let grid = Grid::new(self.layout.outer(), self.width(), self.rows, self.strip * inner);
+        let spare = Spare::new();
         y.map_work(&grid, self.work(), |rect, y| {
             let channels = rect.cols.start / inner..rect.cols.end / inner;
-            let mut scratch = scratch(channels.len())?;
-            for part in 0..self.parts() {
-                let cols = self.columns(&(0..channels.len()), part);
-                let own = Rect { rows: 0..rect.rows.len(), cols };
-                f(&mut scratch, &channels, &own.within(rect), &y.part(&own))?;
-            }
-            Ok(())
+            spare.with(&scratch, |scratch| {
+                (0..self.parts()).try_for_each(|part| {
+                    let cols = self.columns(&(0..channels.len()), part);
+                    let own = Rect { rows: 0..rect.rows.len(), cols };
+                    f(scratch, &channels, &own.within(rect), &y.part(&own))
+                })
+            })
         })
     }
 
@@ -225,13 +256,14 @@ impl Patch {
         whole.subrows_mut(channels.start, channels.len())
     }
 
-    /// Makes room for as many positions as another patch has.
+    /// Becomes as large as another patch.
     pub(crate) fn like(&mut self, other: &Self) {
-        self.positions = other.positions;
+        (self.channels, self.positions) = (other.channels, other.positions);
     }
 
-    /// Reads x − mean from the part of a tensor.
+    /// Reads x − mean from the part of a tensor; `mean` is of each of its channels.
     pub(crate) fn gather<T: Element>(&mut self, x: Tile<'_, T>, mean: &[f64]) {
+        self.channels = mean.len();
         let run = x.cols() - (self.channels - 1) * self.inner;
         self.positions = x.rows() * run;
         let (inner, to) = (self.inner, &mut self.values[..self.channels * self.positions]);

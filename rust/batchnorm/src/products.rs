@@ -5,15 +5,20 @@ use crate::error::Error;
 use crate::memory::zeros;
 use crate::parallel;
 use crate::partition::span_of;
-use crate::patch::{Patch, Patches, STRIP};
+use crate::patch::{Patch, Patches, STRIP, Spare};
 use crate::tree::{Merge, Tree};
 use crate::view::View;
-use faer::linalg::matmul::{matmul, triangular};
+use faer::linalg::matmul::matmul;
+use faer::prelude::ReborrowMut;
 use faer::{Accum, MatMut, Par};
 use std::ops::Range;
 
 /// The number of tasks that the sums are divided into if the layout allows it.
 const TASKS: usize = 16;
+/// The least number of patches that a task sums, since each has a matrix of its own.
+const LEAST_SPAN: usize = 4;
+/// Rows of the result that are computed together.
+const ROWS: usize = 64;
 
 /// A tensor less a number for each channel.
 #[derive(Clone, Copy)]
@@ -63,11 +68,14 @@ pub(crate) fn products<T: Element>(
     let d = patches.group;
     let mut result = Products { products: zeros(patches.channels() * d)?, sums: zeros(patches.channels())? };
     let parts = parts(patches, right.is_none())?;
-    let span = span_of(patches.len(), TASKS / parts.len());
+    let span = span_of(patches.len(), (TASKS / parts.len()).min(patches.len() / LEAST_SPAN));
     let spans = patches.len().div_ceil(span);
+    let (spare, most) = (Spare::new(), parts.iter().map(|part| part.left.len()).max());
     let partial = parallel::map(parts.len() * spans, patches.work(), |task| {
         let (part, s) = (&parts[task / spans], task % spans);
-        sums(patches, part, s * span..patches.len().min((s + 1) * span), (left, right))
+        let span = s * span..patches.len().min((s + 1) * span);
+        let room = || Ok([patches.room(most)?, patches.room(most)?]);
+        spare.with(room, |room| sums(patches, part, span, (left, right), room))
     })?;
     let mut partial = partial.into_iter();
     for part in &parts {
@@ -98,35 +106,35 @@ fn sums<T: Element>(
     part: &Part,
     span: Range<usize>,
     (left, right): (Centred<'_, T>, Option<Centred<'_, T>>),
+    [a, b]: &mut [Patch; 2],
 ) -> Result<Sums, Error> {
     let (rows, cols) = (part.left.len().min(patches.group), part.right.len().min(patches.group));
     let groups = part.left.len() / rows;
     let mut sums = Sums { products: zeros(groups * rows * cols)?, sums: zeros(part.left.len())? };
-    let (mut a, mut b) = (patches.room(part.left.len())?, patches.room(part.right.len())?);
     let gather = |patch: &mut Patch, from: Centred<'_, T>, channels: &Range<usize>, p: usize| {
         patch.gather(from.x.tile(patches.width(), &patches.rect(channels, p)), &from.mean[channels.clone()]);
     };
-    // Of a symmetric matrix only the lower triangle is computed.
+    // Of a symmetric matrix only the lower triangle is needed: of blocks of rows, the columns to their end.
     let on_the_diagonal = right.is_none() && part.left == part.right;
     for p in span {
-        gather(&mut a, left, &part.left, p);
+        gather(a, left, &part.left, p);
         if !on_the_diagonal {
-            gather(&mut b, right.unwrap_or(left), &part.right, p);
+            gather(b, right.unwrap_or(left), &part.right, p);
         }
-        let b = if on_the_diagonal { &a } else { &b };
+        let b: &Patch = if on_the_diagonal { a } else { b };
         for (g, to) in sums.products.chunks_exact_mut(rows * cols).enumerate() {
-            let to = MatMut::from_row_major_slice_mut(to, rows, cols);
+            let mut to = MatMut::from_row_major_slice_mut(to, rows, cols);
             let (a, b) = (a.matrix(g * rows..(g + 1) * rows), b.matrix(g * cols..(g + 1) * cols).transpose());
-            if on_the_diagonal {
-                let (lower, whole) =
-                    (triangular::BlockStructure::TriangularLower, triangular::BlockStructure::Rectangular);
-                triangular::matmul(to, lower, Accum::Add, a, whole, b, whole, 1.0, Par::Seq);
-            } else {
-                matmul(to, Accum::Add, a, b, 1.0, Par::Seq);
+            let step = if on_the_diagonal { ROWS } else { rows };
+            for row in (0..rows).step_by(step) {
+                let n = step.min(rows - row);
+                let cols = if on_the_diagonal { row + n } else { cols };
+                let to = to.rb_mut().submatrix_mut(row, 0, n, cols);
+                matmul(to, Accum::Add, a.subrows(row, n), b.subcols(0, cols), 1.0, Par::Seq);
             }
         }
         if part.right.start == part.strip.start {
-            add_rows(&a, &mut sums.sums);
+            add_rows(a, &mut sums.sums);
         }
     }
     Ok(sums)

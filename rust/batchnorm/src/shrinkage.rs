@@ -47,7 +47,7 @@ impl PowerSums {
             let (channels, s) = (patches.strip(task / spans), task % spans);
             let groups = channels.len() / patches.group;
             let mut sums = Self { fourth: zeros(groups)?, third: zeros(channels.len())? };
-            let (mut patch, mut norms) = (patches.room(channels.len())?, Vec::new());
+            let (mut patch, mut norms) = (patches.room(None)?, Vec::new());
             for p in s * span..patches.len().min((s + 1) * span) {
                 let tile = x.x.tile(patches.width(), &patches.rect(&channels, p));
                 patch.gather(tile, &x.mean[channels.clone()]);

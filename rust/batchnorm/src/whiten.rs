@@ -199,7 +199,7 @@ pub fn whiten_forward<T: Element>(
         Whitener::new(shrunk.as_ref().map_or(cov, |shrunk| shrunk.as_ref()), parameters.eps, whitening.method, g)
     })?;
     let matrices = row_major(&whiteners, |_| 1.0)?;
-    let room = |n: usize| Ok([patches.room(n)?, patches.room(n)?]);
+    let room = || Ok([patches.room(None)?, patches.room(None)?]);
     let x = Input::View(x);
     patches.write(y, room, |[from, to], channels, rect, y| {
         from.gather(patches.input(&x, rect, y), &comoments.mean()[channels.clone()]);
@@ -275,7 +275,7 @@ pub fn whiten_backward<T: Element>(
         Ok(-(through_mean + through_norms) / count)
     }))?;
     let ones = collected(repeat_n(1.0, channels))?;
-    let room = |n: usize| Ok(([patches.room(n)?, patches.room(n)?, patches.room(n)?], Vec::new()));
+    let room = || Ok(([patches.room(None)?, patches.room(None)?, patches.room(None)?], Vec::new()));
     let (dy, x) = (Input::View(dy), Input::View(x));
     patches.write(dx, room, |([from, own, to], norms), channels, rect, dx| {
         from.gather(patches.input(&dy, rect, dx), &origin[channels.clone()]);

@@ -104,10 +104,10 @@ impl WhiteningMap {
         }
         let patches = Patches::of(layout, self.groups())?;
         let ones = collected(repeat_n(1.0, self.channels()))?;
-        let room = |n: usize| {
+        let room = || {
             let mut panel = with_capacity(self.group)?;
             panel.resize(self.group, [0.0; 8]);
-            Ok(([patches.room(n)?, patches.room(n)?], panel))
+            Ok(([patches.room(None)?, patches.room(None)?], panel))
         };
         patches.write(y, room, |([from, to], panel), channels, rect, y| {
             from.gather(patches.input(&x, rect, y), &mean[channels.clone()]);
