@@ -45,8 +45,11 @@ def medians(
     before: Mapping[str, Callable[[], object]] | None = None,
     told: Callable[[str], object] = lambda name: None,
     budget: float = math.inf,
+    rest: float = REST,
 ) -> dict[str, Median]:
     """Times every call once a round, in another order each round; `before` it, untimed, what prepares it.
+
+    Before each timing nothing happens for `rest` seconds.
 
     The rounds of a call end when they have taken about `budget` seconds. A call that takes more by itself is
     made once: it needs no call to warm it up.
@@ -60,7 +63,7 @@ def medians(
     first = {}
     for name, call in calls.items():
         prepare(name)
-        time.sleep(REST)
+        time.sleep(rest)
         start = time.perf_counter()
         call()
         cold = time.perf_counter() - start
@@ -84,6 +87,6 @@ def medians(
                 continue
             told(name)
             prepare(name)
-            time.sleep(REST)
+            time.sleep(rest)
             times[name].append(once(calls[name], number[name]))
     return {name: Median(statistics.median(t) * 1e3, len(t)) for name, t in times.items()}

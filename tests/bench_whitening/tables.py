@@ -49,8 +49,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     reached = [line["reached"] for line in results["peers"]]
     return [
         f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}, "
-        f"{machine['simd']}; {POSITIONS} positions, float32; medians of {max(rounds)} interleaved rounds, of "
-        f"fewer the longer they take, {min(rounds)} at least",
+        f"{machine['simd']}; {POSITIONS} positions, float32; medians of up to {max(rounds)} interleaved "
+        f"rounds, of fewer where a pass takes long, {min(rounds)} at least",
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         "not slower than NumPy and scikit-learn, with the same steps in float64 on as many threads: "
         f"reached in {sum(reached)} of {len(reached)}",
