@@ -23,6 +23,6 @@ BUDGET = 5.0  # seconds
 COMPARED = (64, 256, 1024)
 ROWS_PER_CHANNEL = 16
 LIMIT = 1.0
-# Before each timing. The threads of OpenBLAS, which NumPy and scikit-learn use, spin for a while after a call.
+# Before each timing: the threads of OpenBLAS (NumPy, scikit-learn) spin for a while after a call.
 # After 30 ms of rest our small batches took four times as long as after this.
 REST = 0.3  # seconds
