@@ -16,7 +16,7 @@ step = @printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: requirements
 requirements:
@@ -230,6 +230,10 @@ bench-service: setup ## Time the service and other servers over HTTP (needs wrk;
 bench-network: setup $(TORCH)/.packages ## Time whole networks with PyTorch's layers and with ours (writes bench-output/; ONLY=resnet18, ROUNDS=15, EAGER=1: not compiled)
 	@PYTHONPATH=tests $(TORCH)/bin/python -m bench_network $(if $(ONLY),--only "$(ONLY)") $(if $(ROUNDS),--rounds "$(ROUNDS)") \
 	  $(if $(EAGER),--variant ours --variant "ours fused") $(if $(QUICK),--quick) docs/pytorch.md
+
+.PHONY: bench-whitening
+bench-whitening: setup ## Time whitening beside batch norm and other libraries (updates docs/whitening.md; MOST=256: no more channels, ROUNDS=3)
+	@PYTHONPATH=tests $(BIN)/python -m bench_whitening $(if $(MOST),--most "$(MOST)") $(if $(ROUNDS),--rounds "$(ROUNDS)") docs/whitening.md
 
 .PHONY: clean
 clean: ## Remove what was built

@@ -44,8 +44,16 @@ def medians(
     rounds: int,
     before: Mapping[str, Callable[[], object]] | None = None,
     told: Callable[[str], object] = lambda name: None,
+    budget: float = math.inf,
+    rest: float = REST,
 ) -> dict[str, Median]:
-    """Times every call once a round, in another order each round; `before` it, untimed, what prepares it."""
+    """Times every call once a round, in another order each round; `before` it, untimed, what prepares it.
+
+    Before each timing nothing happens for `rest` seconds.
+
+    The rounds of a call end when they have taken about `budget` seconds. A call that takes more by itself is
+    made once: it needs no call to warm it up.
+    """
     before = before or {}
 
     def prepare(name: str) -> None:
@@ -55,21 +63,30 @@ def medians(
     first = {}
     for name, call in calls.items():
         prepare(name)
-        time.sleep(REST)
+        time.sleep(rest)
+        start = time.perf_counter()
         call()
-        first[name] = once(call)
+        cold = time.perf_counter() - start
+        first[name] = cold if cold > budget else once(call)
     number = {name: math.ceil(BATCH / seconds) for name, seconds in first.items()}
-    slow = {name for name in calls if first[name] > SLOW * min(first.values())}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [s] if s > budget else [] for name, s in first.items()}
+
+    def turns(name: str) -> float:
+        if times[name]:
+            return 0
+        most = 5 if first[name] > SLOW * min(first.values()) else rounds
+        return min(most, budget / first[name])
+
+    allowed = {name: turns(name) for name in calls}
     order = list(calls)
     shuffled = random.Random(0)
     for turn in range(rounds):
         shuffled.shuffle(order)
         for name in order:
-            if name in slow and turn >= 5:
+            if turn >= allowed[name]:
                 continue
             told(name)
             prepare(name)
-            time.sleep(REST)
+            time.sleep(rest)
             times[name].append(once(calls[name], number[name]))
     return {name: Median(statistics.median(t) * 1e3, len(t)) for name, t in times.items()}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 
+from bench.process import STATUS, peak_mib
 from bench_network.rows import Row
 
 STEPS = 4
-STATUS = Path("/proc/self/status")
 
 
 def peak(row: Row, variant: str, threads: int) -> float | None:
@@ -23,7 +21,7 @@ def peak(row: Row, variant: str, threads: int) -> float | None:
 
 
 def main() -> None:
-    """Take the steps and print VmHWM: ru_maxrss also counts the process that started this one."""
+    """Take the steps and print the peak."""
     import torch
 
     from bench_network.networks import made, original, step, tensors
@@ -34,9 +32,7 @@ def main() -> None:
     model = made(variant, model, row).train()
     for _ in range(STEPS):
         step(model, *tensors(row))
-    kib = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
-    assert kib is not None
-    print(int(kib[1]) / 1024)
+    print(peak_mib())
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """One variant of a network: what it computes, and how long it takes; in its own process, as users run it.
 
-Variants in one process would share the memory that its allocator keeps, and it would be chance which of them
-has to fault pages in. PyTorch is imported where it is used, since the process that asks does without it.
+PyTorch is imported where it is used, since the process that asks does without it.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import time
-from multiprocessing.connection import Connection
 from typing import Any
 
+from bench import process
 from bench_network.rows import OPERATORS, STEP, Row
 
 WARM = 2  # calls before those that are timed
@@ -93,23 +91,11 @@ class Variant:
         return kinds | {"all": sum(ms for _, ms in events)}
 
 
-class Process:
-    """A variant in a process of its own, which ends with `close`."""
+class Process(process.Process):
+    """A variant in a process of its own."""
 
     def __init__(self, row: Row, name: str, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, row, name, threads), daemon=True)
-        self.process.start()
-        theirs.close()  # or the end of the process would not be seen
-
-    def ask(self, method: str, *args: object) -> Any:
-        """What a method of the variant there returns or raises."""
-        self.connection.send((method, args))
-        answer = self.connection.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        super().__init__(f"{row.name}: {name}", on_threads, row, name, threads)
 
     def answers(self) -> Answers:
         """See `Variant`."""
@@ -131,27 +117,13 @@ class Process:
         """See `Variant`."""
         return self.ask("profiled")
 
-    def close(self) -> None:
-        """End the process."""
-        self.connection.close()
-        self.process.join()
 
-
-def serve(connection: Connection, row: Row, name: str, threads: int) -> None:
-    """Do what the other end asks of a variant, until that closes."""
+def on_threads(row: Row, name: str, threads: int) -> Variant:
+    """A variant, when PyTorch has been told how many threads to use."""
     import torch
 
     torch.set_num_threads(threads)
-    variant = Variant(row, name)
-    while True:
-        try:
-            method, args = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(getattr(variant, method)(*args))
-        except Exception as error:
-            connection.send(RuntimeError(f"{row.name}: {name}: {error!r}"))
+    return Variant(row, name)
 
 
 Timed = Variant | Process
