@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-MOST_MIB = 5
+MOST_MIB = 8
 # Processor time of `import batchnorm` beyond that of `import numpy`, as a share of it.
 MOST_OVER_NUMPY = 0.6
 FIRST_STEPS = """
