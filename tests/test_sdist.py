@@ -22,13 +22,8 @@ print("works", bn.__file__)
 
 @pytest.mark.long
 def test_sdists_install_into_an_empty_environment(tmp_path):
-    # Our own crates are compiled from the sdist, their dependencies are those that are compiled already, and
-    # the profile is that of the tests: a part of the time. `make dist` builds a wheel from the sdist as it is
-    # released.
-    environ = os.environ | {
-        "CARGO_TARGET_DIR": str(ROOT / "target"),
-        "MATURIN_PEP517_ARGS": "--profile dev",
-    }
+    # Our own crates are compiled from the sdist, their dependencies are those that are compiled already.
+    environ = os.environ | {"CARGO_TARGET_DIR": str(ROOT / "target")}
 
     def run(*command, cwd=ROOT):
         command = [str(part) for part in command]
