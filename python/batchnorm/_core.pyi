@@ -353,9 +353,6 @@ class WhiteningMap:
     @property
     def groups(self) -> int:
         """Number of groups of adjacent channels."""
-    @property
-    def matrix(self) -> NDArray[np.float64]:
-        """M, shape (channels, D), float64."""
     def apply(self, x: Any, *, channel_axis: int = 1, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Apply the map to x.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -30,24 +32,35 @@ class _TrainingCache:
         return _core.whiten_backward(dy, self.cache)
 
 
+@dataclass(eq=False)
+class _Frozen:
+    """The layer as it is frozen, and what makes the same without γ and β."""
+
+    layer: FrozenWhitening
+    make_plain: Callable[[], FrozenWhitening]
+
+    @cached_property
+    def plain(self) -> FrozenWhitening:
+        """The layer without γ and β, whose output is x̂; made for the first backward pass, as W takes time."""
+        return self.make_plain()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _EvalCache:
     """The cache of a forward pass in eval mode; it holds x by reference."""
 
-    frozen: FrozenWhitening
-    plain: FrozenWhitening
-    """The same without γ and β: its output is x̂."""
+    frozen: _Frozen
     x: NDArray[Any]
 
     def backward(self, dy: Any) -> Gradients:
-        dy, axis = _core.tensor("dy", dy), self.frozen.channel_axis
+        dy, axis = _core.tensor("dy", dy), self.frozen.layer.channel_axis
         wide = dy, self.x
         if dy.dtype == self.x.dtype and dy.dtype.itemsize == 2:
             # So that x̂ is not rounded to 16 bits before it is multiplied with dy and summed.
             wide = dy.astype(np.float32), self.x.astype(np.float32)
         # Of x̂ with mean 0 and variance 1, these are Σ dy·x̂ and Σ dy.
-        sums = _core.infer_backward(wide[0], self.plain(wide[1]), 0.0, 1.0, eps=0.0, channel_axis=axis)
-        return Gradients(self.frozen.backward(dy), sums.dgamma, sums.dbeta)
+        sums = _core.infer_backward(wide[0], self.frozen.plain(wide[1]), 0.0, 1.0, eps=0.0, channel_axis=axis)
+        return Gradients(self.frozen.layer.backward(dy), sums.dgamma, sums.dbeta)
 
 
 class Whitening(Trainable[CovariancePopulation]):
@@ -177,9 +190,9 @@ class Whitening(Trainable[CovariancePopulation]):
         """
         x = self._batch(x)
         if not self.training:
-            frozen, plain = self._frozen()
-            y = frozen(x)
-            self._cache = _EvalCache(frozen, plain, x)
+            frozen = self._frozen()
+            y = frozen.layer(x)
+            self._cache = _EvalCache(frozen, x)
             return y
         try:
             y, cache = _core.whiten_forward(
@@ -256,23 +269,14 @@ class Whitening(Trainable[CovariancePopulation]):
         # Of a count of 2, so that the unbiased covariance scatter/(count − 1) is the scatter matrix itself.
         return CoMoments(2.0, self.population.mean, self.population.cov)
 
-    def _frozen(self) -> tuple[FrozenWhitening, FrozenWhitening]:
-        """Return the frozen layer, and the same without γ and β."""
-
-        def make() -> tuple[FrozenWhitening, FrozenWhitening]:
-            population = self._comoments()
-            matrix = _core.whitening_matrix(
-                population.cov_unbiased, method=self.method, eps=self.eps, steps=self.steps
+    def _frozen(self) -> _Frozen:
+        def make() -> _Frozen:
+            return _Frozen(
+                self.freeze(), partial(_plain, self._comoments(), self.channel_axis, self.dtype, **options)
             )
-            plain = FrozenWhitening(
-                matrix.reshape(self.channels, -1),
-                population.mean,
-                channel_axis=self.channel_axis,
-                dtype=self.dtype,
-            )
-            return self.freeze(), plain
 
-        return self._kept(make, self.method, self.groups, self.eps, self.steps, self.channel_axis)
+        options: dict[str, Any] = {"method": self.method, "eps": self.eps, "steps": self.steps}
+        return self._kept(make, self.groups, self.channel_axis, *options.values())
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         size = self.channels // self.groups
@@ -284,3 +288,9 @@ class Whitening(Trainable[CovariancePopulation]):
             f"channel_axis={self.channel_axis}, affine={self.affine}, dtype={self.dtype.name!r}, "
             f"steps={self.steps}, shrinkage={self.shrinkage!r}, population={self.population!r})"
         )
+
+
+def _plain(comoments: CoMoments, channel_axis: int, dtype: np.dtype[Any], **options: Any) -> FrozenWhitening:
+    """Return the frozen layer of a population without γ and β."""
+    matrix = _core.whitening_matrix(comoments.cov_unbiased, **options).reshape(comoments.channels, -1)
+    return FrozenWhitening(matrix, comoments.mean, channel_axis=channel_axis, dtype=dtype)

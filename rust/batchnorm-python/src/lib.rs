@@ -17,6 +17,7 @@ mod settings;
 mod training;
 mod values;
 mod whitening;
+mod whitening_map;
 
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
@@ -44,9 +45,9 @@ mod _core {
     #[pymodule_export]
     use crate::values::{Cache, GradientSums, Moments};
     #[pymodule_export]
-    use crate::whitening::{
-        CoMoments, WhiteningCache, WhiteningMap, comoments, whiten_backward, whiten_forward, whitening_matrix,
-    };
+    use crate::whitening::{CoMoments, WhiteningCache, comoments, whiten_backward, whiten_forward, whitening_matrix};
+    #[pymodule_export]
+    use crate::whitening_map::WhiteningMap;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name that Python gives it")]

@@ -1,14 +1,13 @@
-//! Whitening: comoments, the matrix, the passes of training, and the frozen map.
+//! Whitening: comoments, the matrix, and the passes of training.
 
 use crate::backward::gradients_type;
 use crate::buffer::{Tensor, collected, new_vector, real_array, with_element};
-use crate::epilogue::input;
 use crate::parameters::{Parameters, vector};
 use crate::run::run;
 use crate::value_error;
 use crate::values::{Moments, new_bytes};
 use batchnorm::Method;
-use numpy::{PyArray1, PyArray2, PyArray3, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray3, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyTypeError, PyUserWarning, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -16,12 +15,15 @@ use pyo3::types::PyBytes;
 use std::ffi::CString;
 use std::sync::Arc;
 
-/// Bytes by which the length of a computation is told, if it is a matrix product and no pass over memory: the interpreter lock is
-/// released.
+/// What matrix products count as, in bytes of tensor memory: enough for the interpreter lock to be released.
 const LONG: usize = usize::MAX;
 
-/// The argument as float64 in row-major order, with its shape; it must have `rank` axes.
-fn array<const N: usize>(argument: &str, value: &Bound<'_, PyAny>, wanted: &str) -> PyResult<(Vec<f64>, [usize; N])> {
+/// The argument as float64 in row-major order, with its shape; it must have `N` axes.
+pub(crate) fn array<const N: usize>(
+    argument: &str,
+    value: &Bound<'_, PyAny>,
+    wanted: &str,
+) -> PyResult<(Vec<f64>, [usize; N])> {
     let py = value.py();
     let array = real_array(argument, value)?;
     let dtype = array.dtype();
@@ -417,125 +419,4 @@ pub(crate) fn whiten_backward<'py>(
     })?;
     let (dgamma, dbeta) = (new_vector(py, sums.dgamma())?, new_vector(py, sums.dbeta())?);
     gradients_type(py)?.call1((dx.array, dgamma, dbeta))
-}
-
-/// The validated map of a frozen whitening layer: y = M(x − mean) + bias of each group of channels.
-///
-/// y_o = round(Σ M_oi·(x_i − mean_i) + bias_o) in float64. The sum begins at 0 and goes in the order of i, and each operation is
-/// rounded; so the bits are the same for any batch split, any number of threads and any instruction-set level.
-///
-/// Args:
-///     matrix: M, shape (channels, D), where D divides channels: row o has the weights of the channels of o's group.
-///     mean: Shape (channels,).
-///     bias: Shape (channels,).
-///
-/// Raises:
-///     ValueError: A shape is not as described, or a value is not finite.
-///     TypeError: A parameter is not an array of real numbers.
-#[pyclass(frozen, module = "batchnorm._core", name = "WhiteningMap")]
-pub(crate) struct WhiteningMap(batchnorm::WhiteningMap);
-
-impl WhiteningMap {
-    fn pass<'py>(
-        &self,
-        argument: &str,
-        x: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-        backward: bool,
-    ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        let x = Tensor::read(argument, x, channel_axis)?;
-        let (mut y, in_place) = x.output_over("out", out, (argument, &x), &[])?;
-        let bytes = x.bytes().saturating_mul(self.0.channels() / self.0.groups());
-        with_element!(x.dtype, T => {
-            let (input, mut y) = (input::<T>(&x, in_place), y.view_mut::<T>());
-            run(x.array.py(), bytes, || match backward {
-                false => self.0.apply(input, &mut y),
-                true => self.0.backward(input, &mut y),
-            })
-        })?;
-        Ok(y.array)
-    }
-}
-
-#[pymethods]
-impl WhiteningMap {
-    #[new]
-    fn new(matrix: &Bound<'_, PyAny>, mean: &Bound<'_, PyAny>, bias: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let wanted = "(channels, D), where D divides channels";
-        let (matrix, [channels, d]) = array::<2>("matrix", matrix, wanted)?;
-        let (mean, bias) = (vector("mean", mean)?, vector("bias", bias)?);
-        if mean.len() != channels || d == 0 || !channels.is_multiple_of(d) {
-            let count = mean.len();
-            return Err(PyValueError::new_err(format!(
-                "matrix has shape [{channels}, {d}]; wanted {wanted}, with channels = {count}, as mean has"
-            )));
-        }
-        batchnorm::WhiteningMap::new(matrix, mean, bias).map(Self).map_err(value_error)
-    }
-
-    /// Number of channels.
-    #[getter]
-    fn channels(&self) -> usize {
-        self.0.channels()
-    }
-
-    /// Number of groups of adjacent channels.
-    #[getter]
-    fn groups(&self) -> usize {
-        self.0.groups()
-    }
-
-    /// M, shape (channels, D), float64.
-    #[getter]
-    fn matrix<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f64>>> {
-        let d = self.0.channels() / self.0.groups();
-        new_vector(py, self.0.matrix())?.reshape([self.0.channels(), d])
-    }
-
-    /// Apply the map to x.
-    ///
-    /// Args:
-    ///     x: Tensor of rank 2 or more; float32, float64, float16 or bfloat16.
-    ///     channel_axis: The axis of the channels; negative counts from the end.
-    ///     out: Array of x's shape, dtype and memory order to write y to; may be x itself.
-    ///
-    /// Returns:
-    ///     y, of x's shape, dtype and memory order.
-    ///
-    /// Raises:
-    ///     ValueError: A shape is not as described.
-    ///     TypeError: x is not a tensor of one of these dtypes, or out has another dtype.
-    #[pyo3(signature = (x, *, channel_axis=1, out=None))]
-    fn apply<'py>(
-        &self,
-        x: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        self.pass("x", x, channel_axis, out, false)
-    }
-
-    /// Compute dx = Mᵀ·dy, the gradient with the statistics held fixed.
-    ///
-    /// Args:
-    ///     dy: ∂ℓ/∂y; float32, float64, float16 or bfloat16.
-    ///     channel_axis: The axis of the channels; negative counts from the end.
-    ///     out: Array of dy's shape, dtype and memory order to write dx to; may be dy itself.
-    ///
-    /// Returns:
-    ///     dx, of dy's shape, dtype and memory order.
-    ///
-    /// Raises:
-    ///     ValueError: A shape is not as described.
-    ///     TypeError: dy is not a tensor of one of these dtypes, or out has another dtype.
-    #[pyo3(signature = (dy, *, channel_axis=1, out=None))]
-    fn backward<'py>(
-        &self,
-        dy: &Bound<'py, PyAny>,
-        channel_axis: isize,
-        out: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyUntypedArray>> {
-        self.pass("dy", dy, channel_axis, out, true)
-    }
 }

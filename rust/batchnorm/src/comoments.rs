@@ -44,10 +44,7 @@ impl CoMoments {
         if channels == 0 {
             return Err(Error::NoChannels);
         }
-        if groups == 0 || !channels.is_multiple_of(groups) {
-            return Err(Error::Groups { groups, channels });
-        }
-        let d = channels / groups;
+        let d = Error::check_groups(groups, channels)?;
         let wanted = channels.saturating_mul(d);
         if scatter.len() != wanted {
             return Err(Error::Elements { argument: "scatter", got: scatter.len(), wanted });

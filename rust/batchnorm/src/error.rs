@@ -314,6 +314,22 @@ impl Error {
         }
     }
 
+    /// Checks the same of matrices with a row of `d` numbers for each channel.
+    pub(crate) fn check_finite_rows(argument: &'static str, matrices: &[f64], d: usize) -> Result<(), Self> {
+        match matrices.iter().position(|v| !v.is_finite()) {
+            Some(k) => Err(Self::NotFinite { argument, channel: k / d, value: matrices[k] }),
+            None => Ok(()),
+        }
+    }
+
+    /// The number of channels in each of so many groups.
+    pub(crate) fn check_groups(groups: usize, channels: usize) -> Result<usize, Self> {
+        match channels.checked_div(groups) {
+            Some(d) if d * groups == channels => Ok(d),
+            _ => Err(Self::Groups { groups, channels }),
+        }
+    }
+
     /// Checks that no value is below 0; the error names the first channel that has one.
     pub(crate) fn check_not_negative(argument: &'static str, values: &[f64]) -> Result<(), Self> {
         match values.iter().position(|&v| v < 0.0) {

@@ -69,10 +69,7 @@ impl Patches {
     /// [`Error::Groups`].
     pub(crate) fn of(layout: Layout, groups: usize) -> Result<Self, Error> {
         let channels = layout.channels();
-        if groups == 0 || !channels.is_multiple_of(groups) {
-            return Err(Error::Groups { groups, channels });
-        }
-        let group = channels / groups;
+        let group = Error::check_groups(groups, channels)?;
         let strip = (STRIP / group).clamp(1, groups) * group;
         let inner = layout.inner().max(1);
         let positions = if group > STRIP { POSITIONS.1 } else { POSITIONS.0 };

@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::gradient_sums::GradientSums;
 use crate::input::{Input, check_layout};
 use crate::layout::Layout;
-use crate::memory::{collected, copied, try_collected, zeros};
+use crate::memory::{collected, copied, zeros};
 use crate::parallel;
 use crate::parameters::Parameters;
 use crate::patch::{Patch, Patches};
@@ -126,29 +126,18 @@ pub fn whitening_matrix(
     method: Method,
 ) -> Result<(Vec<f64>, Option<f64>), Error> {
     let _mode = begin()?;
-    if groups == 0 || !channels.is_multiple_of(groups) {
-        return Err(Error::Groups { groups, channels });
-    }
-    let d = channels / groups;
+    let d = Error::check_groups(groups, channels)?;
     if cov.len() != channels.saturating_mul(d) {
         return Err(Error::Elements { argument: "cov", got: cov.len(), wanted: channels.saturating_mul(d) });
     }
     check_eps(eps)?;
-    check_finite("cov", cov, d)?;
+    Error::check_finite_rows("cov", cov, d)?;
     let whiteners = map_groups(groups, d, |g| Whitener::new(of_group(cov, d, g), eps, method, g))?;
     Ok((row_major(&whiteners, |_| 1.0)?, largest_residual(&whiteners)))
 }
 
 fn check_eps(eps: f64) -> Result<(), Error> {
     if eps >= 0.0 && eps.is_finite() { Ok(()) } else { Err(Error::Eps { value: eps }) }
-}
-
-/// Checks matrices with a row of `d` numbers for each channel.
-fn check_finite(argument: &'static str, matrices: &[f64], d: usize) -> Result<(), Error> {
-    match matrices.iter().position(|v| !v.is_finite()) {
-        Some(k) => Err(Error::NotFinite { argument, channel: k / d, value: matrices[k] }),
-        None => Ok(()),
-    }
 }
 
 /// Whitens x by the statistics of the batch: y = γW(x − mean) + β.
@@ -180,7 +169,7 @@ pub fn whiten_forward<T: Element>(
     }
     let comoments = comoments(x, whitening.groups)?;
     Error::check_finite("the mean of x", comoments.mean())?;
-    check_finite("the covariance of x", comoments.scatter(), patches.group)?;
+    Error::check_finite_rows("the covariance of x", comoments.scatter(), patches.group)?;
     let centred = Centred { x, mean: comoments.mean() };
     let (cov, d) = (comoments.cov(0)?, patches.group);
     let shrinkage = match whitening.shrinkage {
@@ -268,11 +257,11 @@ pub fn whiten_backward<T: Element>(
     let a = row_major(&pass.whiteners, |c| pass.gamma[c])?;
     let b = collected((0..channels * d).map(|k| 2.0 / count * of_groups[k / (d * d)].0[(k / d % d, k % d)]))?;
     let c = collected(of_groups.iter().map(|(_, dfourth)| 4.0 * dfourth))?;
-    let shift = try_collected((0..channels).map(|i| {
+    let shift = collected((0..channels).map(|i| {
         let g = i / d;
         let through_mean: f64 = (0..d).map(|o| a[(g * d + o) * d + i % d] * sums.sums[g * d + o]).sum();
         let through_norms = pass.shrinkage.as_ref().map_or(0.0, |(powers, _)| c[g] * powers.third[i]);
-        Ok(-(through_mean + through_norms) / count)
+        -(through_mean + through_norms) / count
     }))?;
     let ones = collected(repeat_n(1.0, channels))?;
     let room = || Ok(([patches.room(None)?, patches.room(None)?, patches.room(None)?], Vec::new()));

@@ -184,7 +184,7 @@ fn eigen(cov: MatRef<'_, f64>, eps: f64, group: usize) -> Result<(Mat<f64>, Vec<
     let d = cov.nrows();
     let mut memory =
         scratch(self_adjoint_evd_scratch::<f64>(d, ComputeEigenvectors::Yes, Par::Seq, Default::default()))?;
-    let (mut values, mut vectors) = (faer::Mat::<f64>::zeros(d, 1), Mat::zeros(d, d));
+    let (mut values, mut vectors) = (Mat::<f64>::zeros(d, 1), Mat::zeros(d, d));
     // Divided by its largest element: squares of very large and very small variances would leave the range of float64.
     let size = largest(cov);
     if size == 0.0 && eps == 0.0 {

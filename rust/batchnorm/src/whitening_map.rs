@@ -43,9 +43,7 @@ impl WhiteningMap {
         if group == 0 || !matrix.len().is_multiple_of(channels) || !channels.is_multiple_of(group) {
             return Err(Error::Elements { argument: "matrix", got: matrix.len(), wanted: channels * channels });
         }
-        if let Some(k) = matrix.iter().position(|v| !v.is_finite()) {
-            return Err(Error::NotFinite { argument: "matrix", channel: k / group, value: matrix[k] });
-        }
+        Error::check_finite_rows("matrix", &matrix, group)?;
         Error::check_finite("mean", &mean)?;
         Error::check_finite("bias", &bias)?;
         let transposed = collected((0..matrix.len()).map(|k| {
@@ -58,11 +56,6 @@ impl WhiteningMap {
     /// Number of channels.
     pub fn channels(&self) -> usize {
         self.mean.len()
-    }
-
-    /// M: a row of D numbers for each channel.
-    pub fn matrix(&self) -> &[f64] {
-        &self.matrix
     }
 
     /// Number of groups of channels.
