@@ -1,4 +1,4 @@
-"""Frozen layers in ONNX models: `load_frozen` reads one, `to_onnx` of the layer writes one.
+"""ONNX models: batch normalizations read from them, put back, and checked.
 
 This package needs the extra `batchnorm[onnx]`.
 """
@@ -10,6 +10,8 @@ try:
 except ImportError as error:
     raise ImportError("batchnorm.onnx needs the package onnx: pip install 'batchnorm[onnx]'") from error
 
-from batchnorm.onnx.read import load_frozen
+from batchnorm.onnx.affine import Affine, affines
+from batchnorm.onnx.read import frozen_layers, load_frozen
+from batchnorm.onnx.replace import replace_layers
 
-__all__ = ["load_frozen"]
+__all__ = ["Affine", "affines", "frozen_layers", "load_frozen", "replace_layers"]

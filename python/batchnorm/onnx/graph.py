@@ -1,76 +1,151 @@
-"""Access to the main graph of an ONNX model: the node that computes a value, and the values of constants."""
+"""Access to an ONNX model: what computes and reads the values of its main graph, and constants."""
 
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-_STANDARD_DOMAINS = ("", "ai.onnx")  # two names of ONNX's own domain
-_FOLDED = ("Constant", "Identity", "Cast", "Reshape")
-_CAST_TO: dict[int, type[np.number[Any]]] = {
-    TensorProto.FLOAT: np.float32,
-    TensorProto.DOUBLE: np.float64,
-    TensorProto.FLOAT16: np.float16,
-    TensorProto.INT32: np.int32,
-    TensorProto.INT64: np.int64,
-}
-_CONSTANT_DTYPES = {
-    "value_float": np.float32,
-    "value_floats": np.float32,
-    "value_int": np.int64,
-    "value_ints": np.int64,
-}
+from batchnorm.onnx.constants import OPERATORS, evaluate
+from batchnorm.onnx.nodes import attributes_of, is_standard, operator_name, opset_of, values_used
+from batchnorm.onnx.tensors import Tensors
+
+ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str] | bytes
+"""A model, its file, or its bytes."""
+
+_OVERRIDABLE_FROM_IR = 4  # before it, every initializer had to be an input too
 
 
 class Graph:
-    """The main graph of a model.
+    """The main graph of a model. It does not follow changes of the model: make another `Graph` after them.
 
     Args:
         model: The model, its file, or its bytes.
+        like: The graph of the model that this one was copied from, whose name and folder it takes.
 
     Attributes:
         where: Name of the model in errors: its path, or "model".
+        folder: The folder of the model's file, where tensors may have their data; None if it has no path.
         model: The model. Tensor data in other files are read only when they are asked for.
         opset: The version of ONNX's own operators.
         producer: The node that computes a value, by the name of the value.
+        tensors: Reads the tensors of the model.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not an ONNX model.
+        ValueError: It is not an ONNX model, or two nodes compute the same value.
     """
 
     where: str
-    _folder: Path | None
+    folder: Path | None
 
-    def __init__(self, model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> None:
-        self.where, self._folder = "model", None
+    def __init__(self, model: ModelSource, *, like: Graph | None = None) -> None:
+        self.where, self.folder = (like.where, like.folder) if like else ("model", None)
         if not isinstance(model, (onnx.ModelProto, bytes)):
-            self.where, self._folder = os.fspath(model), Path(model).parent
+            self.where, self.folder = os.fspath(model), Path(model).parent
         self.model = _parse(model, self.where)
-        versions = [entry.version for entry in self.model.opset_import if entry.domain in _STANDARD_DOMAINS]
-        self.opset = max(versions, default=0)
-        self.producer = {output: node for node in self.model.graph.node for output in node.output}
+        self.tensors = Tensors(self.where, self.folder)
+        self.opset = opset_of(self.model.opset_import)
+        self.producer: dict[str, onnx.NodeProto] = {}
+        self._position: dict[str, int] = {}
+        for position, node in enumerate(self.model.graph.node):
+            for output in filter(None, node.output):
+                if output in self.producer:
+                    raise ValueError(f"{self.where}: {output!r} is computed twice")
+                self.producer[output], self._position[output] = node, position
+
+    def nodes(self, *operators: str) -> list[onnx.NodeProto]:
+        """Return the nodes of these operators of ONNX's own domain, in order."""
+        return [node for node in self.model.graph.node if is_standard(node, *operators)]
+
+    @cached_property
+    def initializers(self) -> dict[str, onnx.TensorProto | onnx.SparseTensorProto]:
+        """The initializers by name."""
         graph = self.model.graph
-        self._initializers: dict[str, onnx.TensorProto | onnx.SparseTensorProto] = {
+        return {
             **{tensor.name: tensor for tensor in graph.initializer},
             **{sparse.values.name: sparse for sparse in graph.sparse_initializer},
         }
 
-    def nodes(self, operator: str) -> list[onnx.NodeProto]:
-        """Return the nodes of an operator of ONNX's own domain, in order."""
-        return [node for node in self.model.graph.node if is_standard(node, operator)]
+    @cached_property
+    def inputs(self) -> dict[str, onnx.ValueInfoProto]:
+        """The inputs that a caller must give, by name: those without an initializer."""
+        named = {entry.name: entry for entry in self.model.graph.input}
+        return {name: entry for name, entry in named.items() if name not in self.initializers}
+
+    @cached_property
+    def outputs(self) -> list[str]:
+        """The names of the outputs."""
+        return [entry.name for entry in self.model.graph.output]
+
+    @cached_property
+    def overridable(self) -> set[str]:
+        """The initializers that are inputs too, for which a caller may give other values (from IR 4 on)."""
+        if self.model.ir_version < _OVERRIDABLE_FROM_IR:
+            return set()
+        return {entry.name for entry in self.model.graph.input} & self.initializers.keys()
+
+    @cached_property
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        """The nodes that read a value, in order, by its name; a node counts if a subgraph of it reads it.
+
+        Outputs of the graph are no nodes: see `outputs`. A value that nothing reads has no entry.
+        """
+        found: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.model.graph.node:
+            for name in values_used(node):
+                found.setdefault(name, []).append(node)
+        return found
+
+    @cached_property
+    def shapes(self) -> dict[str, list[int | None]]:
+        """The sizes of axes by value, None where a size varies; values of unknown rank have no entry.
+
+        They are inferred by onnx; of a model in which it finds a contradiction, none are known.
+        """
+        return {
+            name: [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+            for name, kind in self._types.items()
+            if kind.HasField("shape")
+        }
+
+    @cached_property
+    def elements(self) -> dict[str, np.dtype[Any]]:
+        """The types of tensors by value, as far as they are known."""
+        return {
+            name: helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            for name, kind in self._types.items()
+            if kind.elem_type in helper.get_all_tensor_dtypes()
+        }
+
+    @cached_property
+    def _types(self) -> dict[str, onnx.TypeProto.Tensor]:
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True).graph
+        except (onnx.shape_inference.InferenceError, ValueError, TypeError, RuntimeError):
+            return {}
+        entries = (*inferred.input, *inferred.output, *inferred.value_info)
+        found = {
+            entry.name: entry.type.tensor_type for entry in entries if entry.type.HasField("tensor_type")
+        }
+        for name, tensor in self.initializers.items():
+            element = (tensor if isinstance(tensor, onnx.TensorProto) else tensor.values).data_type
+            found[name] = helper.make_tensor_type_proto(element, tensor.dims).tensor_type
+        return found
 
     def constant(self, role: str, name: str) -> NDArray[Any]:
         """Return the constant `name`: an initializer, or a value computed from constants by simple operators.
 
-        The operators are every form of Constant, and Identity, Cast and Reshape.
+        The operators are every form of Constant, ConstantOfShape, Identity, Cast, CastLike, Expand, Reshape
+        and Unsqueeze, and Shape of any value whose sizes are fixed. The array may be read-only, or one number
+        broadcast to a shape.
 
         Args:
             role: Name of the value in errors.
@@ -82,21 +157,32 @@ class Graph:
                 was not given by its path; or that file is outside the folder of the model.
         """
         values: dict[str, NDArray[Any]] = {}
-        needed = self._needed(role, name)
-        for value in needed & self._initializers.keys():
-            values[value] = self._initial(self._initializers[value], f"{role} ({value!r})")
-        for node in self.model.graph.node:  # nodes are sorted: the inputs of a node are computed before it
-            if needed.isdisjoint(node.output):
-                continue
+        needed = self.sources(role, name)
+        for value in needed & self.initializers.keys():
+            tensor, what = self.initializers[value], f"{role} ({value!r})"
+            read = self.tensors.array if isinstance(tensor, onnx.TensorProto) else self.tensors.dense
+            values[value] = read(tensor, what)
+        # Nodes are sorted: the inputs of a node are computed before it.
+        for value in sorted(needed - values.keys(), key=self._position.__getitem__):
+            node = self.producer[value]
             try:
-                inputs = [values[value] for value in node.input]
+                inputs = [values[used] for used in _read_by(node)]
             except KeyError as error:
                 raise ValueError(f"{self.where}: {role}: {error} is used before it is computed") from error
-            values[node.output[0]] = self._fold(node, inputs, f"{role} ({node.output[0]!r})")
+            if node.op_type == "Shape":
+                values[value] = self._sizes(node, role)
+                continue
+            if node.op_type == "CastLike":
+                inputs.append(np.empty(0, self._element(node.input[1], role)))
+            values[value] = evaluate(node, inputs, self.tensors, self.where, f"{role} ({value!r})")
         return values[name]
 
-    def _needed(self, role: str, name: str) -> set[str]:
-        """Return the names of all values from which the value `name` is computed."""
+    def sources(self, role: str, name: str) -> set[str]:
+        """Return the names of all values from which the constant `name` is computed, and its own.
+
+        Raises:
+            ValueError: It is not constant.
+        """
         needed: set[str] = set()
         pending = [name]
         while pending:
@@ -104,122 +190,41 @@ class Graph:
             if value in needed:
                 continue
             needed.add(value)
-            if value in self._initializers:
+            if value in self.initializers:
                 continue
             node = self.producer.get(value)
-            if node is None or not any(is_standard(node, operator) for operator in _FOLDED):
+            if node is None or not is_standard(node, *OPERATORS):
                 source = "an input" if node is None else f"computed by {operator_name(node)}"
                 raise ValueError(f"{self.where}: {role} ({value!r}) is {source}, but a constant is wanted")
-            pending.extend(node.input)
+            pending.extend(_read_by(node))
         return needed
 
-    def _fold(self, node: onnx.NodeProto, inputs: list[NDArray[Any]], what: str) -> NDArray[Any]:
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if node.op_type == "Constant":
-            return self._of_constant(attributes, what)
-        try:
-            if node.op_type == "Identity":
-                return inputs[0]
-            if node.op_type == "Cast":
-                with np.errstate(all="ignore"):
-                    return inputs[0].astype(_cast_type(attributes["to"].i))
-            keep_zeros = "allowzero" in attributes and attributes["allowzero"].i != 0
-            sizes = enumerate(inputs[1].tolist())
-            shape = [size if size or keep_zeros else inputs[0].shape[axis] for axis, size in sizes]
-            return inputs[0].reshape(shape)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.where}: {what}: {node.op_type} cannot be evaluated: {error}") from error
+    def _sizes(self, node: onnx.NodeProto, role: str) -> NDArray[Any]:
+        """Return the output of a Shape."""
+        name, attributes = node.input[0], attributes_of(node)
+        shape = self.shapes.get(name)
+        sizes = None if shape is None else shape[attributes.get("start", 0) : attributes.get("end")]
+        if sizes is None or None in sizes:
+            found = "rank varies" if sizes is None else "sizes vary"
+            raise ValueError(f"{self.where}: {role} is made by the Shape of {name!r}, whose {found}")
+        return np.array(sizes, np.int64)
 
-    def _of_constant(self, attributes: dict[str, onnx.AttributeProto], what: str) -> NDArray[Any]:
-        if "value" in attributes:
-            return self._array(attributes["value"].t, what)
-        if "sparse_value" in attributes:
-            return self._dense(attributes["sparse_value"].sparse_tensor, what)
-        for name, dtype in _CONSTANT_DTYPES.items():
-            if name in attributes:
-                return np.array(helper.get_attribute_value(attributes[name]), dtype)
-        found = ", ".join(attributes) or "no value"
-        raise ValueError(f"{self.where}: {what} is a Constant with {found}, but numbers are wanted")
-
-    def _initial(self, tensor: onnx.TensorProto | onnx.SparseTensorProto, what: str) -> NDArray[Any]:
-        if isinstance(tensor, onnx.TensorProto):
-            return self._array(tensor, what)
-        return self._dense(tensor, what)
-
-    def _dense(self, sparse: onnx.SparseTensorProto, what: str) -> NDArray[Any]:
-        values, indices = self._array(sparse.values, what), self._array(sparse.indices, what)
-        try:
-            if indices.ndim == 2:
-                indices = np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims))
-            dense = np.zeros(tuple(sparse.dims), values.dtype)
-            if indices.min(initial=0) < 0:
-                raise IndexError("negative index")
-            dense.reshape(-1)[indices] = values
-        except (IndexError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.where}: {what} is damaged: {error}") from error
-        return dense
-
-    def _array(self, tensor: onnx.TensorProto, what: str) -> NDArray[Any]:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            data = self._external_data(tensor, what)
-            tensor = TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
-        try:
-            return numpy_helper.to_array(tensor)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.where}: {what} is damaged: {error}") from error
-
-    def _external_data(self, tensor: onnx.TensorProto, what: str) -> bytes:
-        """Return the data of a tensor that are in another file beside the model.
-
-        This does not use onnx, which would look for the file in the working directory if the model has no
-        path, and would read the data of all tensors, however large.
-        """
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        there = f"{self.where}: the data of {what} are in the file {location!r}"
-        if self._folder is None:
-            raise ValueError(f"{there}, which was not loaded; give the path of the model")
-        folder = Path(os.path.realpath(self._folder))
-        path = Path(os.path.realpath(folder / location))
-        if not path.is_relative_to(folder):
-            raise ValueError(f"{there}, which is outside the folder of the model and is not read")
-        if not path.is_file():
-            raise FileNotFoundError(f"{there}, but there is no such file in the folder of the model")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            try:
-                offset = int(entries.get("offset", 0))
-                length = int(entries.get("length", size - offset))
-            except ValueError as error:
-                raise ValueError(f"{there}, but the place in it is damaged: {error}") from error
-            if not 0 <= offset <= offset + length <= size:
-                raise ValueError(f"{there}, {length} bytes from {offset} on, but it has {size}")
-            file.seek(offset)
-            return file.read(length)
+    def _element(self, name: str, role: str) -> np.dtype[Any]:
+        if name not in self.elements:
+            raise ValueError(f"{self.where}: {role} is cast to the type of {name!r}, which is not known")
+        return self.elements[name]
 
 
-def _parse(model: onnx.ModelProto | str | os.PathLike[str] | bytes, where: str) -> onnx.ModelProto:
+def _read_by(node: onnx.NodeProto) -> list[str]:
+    """Return the inputs whose values a constant depends on, and not on their shape or type alone."""
+    return [*node.input[: {"Shape": 0, "CastLike": 1}.get(node.op_type)]]
+
+
+def _parse(model: ModelSource, where: str) -> onnx.ModelProto:
     if isinstance(model, onnx.ModelProto):
         return model
     try:
-        if isinstance(model, bytes):
-            return onnx.load_model_from_string(model)
-        return onnx.load(model, load_external_data=False)
+        data = model if isinstance(model, bytes) else Path(model).read_bytes()
+        return onnx.load_model_from_string(data)
     except DecodeError as error:
         raise ValueError(f"{where}: not an ONNX model: {error}") from error
-
-
-def _cast_type(to: int) -> type[np.number[Any]]:
-    if to not in _CAST_TO:
-        raise ValueError(f"to={to} is none of the types {', '.join(map(str, _CAST_TO))}")
-    return _CAST_TO[to]
-
-
-def is_standard(node: onnx.NodeProto, operator: str) -> bool:
-    """Return whether a node is the given operator of ONNX's own domain, since other domains share names."""
-    return node.op_type == operator and node.domain in _STANDARD_DOMAINS
-
-
-def operator_name(node: onnx.NodeProto) -> str:
-    """Return the operator of a node, with its domain if that is not ONNX's own."""
-    return node.op_type if node.domain in _STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"

@@ -1,13 +1,12 @@
-"""Import of a frozen layer from an ONNX model, written by `to_onnx` or by other programs."""
+"""Import of frozen layers from ONNX models, written by `to_onnx` or by other programs."""
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections import Counter
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from batchnorm._file import BATCH_NORM, WHITENING, kind_of, restore
@@ -15,24 +14,28 @@ from batchnorm._kinds import MAKERS
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.frozen_whitening import FrozenWhitening
 from batchnorm.onnx import whitening
-from batchnorm.onnx.graph import Graph, is_standard, operator_name
+from batchnorm.onnx.graph import Graph, ModelSource
+from batchnorm.onnx.nodes import is_standard, operator_name
+from batchnorm.onnx.normalizations import (
+    OPERATOR,
+    Reading,
+    normalizations,
+    normalizations_elsewhere,
+    read,
+    vector,
+)
 
-# Since BatchNormalization-9 the inference form has meant the same; 14 and 15 changed training and the types.
-_OLDEST_OPSET = 9
 _INPUTS = {"Cast": 1, "Sqrt": 1}  # all others of mode "exact" have 2
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> FrozenBatchNorm | FrozenWhitening:
+def load_frozen(model: ModelSource) -> FrozenBatchNorm | FrozenWhitening:
     """Load the frozen layer of an ONNX model.
 
     The model was written by `FrozenBatchNorm.to_onnx`, in either mode, by `FrozenWhitening.to_onnx`, or by
     another program.
 
-    In a model of another program, the one BatchNormalization node of the main graph is read. It must be in
-    inference mode, and its parameters must be constant: initializers, every form of Constant, and Identity,
-    Cast and Reshape of these. The rest of the model is ignored. The layer is float64 if a parameter is, else
-    float32, which holds 16-bit parameters exactly.
+    In a model of another program, the one BatchNormalization node of the main graph is read, as
+    `frozen_layers` reads it. The rest of the model is ignored.
 
     Args:
         model: The model, its path, or its bytes. If parameters have their data in other files, it must be the
@@ -47,9 +50,7 @@ def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> Froz
     graph = Graph(model)
     props = {prop.key: prop.value for prop in graph.model.metadata_props}
     if "fingerprint" not in props:
-        parameters, eps = _inference(graph)
-        wide = any(values.dtype == np.float64 for values in parameters.values())
-        return FrozenBatchNorm(**_float64(parameters), eps=eps, dtype="float64" if wide else "float32")
+        return _inference(graph).layer()
     keys = (WHITENING if props.get("format") == WHITENING.format else BATCH_NORM).keys
     found = {key: value for key, value in props.items() if key in keys}  # tools add entries of their own
     if kind_of(graph.where, found, MAKERS) is WHITENING:
@@ -57,41 +58,81 @@ def load_frozen(model: onnx.ModelProto | str | os.PathLike[str] | bytes) -> Froz
         layer = restore(FrozenWhitening, graph.where, found, parameters, WHITENING)
         whitening.check(graph, layer)
         return layer
-    parameters, eps = _inference(graph) if graph.nodes("BatchNormalization") else _exact(graph)
-    return restore(FrozenBatchNorm, graph.where, found, _float64(parameters) | {"eps": eps}, BATCH_NORM)
+    parameters = (_inference(graph) if graph.nodes(OPERATOR) else _exact(graph))._asdict()
+    return restore(FrozenBatchNorm, graph.where, found, _float64(parameters), BATCH_NORM)
 
 
-def _float64(parameters: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    return {name: values.astype(np.float64) for name, values in parameters.items()}
+def frozen_layers(model: ModelSource, *, skip: bool = False) -> dict[str, FrozenBatchNorm]:
+    """Return the batch normalizations of a model as frozen layers.
+
+    They are the BatchNormalization nodes of the main graph. Such a node must be in inference mode: by its
+    attribute `is_test` in opset 6, by a single output in opsets 7 to 13, by `training_mode` from 14 on. Its
+    parameters must be constant: initializers, every form of Constant, ConstantOfShape, and Identity, Cast,
+    CastLike, Expand, Reshape and Unsqueeze of these. A layer is float64 if a parameter is, else float32,
+    which holds 16-bit parameters exactly.
+
+    Args:
+        model: The model, its path, or its bytes. If parameters have their data in other files, it must be the
+            path, and those files must be in the same folder.
+        skip: Leave out, with a warning, what cannot be read.
+
+    Returns:
+        The layers by name of the node, in the order of the nodes. The name of a node that has none, or the
+        name of another too, is that of its first output.
+
+    Raises:
+        OSError: The model's file, or one with data of the parameters, cannot be read.
+        ValueError: Batch normalizations cannot be read, all of which it lists with the reasons: they are in
+            training mode, in a subgraph or function, or have parameters that are computed or make no layer.
+
+    Warns:
+        UserWarning: A parameter is an input of the model too, so that a caller may give another (from IR
+            version 4 on); or what `skip` leaves out.
+    """
+    graph = Graph(model)
+    layers: dict[str, FrozenBatchNorm] = {}
+    refused: dict[str, str] = {}
+    changeable: list[str] = []
+    found = normalizations(graph)
+    for entry in found:
+        try:
+            layers[entry.key] = read(graph, entry.node).layer()
+        except (ValueError, TypeError) as error:
+            refused[entry.key] = str(error).removeprefix(f"{graph.where}: ")
+            continue
+        sources = {name for p in entry.node.input[1:] for name in graph.sources("", p)}
+        changeable.extend(f"{name!r} of {entry.key!r}" for name in sorted(sources & graph.overridable))
+    elsewhere = normalizations_elsewhere(graph)
+    listed = [f"{key!r}: {reason}" for key, reason in refused.items()]
+    listed += [f"{entry.key!r}: is {entry.place}, not in the main graph" for entry in elsewhere]
+    if listed:
+        message = f"{len(listed)} of {len(found) + len(elsewhere)} batch normalizations cannot be read"
+        message = f"{graph.where}: {message}: {'; '.join(listed)}"
+        if not skip:
+            raise ValueError(f"{message}; skip=True leaves them out")
+        warnings.warn(message, stacklevel=2)
+    if changeable:
+        names = ", ".join(changeable)
+        message = f"{graph.where}: inputs of the model too, so that a caller may give others: {names}"
+        warnings.warn(message, stacklevel=2)
+    return layers
 
 
-def _inference(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
-    """Read gamma, beta, mean, var and eps of the one BatchNormalization node."""
-    where, normalizations = graph.where, graph.nodes("BatchNormalization")
-    if len(normalizations) != 1:
+def _float64(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {name: np.asarray(values, np.float64) for name, values in parameters.items()}
+
+
+def _inference(graph: Graph) -> Reading:
+    """Read the one BatchNormalization node of the main graph."""
+    found = graph.nodes(OPERATOR)
+    if len(found) != 1:
         operators = Counter(operator_name(node) for node in graph.model.graph.node)
         there = ", ".join(f"{count} {name}" for name, count in operators.items()) or "no nodes"
-        raise ValueError(f"{where}: one BatchNormalization is wanted, found {there}")
-    (node,) = normalizations
-    if graph.opset < _OLDEST_OPSET:
-        raise ValueError(f"{where}: opset {_OLDEST_OPSET} or newer is wanted, found {graph.opset}")
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    if attributes.get("training_mode", 0) or any(node.output[1:]):
-        raise ValueError(f"{where}: BatchNormalization for inference wanted, found training mode")
-    if attributes.get("spatial", 1) != 1:
-        raise ValueError(f"{where}: BatchNormalization by channels wanted, found spatial=0")
-    if len(node.input) != 5:
-        raise ValueError(f"{where}: BatchNormalization of 5 inputs wanted, found {len(node.input)}")
-    names = zip(("gamma", "beta", "mean", "var"), node.input[1:], strict=True)
-    parameters = {role: _parameter(graph, role, name) for role, name in names}
-    for role, values in parameters.items():
-        if values.ndim != 1 or values.shape != parameters["gamma"].shape:
-            shapes = ", ".join(f"{other} {v.shape}" for other, v in parameters.items())
-            raise ValueError(f"{where}: {role} of shape (channels,) is wanted, found {shapes}")
-    return parameters, attributes.get("epsilon", float(np.float32(1e-5)))
+        raise ValueError(f"{graph.where}: one {OPERATOR} is wanted, found {there}")
+    return read(graph, found[0])
 
 
-def _exact(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
+def _exact(graph: Graph) -> Reading:
     """Read the parameters from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, with any casts."""
     y = next((output.name for output in graph.model.graph.output), "")
     if _is_computed_by(graph, "Cast", y):
@@ -108,18 +149,13 @@ def _exact(graph: Graph) -> tuple[dict[str, NDArray[Any]], float]:
     if inputs != [x]:
         raise ValueError(f"{graph.where}: not mode 'exact': {x!r} is normalized, but inputs are {inputs}")
     names = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-    parameters = {role: _parameter(graph, role, name).ravel() for role, name in names.items()}
-    constant = _parameter(graph, "eps", eps)
+    parameters: dict[str, NDArray[Any]] = {
+        role: vector(graph, role, name).ravel() for role, name in names.items()
+    }
+    constant = vector(graph, "eps", eps)
     if constant.size != 1:
         raise ValueError(f"{graph.where}: eps of one value is wanted, found shape {constant.shape}")
-    return parameters, constant.item()
-
-
-def _parameter(graph: Graph, role: str, name: str) -> NDArray[Any]:
-    values = graph.constant(role, name)
-    if values.dtype.name not in _FLOATS:
-        raise ValueError(f"{graph.where}: {role} ({name!r}) of floats is wanted, found {values.dtype}")
-    return values
+    return Reading(**parameters, eps=constant.item())
 
 
 def _is_computed_by(graph: Graph, operator: str, name: str) -> bool:

@@ -11,8 +11,9 @@ from onnx import helper
 
 from batchnorm._file import WHITENING
 from batchnorm._types import WhiteningParameters
-from batchnorm.onnx.graph import Graph, operator_name
+from batchnorm.onnx.graph import Graph
 from batchnorm.onnx.model import Parts, axis_of, make_model, swapped
+from batchnorm.onnx.nodes import attributes_of, operator_name
 
 
 def build_model(layer: WhiteningParameters, *, opset: int, rank: int) -> onnx.ModelProto:
@@ -81,5 +82,4 @@ def check(graph: Graph, layer: WhiteningParameters) -> None:
 
 def _signature(node: onnx.NodeProto) -> tuple[Any, ...]:
     """Return what a node computes; its name and documentation may be changed by other tools."""
-    attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-    return operator_name(node), list(node.input), list(node.output), attributes
+    return operator_name(node), list(node.input), list(node.output), attributes_of(node)
