@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import batchnorm as bn
 import onnx_models
-from batchnorm.onnx import frozen_layers, load_frozen, replace_layers
+from batchnorm.onnx import affines, frozen_layers, load_frozen, replace_layers
 from onnx_models import batch_norm, make, parameters, run
 
 NEWEST = onnx.defs.onnx_opset_version()
@@ -382,7 +382,7 @@ def test_names_and_things_that_are_no_layers(values):
     with pytest.raises(ValueError, match="layers: 'bm' is no batch normalization of model, which has 'bn'"):
         replace_layers(model, {"bm": layer_of(values)})
     with pytest.raises(TypeError, match=r"layers\['bn'\]: was ndarray, wanted a FrozenBatchNorm"):
-        replace_layers(model, {"bn": np.zeros(3)})
+        replace_layers(model, {"bn": np.zeros(3)})  # type: ignore[dict-item]
 
 
 # Files
@@ -436,3 +436,42 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, values):
         replace_layers(make([batch_norm(name="bn")], values), {}, out=out)
     with pytest.raises(FileNotFoundError):
         replace_layers(make([batch_norm(name="bn")], values), {}, out=tmp_path / "none" / "m.onnx")
+
+
+# Pairs of Mul and Add
+
+
+def test_pairs_of_mul_and_add(rng):
+    scale, shift = rng.normal(size=(2, 3, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Mul", ["scale", "x"], ["a"], name="pair"),
+        helper.make_node("Add", ["a", "shift"], ["b"]),
+        helper.make_node("Mul", ["b", "scale"], ["c"], name="alone"),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Mul", ["d", "scale"], ["e"], name="used twice"),
+        helper.make_node("Add", ["e", "shift"], ["f"]),
+        helper.make_node("Add", ["e", "f"], ["g"]),
+        helper.make_node("Mul", ["g", "given"], ["h"], name="by an input"),
+        helper.make_node("Add", ["h", "shift"], ["i"]),
+        helper.make_node("Mul", ["i", "open"], ["j"], name="by what a caller may override"),
+        helper.make_node("Add", ["j", "shift"], ["k"]),
+        helper.make_node("Mul", ["k", "scale"], ["l"]),
+        helper.make_node("Add", ["l", "shift"], ["y"]),
+    ]
+    constants = {"scale": scale, "shift": shift, "open": scale}
+    model = make(nodes, constants, x=("n", 3, 4, 4))
+    for name in ("given", "open"):
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [3, 1, 1]))
+    found = affines(model)
+    assert {key: (pair.x, pair.y) for key, pair in found.items()} == {"pair": ("x", "b"), "l": ("k", "y")}
+    for pair in found.values():
+        assert np.array_equal(pair.scale, scale)
+        assert np.array_equal(pair.shift, shift)
+    assert frozen_layers(model) == {}
+
+
+@pytest.mark.parametrize("name", onnx_models.NORMALIZATIONS)
+def test_pairs_in_real_graphs(name):
+    """Caffe2 wrote γ and β of two of them as a pair behind each batch norm."""
+    count = onnx_models.NORMALIZATIONS[name] if name in ("densenet121", "inception_v2") else 0
+    assert len(affines(onnx_models.LIGHT / f"light_{name}.onnx")) == count
