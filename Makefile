@@ -92,12 +92,20 @@ bench-rust: requirements
 .PHONY: test
 test: built ## All tests except the long ones (needs no root)
 	$(call step,Testing: the output of each part follows when it is done)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest-core test-rust pytest-service
+	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest-core pytest-files pytest-service test-rust
+
+# What works with files and processes; two halves, since a half of the Python tests takes one core.
+FILES := tests/test_cli*.py tests/test_demo*.py tests/test_onnx*.py
 
 .PHONY: pytest-core
 pytest-core: setup
-	$(call step,Testing Python and ONNX Runtime)
-	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 tests --ignore tests/service
+	$(call step,Testing Python)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 tests --ignore tests/service $(FILES:%=--ignore-glob '%')
+
+.PHONY: pytest-files
+pytest-files: setup
+	$(call step,Testing the command line and ONNX)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 $(FILES)
 
 .PHONY: pytest-service
 pytest-service: setup
