@@ -387,6 +387,6 @@ for call in (lambda: bn.FrozenBatchNorm([0.0], [1.0]).to_onnx(), lambda: __impor
 
 def test_the_examples_in_the_documentation():
     blocks = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs" / "onnx.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/onnx.md", "exec"), {})

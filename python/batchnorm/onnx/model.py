@@ -181,11 +181,18 @@ def assemble(
 ) -> onnx.ModelProto:
     """Return the model of these nodes and constants, with metadata, the versions included.
 
+    Args:
+        block: The nodes and constants.
+        inputs: The input, and constants that are inputs too, so that a caller may give other values.
+        outputs: The outputs.
+        opset: Version of the ONNX operators.
+        properties: The metadata.
+
     Raises:
         ValueError: Two values have the same name.
     """
     named = [name for node in block.nodes for name in node.output] + [*block.constants]
-    named += [value.name for value in inputs if value.name not in block.constants]
+    named += [value.name for value in inputs[:1]]  # all others have their first values as constants
     if again := [name for name, count in Counter(named).items() if count > 1 or not name]:
         raise ValueError(f"x, y or name: {again[0]!r} names two values, wanted names of their own")
     graph = helper.make_graph(
