@@ -50,12 +50,12 @@ def build_model(
     inputs, outputs = [Value(x, tensors, sizes)], [Value(y, tensors, sizes)]
     properties = metadata(layer, BATCH_NORM) | node_properties(block.main, layer, mode)
     if mode == "training":
-        momentum, values = _training_arguments(opset, sizes, axis_of(layer, len(sizes)), update_weight, count)
+        momentum, count = _training_arguments(opset, sizes, axis_of(layer, len(sizes)), update_weight, count)
         for state in ("mean", "var"):
             inputs.append(Value(block.name(state), layer.dtype, [layer.channels]))
             outputs.append(Value(block.name(f"running_{state}"), layer.dtype, [layer.channels]))
-        properties |= training_properties(block.main, layer, values)
-        _training(block, layer, x, tensors, len(sizes), momentum, values)
+        properties |= training_properties(block.main, layer, count)
+        _training(block, layer, x, tensors, len(sizes), momentum, count)
     elif update_weight is not None or count is not None:
         given = "count" if update_weight is None else "update_weight"
         raise ValueError(f"{given}: is of mode 'training', and the mode was {mode!r}")
@@ -96,21 +96,32 @@ def add_layer(
 def _inference(
     block: Block, layer: BatchNormParameters, x: str, dtype: np.dtype[Any], axis: int, rank: int
 ) -> str:
-    """Add one BatchNormalization, in the dtype of the layer.
+    """Add one BatchNormalization in inference mode."""
+    values = {role: getattr(layer, role) for role in _PARAMETERS}
+    return _normalization(block, layer, values, x, dtype, axis, rank)
+
+
+def _normalization(
+    block: Block,
+    layer: BatchNormParameters,
+    values: dict[str, Any],
+    x: str,
+    dtype: np.dtype[Any],
+    axis: int,
+    rank: int,
+    *states: str,
+    **attributes: Any,
+) -> str:
+    """Add one BatchNormalization with these parameters, in the dtype of the layer.
 
     If x has another dtype, there is a Cast on either side of it; if its channels are not on axis 1, a
-    Transpose.
+    Transpose. `states` are what its outputs after y are.
     """
-    constants = [block.constant(role, getattr(layer, role)) for role in _PARAMETERS]
+    constants = [block.constant(role, array) for role, array in values.items()]
     x = block.cast(x, dtype, layer.dtype, f"x_{_short(layer.dtype)}")
     x = block.exchange(x, axis, 1, rank, "x_swapped")
-    y = block.add("BatchNormalization", [x, *constants], "normalized", main=True, epsilon=layer.eps)
-    return _back(block, layer, y, dtype, axis, rank)
-
-
-def _back(
-    block: Block, layer: BatchNormParameters, y: str, dtype: np.dtype[Any], axis: int, rank: int
-) -> str:
+    inputs, outputs = [x, *constants], ("normalized", *states)
+    y = block.add("BatchNormalization", inputs, *outputs, main=True, epsilon=layer.eps, **attributes)
     y = block.exchange(y, axis, 1, rank, "y_swapped")
     return block.cast(y, layer.dtype, dtype, f"y_{_short(dtype)}")
 
@@ -205,22 +216,11 @@ def _training(
     count: int,
 ) -> None:
     """Add one BatchNormalization in training mode, whose running variance is ONNX's biased one."""
-    axis = axis_of(layer, rank)
     var = narrowed("var", onnx_variance(layer.var, count), layer.dtype, "mode 'training'")
     values = {role: getattr(layer, role) for role in _PARAMETERS} | {"var": var}
-    constants = [block.constant(role, array) for role, array in values.items()]
-    x = block.cast(x, dtype, layer.dtype, f"x_{_short(layer.dtype)}")
-    x = block.exchange(x, axis, 1, rank, "x_swapped")
-    y = block.add(
-        "BatchNormalization",
-        [x, *constants],
-        *("normalized", "running_mean", "running_var"),
-        main=True,
-        epsilon=layer.eps,
-        momentum=momentum,
-        training_mode=1,
-    )
-    _back(block, layer, y, dtype, axis, rank)
+    states = ("running_mean", "running_var")
+    attributes = {"momentum": momentum, "training_mode": 1}
+    _normalization(block, layer, values, x, dtype, axis_of(layer, rank), rank, *states, **attributes)
 
 
 def _broadcast(layer: BatchNormParameters, axis: int, rank: int) -> tuple[int, ...]:

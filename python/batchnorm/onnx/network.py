@@ -109,8 +109,9 @@ def export_network(
         TypeError: A layer is none of these kinds; or a weight, a size or `dtype` is of the wrong type.
 
     Example:
+        >>> from batchnorm import FrozenBatchNorm
         >>> from batchnorm.onnx import Activation, Linear, export_network
-        >>> norm = bn.FrozenBatchNorm(mean=[1.0, 2.0], var=[4.0, 9.0])
+        >>> norm = FrozenBatchNorm(mean=[1.0, 2.0], var=[4.0, 9.0])
         >>> model = export_network([Linear(np.eye(2)), norm, Activation("relu")], ("rows", 2))
         >>> [node.op_type for node in model.graph.node]
         ['MatMul', 'BatchNormalization', 'Relu']
