@@ -106,7 +106,7 @@ MISUSE = {
     "inspect my.csv": "my.csv",
     "inspect flipped.safetensors": "flipped.safetensors: damaged",
     "export bn.safetensors -o x.onnx --mode fast": "'fast' is not one of 'inference', 'exact'",
-    "export bn.safetensors -o x.onnx --opset 99": "--opset: was 99, wanted 15 to ",
+    "export bn.safetensors -o x.onnx --opset 99": "--opset: was 99, wanted 9 to ",
     "export bn.safetensors -o x.onnx --rank 1": "--rank: was 1, wanted 2 to 64, with an axis 1",
     "serve": "a directory of models must be given, either DIR or --model-dir",
     "serve nosuch": "DIR: Path does not point to a directory",

@@ -72,7 +72,7 @@ def test_the_onnx_model_is_the_whole_network(ran):
     model = onnx.load(ran.output / "network.onnx")
     onnx.checker.check_model(model, full_check=True)
     operators = [node.op_type for node in model.graph.node]
-    assert operators == ["MatMul", "BatchNormalization", "Sigmoid"] * 3 + ["MatMul", "Add"]
+    assert operators == ["MatMul", "BatchNormalization", "Sigmoid"] * 3 + ["Gemm"]
 
 
 def test_the_report_tells_every_check(ran):

@@ -130,6 +130,8 @@ def test_the_default_is_a_convolution_of_opset_15(rng):
         "channel_axis": "1",
         "dtype": "float32",
         "fingerprint": frozen.fingerprint,
+        "batchnorm.version": bn.__version__,
+        "batchnorm.onnx_version": onnx.__version__,
     }
 
 

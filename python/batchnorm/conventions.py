@@ -7,12 +7,16 @@ statistics:
 |---|---|---|---|
 | batchnorm | `update_weight` | unbiased | 1e-5 |
 | PyTorch | `momentum` | unbiased | 1e-5 |
+| ONNX, opset 14 and newer | 1 − `momentum` | biased | 1e-5 |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from batchnorm._checks import mapping
 from batchnorm._core import real_array
@@ -50,3 +54,32 @@ def torch_parameters(state_dict: Mapping[str, Any], prefix: str) -> dict[str, An
     given = {ours: key for ours, key in names.items() if state_dict.get(key) is not None}
     parameters = {ours: real_array(f"state_dict[{key!r}]", state_dict[key]) for ours, key in given.items()}
     return dict.fromkeys(names) | parameters
+
+
+def onnx_momentum(update_weight: float) -> float:
+    """Return ONNX's attribute `momentum`, the weight of the old value, as float32 holds it.
+
+    Raises:
+        ValueError: The update weight is not in (0, 1], or so small that ONNX would never update.
+    """
+    if not 0 < update_weight <= 1:
+        raise ValueError(f"update_weight: was {update_weight}, wanted a number above 0 and at most 1")
+    momentum = float(np.float32(1 - update_weight))
+    if momentum == 1:
+        wanted = "more than 3e-8: ONNX holds 1 minus it in float32, where this is 1"
+        raise ValueError(f"update_weight: was {update_weight}, wanted {wanted}")
+    return momentum
+
+
+def onnx_variance(var: NDArray[Any], count: int) -> NDArray[np.float64]:
+    """Return the biased variances that ONNX stores where we store the unbiased ones: var·(count − 1)/count.
+
+    If every batch has `count` values per channel, this holds for moving averages as for each batch, since
+    both sides average with the same weights.
+
+    Raises:
+        ValueError: The count is below 2, so that there is no unbiased variance.
+    """
+    if count < 2:
+        raise ValueError(f"count: was {count}, wanted 2 or more, since 1 value has no unbiased variance")
+    return var.astype(np.float64) * ((count - 1) / count)

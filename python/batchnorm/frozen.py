@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -232,28 +232,65 @@ class FrozenBatchNorm(Frozen):
         write(self, path, BATCH_NORM)
 
     def to_onnx(
-        self, *, opset: int = 15, mode: Literal["inference", "exact"] = "inference", rank: int = 4
+        self,
+        *,
+        opset: int = 15,
+        mode: Literal["inference", "exact", "affine", "training"] = "inference",
+        rank: int | None = None,
+        shape: Sequence[int | str | None] | None = None,
+        dtype: DTypeLike | None = None,
+        name: str = "",
+        x: str = "x",
+        y: str = "y",
+        update_weight: float | None = None,
+        count: int | None = None,
     ) -> onnx.ModelProto:
-        """Make an ONNX model of the layer, with input x and output y of the layer's dtype.
+        """Make an ONNX model of the layer.
 
         This needs the extra `batchnorm[onnx]`. `docs/onnx.md` says what each mode promises.
 
         Args:
-            opset: Version of the ONNX operators, from 15 to the newest that the installed onnx knows.
-            mode: "inference" for one BatchNormalization node, "exact" for float64 arithmetic that gives, in
-                ONNX Runtime, the bits of this layer.
-            rank: Rank of x, which a valid ONNX model must declare: 2 for (N, C), 4 for (N, C, H, W). The
-                sizes of all axes but the channels' are dynamic.
+            opset: Version of the ONNX operators, from 9 to the newest that the installed onnx knows; from 13
+                for bfloat16 and from 14 for mode "training".
+            mode: "inference" for one BatchNormalization node, "exact" for arithmetic that gives, in ONNX
+                Runtime, the bits of this layer, "affine" for x·scale + shift, from which the layer cannot be
+                read back, or "training" for a BatchNormalization node that normalizes by the statistics of
+                the batch and computes new running statistics.
+            rank: Rank of x, which a valid ONNX model must declare: 2 for (N, C), 4 for (N, C, H, W). If None,
+                that of `shape`, and 4 if that is None too.
+            shape: Sizes of x's axes: an integer is fixed, a name or None is dynamic. If None, all sizes but
+                that of the channels are dynamic.
+            dtype: dtype of x and y: one that the layer takes; if None, that of its parameters.
+            name: Name of the node; all names in the model but x and y then begin with it and a dot.
+            x: Name of the input.
+            y: Name of the output.
+            update_weight: In mode "training", the weight of the new statistics in the running ones. ONNX's
+                momentum is 1 minus it.
+            count: In mode "training", the number of values per channel of every batch, by which the unbiased
+                variance becomes the biased one that ONNX stores.
 
         Raises:
             ImportError: The package onnx is not installed.
-            ValueError: opset, mode or rank is not as described.
-            TypeError: opset or rank is not an integer.
+            ValueError: An argument is not as described, or a number is out of the range of the type in which
+                the mode computes.
+            TypeError: opset, rank, count or a size is not an integer, update_weight is not a number, or dtype
+                is not one of float16, bfloat16, float32 and float64.
         """
         from batchnorm.onnx.export import build_model
 
-        opset, rank = integer("opset", opset), integer("rank", rank)
-        return build_model(self, opset=opset, mode=mode, rank=rank)
+        return build_model(
+            self,
+            opset=integer("opset", opset),
+            mode=mode,
+            rank=None if rank is None else integer("rank", rank),
+            shape=shape,
+            dtype=dtype,
+            name=name,
+            x=x,
+            y=y,
+            update_weight=None if update_weight is None else number("update_weight", update_weight),
+            count=None if count is None else integer("count", count),
+        )
 
     @property
     def channels(self) -> int:

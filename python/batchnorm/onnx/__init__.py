@@ -11,7 +11,23 @@ except ImportError as error:
     raise ImportError("batchnorm.onnx needs the package onnx: pip install 'batchnorm[onnx]'") from error
 
 from batchnorm.onnx.affine import Affine, affines
+from batchnorm.onnx.network import Activation, Conv, Fused, Linear, export_network
 from batchnorm.onnx.read import frozen_layers, load_frozen
 from batchnorm.onnx.replace import replace_layers
+from batchnorm.onnx.verify import Errors, Verification, verify
 
-__all__ = ["Affine", "affines", "frozen_layers", "load_frozen", "replace_layers"]
+__all__ = [
+    "Activation",
+    "Affine",
+    "Conv",
+    "Errors",
+    "Fused",
+    "Linear",
+    "Verification",
+    "affines",
+    "export_network",
+    "frozen_layers",
+    "load_frozen",
+    "replace_layers",
+    "verify",
+]

@@ -7,15 +7,17 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from batchnorm._file import BATCH_NORM, WHITENING, kind_of, restore
 from batchnorm._kinds import MAKERS
+from batchnorm.conventions import onnx_variance
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.frozen_whitening import FrozenWhitening
 from batchnorm.onnx import whitening
 from batchnorm.onnx.graph import Graph, ModelSource
-from batchnorm.onnx.nodes import is_standard, operator_name
+from batchnorm.onnx.nodes import attributes_of, is_standard, operator_name
 from batchnorm.onnx.normalizations import (
     OPERATOR,
     Reading,
@@ -31,8 +33,8 @@ _INPUTS = {"Cast": 1, "Sqrt": 1}  # all others of mode "exact" have 2
 def load_frozen(model: ModelSource) -> FrozenBatchNorm | FrozenWhitening:
     """Load the frozen layer of an ONNX model.
 
-    The model was written by `FrozenBatchNorm.to_onnx`, in either mode, by `FrozenWhitening.to_onnx`, or by
-    another program.
+    The model was written by `FrozenBatchNorm.to_onnx`, in any mode but "affine", by
+    `FrozenWhitening.to_onnx`, or by another program.
 
     In a model of another program, the one BatchNormalization node of the main graph is read, as
     `frozen_layers` reads it. The rest of the model is ignored.
@@ -45,7 +47,8 @@ def load_frozen(model: ModelSource) -> FrozenBatchNorm | FrozenWhitening:
         OSError: The model's file, or one with data of the parameters, cannot be read.
         ValueError: There is no such layer, or more than one; or data of the parameters are in a file outside
             the folder of the model, or in one that is not found because `model` is not a path; or the model
-            was written by this package and its parameters are not those of its fingerprint.
+            was written by this package and its parameters are not those of its fingerprint, or in mode
+            "affine", which does not hold them.
     """
     graph = Graph(model)
     props = {prop.key: prop.value for prop in graph.model.metadata_props}
@@ -58,7 +61,7 @@ def load_frozen(model: ModelSource) -> FrozenBatchNorm | FrozenWhitening:
         layer = restore(FrozenWhitening, graph.where, found, parameters, WHITENING)
         whitening.check(graph, layer)
         return layer
-    parameters = (_inference(graph) if graph.nodes(OPERATOR) else _exact(graph))._asdict()
+    parameters = _parameters(graph, props)._asdict()
     return restore(FrozenBatchNorm, graph.where, found, _float64(parameters), BATCH_NORM)
 
 
@@ -122,6 +125,44 @@ def _float64(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(values, np.float64) for name, values in parameters.items()}
 
 
+def _parameters(graph: Graph, props: dict[str, str]) -> Reading:
+    """Read the parameters of a model that `FrozenBatchNorm.to_onnx` wrote."""
+    nodes = graph.nodes(OPERATOR)
+    if len(nodes) == 1 and f"batchnorm.{nodes[0].name}.count" in props:
+        return _training(graph, nodes[0], props)
+    if nodes:
+        return _inference(graph)
+    if "affine" in (value for key, value in props.items() if key.startswith("batchnorm.")):
+        raise ValueError(
+            f"{graph.where}: mode 'affine' holds x·scale + shift, from which no layer can be read"
+        )
+    return _exact(graph)
+
+
+def _training(graph: Graph, node: onnx.NodeProto, props: dict[str, str]) -> Reading:
+    """Read the parameters from mode "training", whose metadata hold the variance before it was converted."""
+    prefix = f"batchnorm.{node.name}"
+    try:
+        count = int(props[f"{prefix}.count"])
+        var = np.frombuffer(bytes.fromhex(props[f"{prefix}.var"]), np.dtype(props["dtype"]).newbyteorder("<"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{graph.where}: damaged: metadata {prefix}: {error}") from error
+    attributes = attributes_of(node)
+    inference = onnx.NodeProto()
+    inference.CopyFrom(node)
+    del inference.output[1:]
+    del inference.attribute[:]
+    inference.attribute.extend(a for a in node.attribute if a.name == "epsilon")
+    found = read(graph, inference)
+    if attributes.get("training_mode") != 1 or not np.array_equal(
+        found.var, onnx_variance(var, count).astype(var.dtype)
+    ):
+        raise ValueError(
+            f"{graph.where}: damaged: not what mode 'training' writes for the variance in {prefix}.var"
+        )
+    return found._replace(var=var)
+
+
 def _inference(graph: Graph) -> Reading:
     """Read the one BatchNormalization node of the main graph."""
     found = graph.nodes(OPERATOR)
@@ -133,22 +174,32 @@ def _inference(graph: Graph) -> Reading:
 
 
 def _exact(graph: Graph) -> Reading:
-    """Read the parameters from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, with any casts."""
-    y = next((output.name for output in graph.model.graph.output), "")
-    if _is_computed_by(graph, "Cast", y):
-        (y,) = _inputs_of(graph, "Cast", y)
+    """Read the parameters from mode "exact": (x − mean)·(gamma/√(var + eps)) + beta, with any casts.
+
+    For 16-bit x it is ((x − high) − low)·(gamma/√(var + eps)) + beta, where high + low is the mean.
+    """
+    y = _before_cast(graph, next((output.name for output in graph.model.graph.output), ""))
     scaled, beta = _inputs_of(graph, "Add", y)
     centred, scale = _inputs_of(graph, "Mul", scaled)
     x, mean = _inputs_of(graph, "Sub", centred)
-    gamma, sigma = _inputs_of(graph, "Div", scale)
+    if _is_computed_by(graph, "Sub", x):
+        whole, high = _inputs_of(graph, "Sub", _before_cast(graph, mean))
+        x, mean = _inputs_of(graph, "Sub", x)
+        if _before_cast(graph, high) != mean or _before_cast(graph, mean) != whole:
+            raise ValueError(f"{graph.where}: not mode 'exact': {mean!r} is not the high part of {whole!r}")
+    gamma, sigma = _inputs_of(graph, "Div", _before_cast(graph, scale))
     (var_eps,) = _inputs_of(graph, "Sqrt", sigma)
     var, eps = _inputs_of(graph, "Add", var_eps)
-    if _is_computed_by(graph, "Cast", x):
-        (x,) = _inputs_of(graph, "Cast", x)
+    x = _before_cast(graph, x)
     inputs = [entry.name for entry in graph.model.graph.input]
     if inputs != [x]:
         raise ValueError(f"{graph.where}: not mode 'exact': {x!r} is normalized, but inputs are {inputs}")
-    names = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    names = {
+        "gamma": gamma,
+        "beta": _before_cast(graph, beta),
+        "mean": _before_cast(graph, mean),
+        "var": var,
+    }
     parameters: dict[str, NDArray[Any]] = {
         role: vector(graph, role, name).ravel() for role, name in names.items()
     }
@@ -156,6 +207,11 @@ def _exact(graph: Graph) -> Reading:
     if constant.size != 1:
         raise ValueError(f"{graph.where}: eps of one value is wanted, found shape {constant.shape}")
     return Reading(**parameters, eps=constant.item())
+
+
+def _before_cast(graph: Graph, name: str) -> str:
+    """Return the value that was cast to this one; this one itself if none was."""
+    return _inputs_of(graph, "Cast", name)[0] if _is_computed_by(graph, "Cast", name) else name
 
 
 def _is_computed_by(graph: Graph, operator: str, name: str) -> bool:
