@@ -216,6 +216,7 @@ def test_onnx_models(root, caplog):
     assert (root / "weights").exists()
     two = onnx.ModelProto.FromString(OLD.to_onnx().SerializeToString())
     two.graph.node.add().CopyFrom(two.graph.node[0])
+    two.graph.node[1].output[0] = "z"
     (root / "two.onnx").write_bytes(two.SerializeToString())
     repository = open_repository(root)
     assert repository.get("ours").layer == repository.get("exact").layer == OLD
