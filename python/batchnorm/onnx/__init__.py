@@ -11,7 +11,20 @@ except ImportError as error:
     raise ImportError("batchnorm.onnx needs the package onnx: pip install 'batchnorm[onnx]'") from error
 
 from batchnorm.onnx.affine import Affine, affines
+from batchnorm.onnx.outputs import Outcome
 from batchnorm.onnx.read import frozen_layers, load_frozen
+from batchnorm.onnx.recalibrate import recalibrate
+from batchnorm.onnx.recalibration import RecalibratedLayer, Recalibration
 from batchnorm.onnx.replace import replace_layers
 
-__all__ = ["Affine", "affines", "frozen_layers", "load_frozen", "replace_layers"]
+__all__ = [
+    "Affine",
+    "Outcome",
+    "RecalibratedLayer",
+    "Recalibration",
+    "affines",
+    "frozen_layers",
+    "load_frozen",
+    "recalibrate",
+    "replace_layers",
+]
