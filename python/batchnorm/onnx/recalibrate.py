@@ -66,9 +66,9 @@ def recalibrate(
     Args:
         model: The model, its path, or its bytes. If it has data in other files, it must be the path.
         batches: Calibration data. Examples along axis 0, to be cut into batches: an array, a dict of arrays
-            by input name, or a path or list of paths of .npy (for a model of one input), .npz (arrays by input
-            name) or folders of these. Or batches: an iterable of arrays or dicts of arrays by input name, or
-            a callable that returns one.
+            by input name, or a path or list of paths of .npy (for a model of one input), of .npz (arrays by
+            input name) or of folders of these. Or batches: an iterable of arrays or dicts of arrays by input
+            name, or a callable that returns one.
         layerwise: Measure layer after layer in topological order, each with the new statistics of those
             before it in place. Otherwise all are measured with the old statistics before them.
         population: "algorithm2" or "pooled". None is "pooled" if the model fixes its batch axis below 32 or

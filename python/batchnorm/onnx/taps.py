@@ -7,6 +7,7 @@ a value has the same bits whichever others are tapped with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -180,14 +181,14 @@ class Meter:
         """Return the taps in groups that stay within the memory, in their order."""
         if self._memory is None:
             return [taps]
-        model = tapped(graph, taps, sizes=True)
+        model = tapped(graph, taps, shapes=True)
         session = open_session(graph, model, optimize=False, threads=self._threads)
         names = [output.name for output in model.graph.output]
-        counts = run(graph, session, self._data.first(), names)
+        shapes = run(graph, session, self._data.first(), names)
         chunks: list[list[Tap]] = [[]]
         left = self._memory
-        for tap, count in zip(taps, counts, strict=True):
-            size = int(count) * (tap.element or np.dtype(np.float64)).itemsize
+        for tap, shape in zip(taps, shapes, strict=True):
+            size = math.prod(shape.tolist()) * (tap.element or np.dtype(np.float64)).itemsize
             if chunks[-1] and size > left:
                 chunks.append([])
                 left = self._memory
@@ -196,18 +197,18 @@ class Meter:
         return chunks
 
 
-def tapped(graph: Graph, taps: list[Tap], *, sizes: bool = False) -> onnx.ModelProto:
+def tapped(graph: Graph, taps: list[Tap], *, shapes: bool = False) -> onnx.ModelProto:
     """Return a model that computes values of another, and what they depend on, and nothing else.
 
     Args:
         graph: The other model. Tensors that have their data in files refer to these files still.
         taps: The values, which become the outputs in this order.
-        sizes: Whether the outputs are the numbers of elements instead.
+        shapes: Whether the outputs are their shapes instead.
     """
     outputs: list[str] = []
     added: list[onnx.NodeProto] = []
     for tap in taps:
-        operator, attributes = _operator(graph, tap, sizes)
+        operator, attributes = _operator(graph, tap, shapes)
         if not operator:
             outputs.append(tap.value)
             continue
@@ -235,10 +236,10 @@ def tapped(graph: Graph, taps: list[Tap], *, sizes: bool = False) -> onnx.ModelP
     return model
 
 
-def _operator(graph: Graph, tap: Tap, sizes: bool) -> tuple[str, dict[str, Any]]:
+def _operator(graph: Graph, tap: Tap, shapes: bool) -> tuple[str, dict[str, Any]]:
     """Return the operator that makes an output of a value, and its attributes; "" if it can be one itself."""
-    if sizes:
-        return "Size", {}
+    if shapes:
+        return "Shape", {}
     if tap.element == _BFLOAT16:  # which ONNX Runtime does not hand over as an array
         return "Cast", {"to": TensorProto.FLOAT}
     return ("", {}) if tap.value in graph.producer else ("Identity", {})
