@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from batchnorm.onnx import frozen_layers, recalibrate
+import batchnorm as bn
+from batchnorm.onnx import frozen_layers, load_frozen, recalibrate
 from onnx_models import batch_norm, make, parameters, run
 
 
@@ -368,3 +369,17 @@ def test_paths_bytes_and_out(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         recalibrate(path, x * np.inf, out=tmp_path / "none.onnx")
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.data", "new"}
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_our_exports_can_be_read_back(axis):
+    layer = bn.FrozenBatchNorm([1, 2, 3], [1, 1, 2], channel_axis=axis)
+    model = layer.to_onnx(rank=3)
+    model.metadata_props.add(key="batchnorm.bn.fingerprint", value=layer.fingerprint)
+    model.graph.node[len(model.graph.node) // 2].name = "bn"
+    x = np.random.default_rng(0).normal(3, 2, (8, 3, 3)).astype(np.float32)
+    new, _ = recalibrate(model, x)
+    expected = bn.FrozenBatchNorm.from_moments(bn.moments(x, channel_axis=axis), channel_axis=axis)
+    assert load_frozen(new) == expected
+    kept = {prop.key for prop in model.metadata_props} - {"batchnorm.bn.fingerprint"}
+    assert {prop.key for prop in new.metadata_props} == kept

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchnorm._checks import channels_where, integer, number
 from batchnorm._core import Moments
+from batchnorm._file import BATCH_NORM
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.onnx.calibration import AGAIN, Batches, Calibration
 from batchnorm.onnx.edit import Editor, narrowed
@@ -53,7 +54,8 @@ def recalibrate(
     The model is run over the data in ONNX Runtime, and the input of each BatchNormalization of the main graph
     is measured. Its mean and unbiased variance (as PyTorch stores it) are written into the copy, in the types
     of the model. γ, β, ε and all else stay. Statistics that several nodes share, or that are no initializer,
-    become new initializers, named `<old name>/<name of the node>`.
+    become new initializers, named `<old name>/<name of the node>`. Fingerprints in the metadata that the
+    exports of this package have written are renewed, or removed.
 
     There are two populations. Over batches b, of m_b values in a channel with mean μ_b and sum of squared
     deviations M2_b, they are:
@@ -142,6 +144,7 @@ def recalibrate(
             changed[key] = _write(editor, key, node, layers[key], statistics, blend)
         editor.refresh()
     after = outcome(editor.graph, data, wanted, threads, stages.next()) if wanted else None
+    _renew_fingerprints(editor.model, {key: read(editor.graph, nodes[key]).layer() for key in nodes})
     in_order = tuple(changed[key] for key in nodes)
     _warn(graph.where, in_order, data.left_out)
     report = Recalibration(
@@ -253,6 +256,25 @@ def _write(
         shift=shift(live, layer),
         constant=tuple(np.flatnonzero(measured.var == 0).tolist()),
     )
+
+
+def _renew_fingerprints(model: onnx.ModelProto, layers: dict[str, FrozenBatchNorm]) -> None:
+    """Bring what our exports say of the layers in a model's metadata up to date, or remove it.
+
+    The fingerprint of the one layer of a model is computed again. That of a node in a network is removed,
+    since it may be of a layer on another axis.
+    """
+    properties = {prop.key: prop.value for prop in model.metadata_props}
+    whole = properties.keys() >= {*BATCH_NORM.keys} and properties["format"] == BATCH_NORM.format
+    of_nodes = {f"batchnorm.{key}.fingerprint" for key in layers}
+    for prop in [*model.metadata_props]:
+        if prop.key == "fingerprint" and whole and len(layers) == 1:
+            (layer,) = layers.values()
+            axis, dtype = int(properties["channel_axis"]), properties["dtype"]
+            arrays = (layer.mean, layer.var, layer.gamma, layer.beta)
+            prop.value = FrozenBatchNorm(*arrays, eps=layer.eps, channel_axis=axis, dtype=dtype).fingerprint
+        elif prop.key in of_nodes:
+            model.metadata_props.remove(prop)
 
 
 def _warn(where: str, changed: tuple[RecalibratedLayer, ...], left_out: int) -> None:
