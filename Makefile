@@ -92,12 +92,20 @@ bench-rust: requirements
 .PHONY: test
 test: built ## All tests except the long ones (needs no root)
 	$(call step,Testing: the output of each part follows when it is done)
-	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest-core test-rust pytest-service
+	@$(MAKE) --no-print-directory -j2 --output-sync=target pytest-core pytest-files pytest-service test-rust
+
+# What works with files and processes; two halves, since a half of the Python tests takes one core.
+FILES := tests/test_cli*.py tests/test_demo*.py tests/test_onnx*.py
 
 .PHONY: pytest-core
 pytest-core: setup
-	$(call step,Testing Python and ONNX Runtime)
-	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 tests --ignore tests/service
+	$(call step,Testing Python)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 tests --ignore tests/service $(FILES:%=--ignore-glob '%')
+
+.PHONY: pytest-files
+pytest-files: setup
+	$(call step,Testing the command line and ONNX)
+	@$(BIN)/python -m pytest -q -m 'not long' --durations=5 $(FILES)
 
 .PHONY: pytest-service
 pytest-service: setup
@@ -108,11 +116,23 @@ pytest-service: setup
 pytest: setup ## Some Python tests: make pytest ARGS='tests/test_infer.py -k oracle'
 	@$(BIN)/python -m pytest -q $(ARGS)
 
+# Everything is installed before the parts run side by side, since they share .venv. Speed is checked alone.
 .PHONY: test-all
-test-all: test bench-rust memcheck bench-check docs dist lint-torch test-torch ## All tests, including those that take long or need system packages
+test-all: test bench-rust $(VENV)/.docs $(VENV)/.release $(VENV)/.trained $(TORCH)/.packages ## All tests, including those that take long or need system packages
+	$(call step,Testing the rest: the output of each part follows when it is done)
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-long memcheck lint-torch test-torch docs dist
+	@$(MAKE) --no-print-directory bench-check
+
+.PHONY: test-long
+test-long: setup $(VENV)/.trained
 	$(call step,Testing the long forms)
 	@cargo test -p batchnorm-json --locked --quiet --test fuzz -- --ignored --show-output
 	@$(BIN)/python -m pytest -q -m long --durations=5
+
+$(VENV)/.trained: $(VENV)/.packages tests/requirements-trained.txt
+	$(call step,Installing a trained model)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python -r tests/requirements-trained.txt
+	@touch $@
 
 $(VENV)/.peers: $(VENV)/.packages tests/requirements-peers.txt tests/constraints-peers.txt
 	$(call step,Installing the peers to compare with)
@@ -234,6 +254,10 @@ bench-network: setup $(TORCH)/.packages ## Time whole networks with PyTorch's la
 .PHONY: bench-whitening
 bench-whitening: setup ## Time whitening beside batch norm and other libraries (updates docs/whitening.md; MOST=256: no more channels, ROUNDS=3)
 	@PYTHONPATH=tests $(BIN)/python -m bench_whitening $(if $(MOST),--most "$(MOST)") $(if $(ROUNDS),--rounds "$(ROUNDS)") docs/whitening.md
+
+.PHONY: bench-fold
+bench-fold: setup ## Time networks in ONNX Runtime with their batch norms and with them folded (updates docs/folding.md)
+	@PYTHONPATH=tests $(BIN)/python -m bench_fold docs/folding.md
 
 .PHONY: clean
 clean: ## Remove what was built

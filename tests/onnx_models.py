@@ -20,14 +20,14 @@ NEWEST_IN_RUNTIME = 26  # opset of ONNX Runtime 1.31
 def make(nodes, constants, *, x=("n", 3), y=None, opset=15, ir=8, dtype="float32", **extra):
     """A model from x to y of these nodes; each constant is an initializer, before IR 4 an input too.
 
-    x and y are shapes: names are dynamic sizes, None is an unknown rank. `extra` goes to `make_graph`.
+    x and y are shapes, y that of x by default: names are dynamic sizes. `extra` goes to `make_graph`.
     """
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     tensors = [numpy_helper.from_array(np.asarray(values), name) for name, values in constants.items()]
     inputs = [helper.make_tensor_value_info("x", element, x)]
     if ir < 4:
         inputs += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in tensors]
-    outputs = [helper.make_tensor_value_info("y", element, y)]
+    outputs = [helper.make_tensor_value_info("y", element, x if y is None else y)]
     graph = helper.make_graph(nodes, "g", inputs, outputs, tensors, **extra)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import batchnorm as bn
+import onnx_models
 from batchnorm.cli import main
+from batchnorm.onnx import frozen_layers
 
 EXAMPLE = shlex.split(main.commands["import"].epilog.removeprefix("Example: "))
 
@@ -138,3 +141,82 @@ def test_a_pickle_without_pytorch_says_what_to_install():
     )
     assert done.returncode == 2
     assert "pip install 'batchnorm[torch]'" in done.stderr
+
+
+# ONNX models
+
+
+@pytest.fixture
+def model():
+    rng = np.random.default_rng(0)
+    names = ["/layer1/0/bn1", "layer1.0.bn1", "stats", "a b/ä", "", "x" * 200]
+    prefixes = [f"{k}." for k in range(len(names))]
+    values = ["x", *(f"h{k}" for k in range(1, len(names))), "y"]
+    nodes = [
+        onnx_models.batch_norm(*pair, prefix, name)
+        for *pair, prefix, name in zip(values, values[1:], prefixes, names, strict=False)
+    ]
+    constants = {k: v for prefix in prefixes for k, v in onnx_models.parameters(rng, prefix=prefix).items()}
+    made = onnx_models.make(nodes, constants)
+    onnx.save(made, "network.onnx")
+    return made
+
+
+def test_a_layer_for_each_node_of_an_onnx_model(model):
+    told = json.loads(run("network.onnx", "-o", "made", "--json"))
+    layers = frozen_layers(model)
+    assert told["nodes"] == {
+        "layer1.0.bn1": "/layer1/0/bn1",
+        "layer1.0.bn1_2": "layer1.0.bn1",
+        "stats_": "stats",
+        "a_b._": "a b/ä",
+        "h5": "h5",
+        "x" * 128: "x" * 200,
+    }
+    assert sorted(path.name for path in Path("made").iterdir()) == sorted(
+        f"{name}.safetensors" for name in told["nodes"]
+    )
+    for name, node in told["nodes"].items():
+        layer = bn.FrozenBatchNorm.load(f"made/{name}.safetensors")
+        assert layer == layers[node]
+        assert told["fingerprints"][name] == layer.fingerprint
+    assert "eps" not in told
+
+
+def test_nodes_that_cannot_be_read(model):
+    model.graph.node[1].attribute.append(onnx.helper.make_attribute("training_mode", 1))
+    onnx.save(model, "network.onnx")
+    assert "1 of 6 batch normalizations cannot be read: 'layer1.0.bn1': " in error_of(
+        "network.onnx", "-o", "made"
+    )
+    result = CliRunner().invoke(main, ["import", "network.onnx", "-o", "made", "--skip"])
+    assert result.exit_code == 0
+    assert result.stderr.startswith("batchnorm: warning: network.onnx: 1 of 6 batch normalizations cannot")
+    assert len(list(Path("made").iterdir())) == len(result.stdout.splitlines()) == 5
+
+
+def test_options_and_files_that_are_not_for_onnx(model):
+    assert (
+        error_of("network.onnx", "-o", "made", "--eps", "1e-3")
+        == "--eps: was 0.001, but an ONNX model holds ε"
+    )
+    assert error_of("network.safetensors", "-o", "made", "--skip") == "--skip: only for a .onnx"
+    Path("damaged.onnx").write_bytes(b"\xff" * 9)
+    assert error_of("damaged.onnx", "-o", "made").startswith("damaged.onnx: not an ONNX model")
+    del model.graph.node[:]
+    onnx.save(model, "empty.onnx")
+    assert error_of("empty.onnx", "-o", "made") == (
+        "empty.onnx: 1 batch normalization or more wanted, found none"
+    )
+
+
+def test_an_onnx_model_without_the_package_says_what_to_install(model):
+    code = "import sys; sys.modules['onnx'] = None; from batchnorm.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "import", "network.onnx", "-o", "made"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install 'batchnorm[onnx]'" in done.stderr

@@ -1,9 +1,9 @@
-"""Frozen layers from the state of a whole network of PyTorch, as `batchnorm import` makes them."""
+"""Frozen layers from the state of a whole network of PyTorch, and the names to serve layers by."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from batchnorm.conventions import TORCH_NAMES
 from batchnorm.frozen import FrozenBatchNorm
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LONGEST: Final = 128
+_NAME: Final = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
 """What the service takes as the name of a model; it also is a file's name."""
 _RESERVED: Final = ("stats",)
 _PICKLES: Final = (".pt", ".pth")
@@ -59,6 +60,24 @@ def frozen_layers(path: Path, eps: float) -> dict[str, FrozenBatchNorm]:
         except ValueError as error:
             raise ValueError(f"{path}: layer {name}: {error}") from error
     return layers
+
+
+def served_names(layers: Iterable[str]) -> dict[str, str]:
+    """Return a name that the service takes for each layer of an ONNX model, by the name of its node.
+
+    Slashes become dots, as between the modules of PyTorch: `/layer1/0/bn1` is served as `layer1.0.bn1`. Other
+    characters that are not taken become underscores. Where two names would be equal, later ones get a number.
+    """
+    names: dict[str, str] = {}
+    for layer in layers:
+        kept = re.sub(r"[^A-Za-z0-9._-]", "_", layer.strip("/").replace("/", "."))
+        kept = kept.lstrip(".-")[:_LONGEST] or "layer"
+        kept, number = f"{kept}_" if kept in _RESERVED else kept, 2
+        name = kept
+        while name in names.values():
+            name, number = f"{kept[: _LONGEST - 12]}_{number}", number + 1
+        names[layer] = name
+    return names
 
 
 def _of_a_layer(key: str) -> bool:

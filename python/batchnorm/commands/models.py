@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -17,13 +18,14 @@ from batchnorm.commands.kit import (
     layer_argument,
     output_option,
     print_json,
+    warn,
 )
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.streaming import counted
 
 
 @click.command("import", cls=Command, epilog="Example: batchnorm import network.safetensors -o layers")
-@layer_argument("state")
+@layer_argument("file")
 @click.option(
     "-o",
     "--output",
@@ -32,25 +34,47 @@ from batchnorm.streaming import counted
     help="Folder for the layers; made if there is none.",
 )
 @click.option(
-    "--eps", type=float, default=1e-5, show_default=True, help="ε of the layers; no state holds it."
+    "--eps", type=float, help="ε of the layers, which a state does not hold; not for ONNX.  [default: 1e-05]"
 )
+@click.option("--skip", is_flag=True, help="Of a .onnx: leave out, with a warning, what cannot be read.")
 @JSON
-def import_(state: Path, output: Path, eps: float, as_json: bool) -> None:
-    """Write a frozen layer for each batch norm in STATE, the state of a network of PyTorch.
+def import_(file: Path, output: Path, eps: float | None, skip: bool, as_json: bool) -> None:
+    """Write a frozen layer for each batch norm in FILE, a network of PyTorch or an ONNX model.
 
-    STATE is a .safetensors, or a .pt or .pth that torch.save wrote; these need PyTorch, and are loaded with
-    weights_only=True. Each layer becomes a file NAME.safetensors in the folder, ready for `batchnorm serve`.
+    FILE is a .onnx, a .safetensors with a state of PyTorch, or a .pt or .pth that torch.save wrote; these
+    need PyTorch, and are loaded with weights_only=True. Each layer becomes a file NAME.safetensors in the
+    folder, ready for `batchnorm serve`.
     """
-    from batchnorm._state import frozen_layers
+    from batchnorm._state import frozen_layers, served_names
 
-    with extra("torch"):
-        layers = frozen_layers(state, eps)
+    details: dict[str, Any] = {}
+    if file.suffix.lower() == ".onnx":
+        if eps is not None:
+            raise ValueError(f"--eps: was {eps}, but an ONNX model holds ε")
+        with extra("onnx"):
+            from batchnorm.onnx import frozen_layers as layers_of_model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            nodes = layers_of_model(file, skip=skip)
+        for warning in caught:
+            warn(str(warning.message))
+        if not nodes:
+            raise ValueError(f"{file}: 1 batch normalization or more wanted, found none")
+        names = served_names(nodes)
+        layers = {names[node]: layer for node, layer in nodes.items()}
+        details["nodes"] = {name: node for node, name in names.items()}
+    else:
+        if skip:
+            raise ValueError("--skip: only for a .onnx")
+        details["eps"] = 1e-5 if eps is None else eps
+        with extra("torch"):
+            layers = frozen_layers(file, details["eps"])
     output.mkdir(parents=True, exist_ok=True)
     for name, layer in layers.items():
         layer.save(output / f"{name}.safetensors")
     if as_json:
         written = {name: layer.fingerprint for name, layer in layers.items()}
-        print_json(path=str(output), eps=eps, fingerprints=written)
+        print_json(path=str(output), **details, fingerprints=written)
         return
     for name, layer in layers.items():
         channels = counted(layer.channels, "channel")

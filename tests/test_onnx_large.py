@@ -1,0 +1,83 @@
+"""Models above 2 GB, which no message of protobuf holds: every verb takes a path and writes to another."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import onnx_models
+from batchnorm.onnx import frozen_layers
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """A model of three Gemms of 1 GiB each, two of them of zeros that no disk holds, and a batch norm."""
+    folder = tmp_path_factory.mktemp("large")
+    rng = np.random.default_rng(0)
+    rows, columns = 8, GIB // 32
+    nodes = [
+        helper.make_node("Gemm", ["x", "up"], ["h"], name="up"),
+        helper.make_node("Gemm", ["h", "down"], ["g"], name="down"),
+        onnx_models.batch_norm("g", "f", name="bn"),
+        helper.make_node("Gemm", ["f", "up2"], ["e"], name="up2"),
+        helper.make_node("ReduceSum", ["e"], ["y"], keepdims=1),
+    ]
+    model = onnx_models.make(nodes, onnx_models.parameters(rng, rows), x=("n", rows), y=(1, 1))
+    with (folder / "weights").open("wb") as file:
+        for place, (name, dims) in enumerate(
+            {"up": (rows, columns), "down": (columns, rows), "up2": (rows, columns)}.items()
+        ):
+            tensor = TensorProto(name=name, dims=dims, data_type=TensorProto.FLOAT)
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", "weights"), ("offset", place * GIB), ("length", GIB)):
+                tensor.external_data.add(key=key, value=str(value))
+            model.graph.initializer.append(tensor)
+        file.seek(GIB - 4)
+        file.write(np.float32(2).tobytes())  # the last weight of up
+        file.seek(GIB + (columns - 1) * rows * 4)
+        file.write(np.arange(1, rows + 1, dtype=np.float32).tobytes())  # the last row of down
+        file.truncate(3 * GIB)
+    onnx.save(model, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def in_child(code, *arguments, most):
+    """Run a verb in a process of its own and return the most memory that it held, in bytes."""
+    code = f"import sys, resource\n{code}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split()[-1])
+    assert 2**24 < peak < most
+    return peak
+
+
+@pytest.mark.long
+def test_layers_are_read_and_put_back(path, tmp_path):
+    """With less memory than one of the weights takes."""
+    code = """
+import batchnorm as bn
+from batchnorm.onnx import frozen_layers, replace_layers
+(key, layer), = frozen_layers(sys.argv[1]).items()
+changed = bn.FrozenBatchNorm(layer.mean + 1, layer.var, layer.gamma, layer.beta, eps=layer.eps)
+replace_layers(sys.argv[1], {key: changed}, out=sys.argv[2])
+try:
+    replace_layers(sys.argv[1], {key: changed})
+except ValueError as error:
+    assert "the result has 3221" in str(error) and "give out=" in str(error), error
+else:
+    raise SystemExit("a result above 2 GB without out=")
+"""
+    out = tmp_path / "out.onnx"
+    in_child(code, path, out, most=GIB // 2)
+    assert np.array_equal(frozen_layers(out)["bn"].mean, frozen_layers(path)["bn"].mean + 1)
+    assert out.stat().st_size < 10_000
+    assert out.with_name("out.onnx.data").stat().st_size >= 3 * GIB
