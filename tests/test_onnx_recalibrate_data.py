@@ -85,9 +85,19 @@ def test_a_model_that_fixes_its_batch_axis():
     assert (report.batches, report.left_out, report.population) == (5, 2, "pooled")
     assert report.reason == "the model fixes its batch axis at 4, below 32"
     np.testing.assert_allclose(frozen_layers(new)["bn"].var, x[:20].astype(float).var(0, ddof=1), rtol=1e-6)
+    for memory in (None, 1):
+        with pytest.raises(ValueError, match="batches: 3 examples fill no batch of 4, which the model fixes"):
+            recalibrate(model_of((4, 3)), rows(3), memory=memory)
     report = recalibrate(model_of((32, 3)), rows(64))[1]
     assert (report.population, report.left_out) == ("algorithm2", 0)
     assert report.reason.startswith("the model fixes its batch axis at 32, and every batch has 2 or more")
+
+
+def test_a_batch_axis_of_size_0_is_refused_by_onnx_runtime():
+    model = model_of((1, 3))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    with pytest.raises(ValueError, match="ONNX Runtime cannot run the model: .*Expected: 0"):
+        recalibrate(model, rows(64))
 
 
 def test_a_batch_of_one_value_makes_pooled_the_default():

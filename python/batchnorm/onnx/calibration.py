@@ -104,17 +104,23 @@ class Calibration:
         for number, (done, feed) in enumerate(self._source(), 1):
             yield done, self._checked(number, feed)
         if not number:
-            raise ValueError("batches: there is none, wanted one or more")
+            raise self._none()
 
     def first(self) -> Feeds:
         """Return the first batch, which is yielded all the same when the data are gone over."""
         source = self._source()
         entry = next(source, None)
         if entry is None:
-            raise ValueError("batches: there is none, wanted one or more")
+            raise self._none()
         if not self.again:
             self._source = lambda: chain([entry], source)
         return self._checked(1, entry[1])
+
+    def _none(self) -> ValueError:
+        if self.left_out:
+            few = f"{self.left_out} examples fill no batch of {self._size}, which the model fixes"
+            return ValueError(f"batches: {few}")
+        return ValueError("batches: there is none, wanted one or more")
 
     def _checked(self, number: int, feed: Any) -> Feeds:
         where = f"batches: batch {number}"
@@ -192,7 +198,8 @@ def _shape_of(entry: Any) -> list[int | None] | None:
     tensor = entry.type.tensor_type
     if not tensor.HasField("shape"):
         return None
-    return [dim.dim_value if dim.HasField("dim_value") else None for dim in tensor.shape.dim]
+    # It is 0 where there is none; no batch can be cut by a size of 0.
+    return [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
 
 
 def _batch_size(given: int | None, sizes: set[int]) -> int:

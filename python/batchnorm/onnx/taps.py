@@ -158,9 +158,11 @@ class Meter:
                 ONNX Runtime cannot run the model; or a batch is not as the model wants it.
             TypeError: A batch has another dtype than the model wants.
         """
-        values = {tap.value: tap for tap in reversed(taps)}  # once each, with the first layer that reads it
+        values: dict[str, Tap] = {}
+        for tap in taps:  # once each, with the first layer that reads it
+            values.setdefault(tap.value, tap)
         collected = {value: Collected(tap.layer, tap.channels) for value, tap in values.items()}
-        chunks = self._chunks(graph, [*reversed(values.values())])
+        chunks = self._chunks(graph, [*values.values()])
         if len(chunks) > 1 and not self._data.again:
             reason = f"memory: was {self._memory} bytes, too few for all layers at once"
             raise ValueError(f"{reason}, but batches can be gone over only once; {AGAIN}")
