@@ -96,7 +96,7 @@ def test_a_model_that_fixes_its_batch_axis():
 def test_a_batch_axis_of_size_0_is_refused_by_onnx_runtime():
     model = model_of((1, 3))
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
-    with pytest.raises(ValueError, match="ONNX Runtime cannot run the model: .*Expected: 0"):
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot run the model: .*Expected: 0"):
         recalibrate(model, rows(64))
 
 
