@@ -12,7 +12,10 @@ except ImportError as error:
 
 from batchnorm.onnx.affine import Affine, affines
 from batchnorm.onnx.network import Activation, Conv, Fused, Linear, export_network
+from batchnorm.onnx.outputs import Outcome
 from batchnorm.onnx.read import frozen_layers, load_frozen
+from batchnorm.onnx.recalibrate import recalibrate
+from batchnorm.onnx.recalibration import RecalibratedLayer, Recalibration
 from batchnorm.onnx.replace import replace_layers
 from batchnorm.onnx.verify import Errors, Verification, verify
 
@@ -23,11 +26,15 @@ __all__ = [
     "Errors",
     "Fused",
     "Linear",
+    "Outcome",
+    "RecalibratedLayer",
+    "Recalibration",
     "Verification",
     "affines",
     "export_network",
     "frozen_layers",
     "load_frozen",
+    "recalibrate",
     "replace_layers",
     "verify",
 ]
