@@ -81,3 +81,23 @@ else:
     assert np.array_equal(frozen_layers(out)["bn"].mean, frozen_layers(path)["bn"].mean + 1)
     assert out.stat().st_size < 10_000
     assert out.with_name("out.onnx.data").stat().st_size >= 3 * GIB
+
+
+@pytest.mark.long
+def test_statistics_are_recalibrated(path, tmp_path):
+    """The tapped copy refers to the weights where they are; those behind the last layer are not loaded."""
+    code = """
+import numpy as np
+from batchnorm.onnx import recalibrate
+x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+recalibrate(sys.argv[1], x, out=sys.argv[2])
+"""
+    out = tmp_path / "out.onnx"
+    in_child(code, path, out, most=6 * GIB)
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    # All weights of the first two Gemms are 0, but for one of up and one row of down.
+    inputs = x[:, -1:].astype(np.float64) * 2 * np.arange(1, 9)
+    layer = frozen_layers(out)["bn"]
+    assert np.allclose(layer.mean, inputs.mean(0), rtol=1e-5)
+    assert 0.9 < np.min(layer.var / inputs.var(0, ddof=1)) < np.max(layer.var / inputs.var(0, ddof=1)) < 1.1
+    assert out.with_name("out.onnx.data").stat().st_size >= 3 * GIB

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 import text_lines
-from batchnorm.onnx import frozen_layers, replace_layers
+from batchnorm.onnx import frozen_layers, recalibrate, replace_layers
 from onnx_models import run
 
 pytestmark = pytest.mark.long
@@ -48,3 +48,23 @@ def test_layers_are_read_and_put_back(path, lines):
     assert replace_layers(path, layers).SerializeToString() == onnx.load(path).SerializeToString()
     scrambled = {key: type(layer)(layer.mean[::-1], layer.var[::-1]) for key, layer in layers.items()}
     assert accuracy(replace_layers(path, scrambled), lines) < 0.75
+
+
+def test_recalibrated_layers_normalize_what_they_see(path, lines):
+    """Over the calibration data each gives its β and γ as mean and standard deviation.
+
+    These lines are far less varied than what the model was trained on, so its answers do not become better.
+    """
+    x = lines[0][:64]
+    new, report = recalibrate(path, x, layerwise=True, population="pooled")
+    assert len(report.layers) == NORMALIZATIONS
+    layers = frozen_layers(new)
+    nodes = [node for node in new.graph.node if node.op_type == "BatchNormalization"]
+    assert [node.name for node in nodes] == [*layers]
+    new.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in nodes)
+    outputs = run(new, {"x": x}, [node.output[0] for node in nodes], optimize=False)
+    for y, layer in zip(outputs, layers.values(), strict=True):
+        y = y.astype(np.float64)
+        bare = np.sqrt(layer.var / (layer.var + layer.eps))
+        assert np.allclose(y.mean((0, 2, 3)), layer.beta, rtol=1e-3, atol=1e-3)
+        assert np.allclose(y.std((0, 2, 3)), np.abs(layer.gamma) * bare, rtol=1e-2, atol=1e-3)
