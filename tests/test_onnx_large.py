@@ -90,7 +90,7 @@ def test_statistics_are_recalibrated(path, tmp_path):
 import numpy as np
 from batchnorm.onnx import recalibrate
 x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
-recalibrate(sys.argv[1], x, out=sys.argv[2])
+recalibrate(sys.argv[1], x, batch_size=2, population="pooled", out=sys.argv[2])
 """
     out = tmp_path / "out.onnx"
     in_child(code, path, out, most=6 * GIB)
