@@ -11,7 +11,20 @@ except ImportError as error:
     raise ImportError("batchnorm.onnx needs the package onnx: pip install 'batchnorm[onnx]'") from error
 
 from batchnorm.onnx.affine import Affine, affines
+from batchnorm.onnx.compare import OutputError
+from batchnorm.onnx.fold import FoldedNode, FoldReport, InexactFoldError, fold
 from batchnorm.onnx.read import frozen_layers, load_frozen
 from batchnorm.onnx.replace import replace_layers
 
-__all__ = ["Affine", "affines", "frozen_layers", "load_frozen", "replace_layers"]
+__all__ = [
+    "Affine",
+    "FoldReport",
+    "FoldedNode",
+    "InexactFoldError",
+    "OutputError",
+    "affines",
+    "fold",
+    "frozen_layers",
+    "load_frozen",
+    "replace_layers",
+]

@@ -108,12 +108,17 @@ def _shape(sizes: Array) -> tuple[int, ...]:
     return shape
 
 
+def _transpose(inputs: list[Array], attributes: dict[str, Any]) -> Array:
+    return np.transpose(inputs[0], attributes.get("perm"))
+
+
 _OPERATORS: dict[str, Callable[[list[Array], dict[str, Any]], Array]] = {
     "Identity": _identity,
     "Cast": _cast,
     "CastLike": _cast_like,
     "Reshape": _reshape,
     "Expand": _expand,
+    "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
 

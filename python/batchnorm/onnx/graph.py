@@ -143,9 +143,9 @@ class Graph:
     def constant(self, role: str, name: str) -> NDArray[Any]:
         """Return the constant `name`: an initializer, or a value computed from constants by simple operators.
 
-        The operators are every form of Constant, ConstantOfShape, Identity, Cast, CastLike, Expand, Reshape
-        and Unsqueeze, and Shape of any value whose sizes are fixed. The array may be read-only, or one number
-        broadcast to a shape.
+        The operators are every form of Constant, ConstantOfShape, Identity, Cast, CastLike, Expand, Reshape,
+        Transpose and Unsqueeze, and Shape of any value whose sizes are fixed. The array may be read-only, or
+        one number broadcast to a shape.
 
         Args:
             role: Name of the value in errors.
