@@ -102,7 +102,8 @@ def test_rounded_once(rng, dtype):
         getattr(layer, name).astype(np.longdouble) for name in ("gamma", "beta", "mean", "var")
     )
     scale = gamma / np.sqrt(var + np.longdouble(layer.eps))
-    exact = (scale[:, None] * weight.astype(np.longdouble), scale * (bias.astype(np.longdouble) - mean) + beta)
+    weight, bias = weight.astype(np.longdouble), bias.astype(np.longdouble)
+    exact = (scale[:, None] * weight, scale * (bias - mean) + beta)
     for found, wanted in zip(folded, exact, strict=True):
         found = found.astype(np.float64)
         for neighbour in (np.inf, -np.inf):
@@ -130,15 +131,15 @@ ONES = np.ones((4, 2, 3), np.float32)
         (lambda: LAYER.fold_into_linear(ONES[0], before=True), ValueError, "was of 3 input channels"),
         (lambda: LAYER.fold_into_linear(ONES[0].T[:1]), ValueError, "was of 1 output channel .*, wanted 4"),
         (lambda: LAYER.fold_into_conv(ONES[0]), ValueError, "wanted 3 or more axes"),
-        (lambda: LAYER.fold_into_conv(ONES, np.ones(3)), ValueError, r"bias: shape was \(3,\), wanted \(4,\)"),
-        (lambda: LAYER.fold_into_conv(ONES, np.ones(1)), ValueError, r"bias: shape was \(1,\), wanted \(4,\)"),
+        (lambda: LAYER.fold_into_conv(ONES, np.ones(3)), ValueError, r"bias: shape was \(3,\), wanted \(4,"),
+        (lambda: LAYER.fold_into_conv(ONES, np.ones(1)), ValueError, r"bias: shape was \(1,\), wanted \(4,"),
         (lambda: LAYER.fold_into_conv(ONES, np.ones((1, 4))), ValueError, r"bias: shape was \(1, 4\)"),
         (lambda: LAYER.fold_into_conv(ONES, groups=3), ValueError, "groups: was 3, wanted a divisor of 4"),
         (lambda: LAYER.fold_into_conv(ONES, groups=0), ValueError, "groups: was 0, wanted a divisor of 4"),
         (lambda: LAYER.fold_into_conv(ONES, groups=1.0), TypeError, "groups: was 1.0, wanted an integer"),
         (lambda: LAYER.fold_into_conv(ONES, groups=2, before=True), ValueError, "padded: was None, wanted"),
         (lambda: LAYER.fold_into_conv_transpose(ONES, groups=1), ValueError, "was of 2 output channels"),
-        (lambda: LAYER.fold_into_conv(ONES * np.nan), ValueError, "weight: not finite in channels 0, 1, 2, 3"),
+        (lambda: LAYER.fold_into_conv(ONES * np.nan), ValueError, "weight: not finite in channels 0, 1"),
         (lambda: LAYER.fold_into_conv(ONES, [0, np.inf, 0, 0]), ValueError, "bias: not finite in channel 1"),
     ],
 )
@@ -150,9 +151,9 @@ def test_errors(call, error, message):
 def test_overflow_is_refused():
     layer = bn.FrozenBatchNorm([0, 0], [1, 1e-8], eps=0)
     weight = np.full((2, 3), 10, np.float16)
-    with pytest.raises(ValueError, match="^weight: out of the range of float16 after folding in channel 1$"):
+    with pytest.raises(ValueError, match=r"^weight: out of the range of float16 after folding in channel 1$"):
         layer.fold_into_linear(weight)
     assert np.isfinite(layer.fold_into_linear(weight.astype(np.float32))[0]).all()
     layer = bn.FrozenBatchNorm([1e6, 0], 1)
-    with pytest.raises(ValueError, match="^bias: out of the range of float16 after folding in channel 0$"):
+    with pytest.raises(ValueError, match=r"^bias: out of the range of float16 after folding in channel 0$"):
         layer.fold_into_linear(weight)

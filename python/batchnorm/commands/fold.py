@@ -40,10 +40,15 @@ if TYPE_CHECKING:
     type=float,
     help="The largest change that is allowed in an output, relative to its largest |value|.",
 )
-@click.option("--no-verify", is_flag=True, help="Do not run the models (needs no onnxruntime).")
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Whether both models are run, which needs onnxruntime.",
+)
 @JSON
 def fold(
-    model: Path, output: Path, inputs: Path | None, max_error: float | None, no_verify: bool, as_json: bool
+    model: Path, output: Path, inputs: Path | None, max_error: float | None, verify: bool, as_json: bool
 ) -> None:
     """Fold the batch normalizations in the ONNX model MODEL into the linear nodes beside them.
 
@@ -56,7 +61,7 @@ def fold(
 
         try:
             feeds = None if inputs is None else _feeds(inputs, [*onnx.graph.Graph(model).inputs])
-            _, report = onnx.fold(model, inputs=feeds, max_error=max_error, verify=not no_verify, out=output)
+            _, report = onnx.fold(model, inputs=feeds, max_error=max_error, verify=verify, out=output)
         except onnx.InexactFoldError as error:
             _print(error.report, None, as_json)
             raise click.exceptions.Exit(1) from error
@@ -69,9 +74,7 @@ def _feeds(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
     if isinstance(values, np.ndarray):
         if len(names) != 1:
             there = ", ".join(names) or "none"
-            raise ValueError(
-                f"{path}: one array, but the model has the inputs {there}; wanted a .npz of them"
-            )
+            raise ValueError(f"{path}: found one array, wanted a .npz of the model's inputs: {there}")
         return {names[0]: values}
     with values:
         return {name: values[name] for name in values}
@@ -95,6 +98,4 @@ def _print(report: FoldReport, output: Path | None, as_json: bool) -> None:
         size = f"{error.relative:.3g} of its largest |value|, {error.ulps:.3g} ulp"
         click.echo(f"output {error.output!r}: changed by {error.absolute:.3g}, {size}")
     total = f"{report.folded} of {counted(len(report.nodes), 'batch normalization')} folded"
-    click.echo(
-        f"{output}: {total}" if output else f"{total}, but --max-error is exceeded; nothing is written"
-    )
+    click.echo(f"{output}: {total}" if output else f"--max-error is exceeded, nothing is written: {total}")

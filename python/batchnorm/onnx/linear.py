@@ -158,7 +158,7 @@ def _read(
 ) -> Linear:
     what = described(node)
     if len(node.input) < 2:
-        raise ValueError(f"{what} has {len(node.input)} inputs, wanted 2 or more")
+        raise ValueError(f"{what} has no weight")
     weight = _constant(graph, f"the weight of {what}", node.input[1])
     _check_not_shared(graph, f"the weight of {what}", node)
     bias = None
