@@ -56,6 +56,7 @@ def folded_of(model, count=1, **how):
     assert model.SerializeToString() == before
     assert [report.folded, len(report.nodes)] == [count, len(frozen_layers(model, skip=True))], report
     onnx.checker.check_model(folded, full_check=True)
+    assert constants_of(folded).keys() <= {name for node in folded.graph.node for name in node.input}
     again, second = fold(folded, verify=False)
     assert second.folded == 0
     assert again.SerializeToString() == folded.SerializeToString()
@@ -242,9 +243,9 @@ def test_matmul(rng, shape, first):
 
 def test_matmul_of_dynamic_rows_and_a_batch_norm_on_either_side(rng):
     nodes = [batch_norm("x", "g", "one/"), node("MatMul", "g", "w", output="h"), batch_norm("h", "y", "two/")]
-    model = linear_model(rng, *nodes, x=("n", 4))
-    extra = {**parameters(rng, 4, "one/", "float64"), **parameters(rng, 6, "two/", "float64")}
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in extra.items())
+    constants = {"w": rng.normal(size=(4, 6))}
+    constants |= parameters(rng, 4, "one/", "float64") | parameters(rng, 6, "two/", "float64")
+    model = make(nodes, constants, x=("n", 4), y=(None, None), dtype="float64")
     folded, _ = folded_of(model, 2)
     assert operators(folded) == ["MatMul", "Add"]
     assert_same_results(model, folded, rng.normal(size=(7, 4)))
@@ -316,6 +317,16 @@ def test_equal_biases_may_be_shared(rng):
     folded, report = folded_of(model)
     assert report.max_error < 1e-6
     assert np.array_equal(constants_of(folded)["b"], [1, 2, 3])
+
+
+def test_parameter_that_is_an_output_stays(rng):
+    model = conv_model(rng, "Conv", (1, 3, 5), (3, 3, 2), {})
+    model.graph.output.append(helper.make_tensor_value_info("beta", 1, [3]))
+    folded, report = fold(model)
+    assert report.folded == 1
+    feeds = {"x": rng.normal(size=(1, 3, 5)).astype(np.float32)}
+    assert np.array_equal(run(folded, feeds)[1], constants_of(model)["beta"])
+    assert constants_of(folded).keys() == {"w", "b", "beta"}
 
 
 def test_affine_off_and_constants_of_all_kinds(rng):
