@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import batchnorm.onnx
 from batchnorm.cli import main
+from batchnorm.commands.fold import fold as fold_command
 from batchnorm.onnx import InexactFoldError, fold
 from onnx_models import batch_norm, run
 from test_onnx_fold_refused import CONV, NORM, PARAMETERS, RNG, conv_model, node
@@ -202,6 +203,16 @@ def test_command(tmp_path):
     assert "output 'y': changed by " in done.output
     assert f"{out}: 1 of 2 batch normalizations folded\n" in done.output
     assert out.read_bytes() == fold(path)[0].SerializeToString()
+
+
+def test_command_example(tmp_path, monkeypatch):
+    """That of --help."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(conv_model(CONV, NORM), "model.onnx")
+    name, *example = fold_command.epilog.removeprefix("Example: batchnorm ").split()
+    assert name == "fold"
+    assert command(*example).exit_code == 0
+    assert onnx.load("folded.onnx").graph.node[0].op_type == "Conv"
 
 
 def test_command_prints_json(tmp_path):
