@@ -154,6 +154,10 @@ REFUSED = {
         conv_model(node("Conv", "x", name="conv"), NORM),
         "Conv 'conv' has no weight",
     ),
+    "no output": (
+        conv_model(CONV, helper.make_node("BatchNormalization", list(NORM.input), [""])),
+        "it has no output",
+    ),
     "negative variance": (conv_model(CONV, NORM, constants={"var": np.float32([1, -1, 1])}), "var"),
     "overflow": (
         make(
@@ -201,6 +205,10 @@ REFUSED = {
     ),
     "Add of no MatMul": (
         matmul((5, 6), node("Add", "x", "gamma", name="add"), NORM),
+        "its input is computed by Add 'add'",
+    ),
+    "Add of nothing": (
+        matmul((5, 4), MATMUL, node("Add", "h", output="a", name="add"), batch_norm("a")),
         "its input is computed by Add 'add'",
     ),
     "Add of more axes": (

@@ -99,6 +99,18 @@ def test_errors(model, how, message):
         fold(model, **how)
 
 
+@pytest.mark.parametrize("inputs", [np.ones((2, 3)), [[1.0]], [None]])
+def test_inputs_of_another_type(inputs):
+    with pytest.raises(TypeError, match=r"inputs: was of .*, wanted a mapping of names to arrays"):
+        fold(conv_model(CONV, NORM), inputs=inputs)
+
+
+def test_output_without_axes():
+    model = conv_model(CONV, NORM, node("ReduceSum", "y", output="z", keepdims=0), opset=12)
+    model.graph.output[0].name = "z"
+    assert 0 < fold(model)[1].max_error < 1e-5
+
+
 def test_outputs_of_other_types_are_left_out():
     model = conv_model(CONV, NORM, node("ArgMax", "y", output="z"))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("z", TensorProto.INT64, None))

@@ -37,7 +37,7 @@ class OutputError:
     ulps: float
 
 
-def compare(graph: Graph, changed: onnx.ModelProto, feeds: Iterable[Feeds]) -> tuple[OutputError, ...]:
+def compare(graph: Graph, changed: onnx.ModelProto, feeds: Iterable[Any]) -> tuple[OutputError, ...]:
     """Run two models on the same inputs and return how far their outputs are apart.
 
     Graph optimizations are off, so that ONNX Runtime does not fold batch norms by itself. Outputs that are no
@@ -46,18 +46,24 @@ def compare(graph: Graph, changed: onnx.ModelProto, feeds: Iterable[Feeds]) -> t
     Args:
         graph: The original model.
         changed: The changed copy.
-        feeds: Inputs, one mapping for each run.
+        feeds: Inputs, one mapping of names to arrays for each run.
 
     Raises:
         ImportError: The package onnxruntime is not installed.
         OSError: A file with data of the model cannot be read.
         ValueError: ONNX Runtime does not take a model or the inputs, or there are none.
+        TypeError: The inputs of a run are no mapping.
     """
     sessions = [open_session(graph, model, optimize=False) for model in (graph.model, changed)]
     largest: dict[str, tuple[np.dtype[Any], float, float]] = {}
     ran = False
     for feed in feeds:
         ran = True
+        if not isinstance(feed, Mapping):
+            found = type(feed).__name__
+            raise TypeError(
+                f"inputs: was of {found}, wanted a mapping of names to arrays, or an iterable of them"
+            )
         before, after = (run(graph, session, dict(feed), graph.outputs) for session in sessions)
         for name, old, new in zip(graph.outputs, before, after, strict=True):
             if isinstance(old, np.ndarray) and old.dtype.kind == "f":
@@ -107,7 +113,7 @@ def _difference(old: NDArray[Any], new: NDArray[Any]) -> float:
     same = (old == new) | (np.isnan(old) & np.isnan(new))
     with np.errstate(invalid="ignore"):
         difference = np.abs(new.astype(np.float64) - old.astype(np.float64))
-    difference[~(np.isfinite(old) & np.isfinite(new))] = np.inf
+    difference = np.where(np.isfinite(old) & np.isfinite(new), difference, np.inf)
     return float(difference.max(where=~same, initial=0))
 
 

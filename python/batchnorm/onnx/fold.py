@@ -113,6 +113,7 @@ def fold(
         ImportError: `verify` is true and onnxruntime is not installed.
         OSError: A file cannot be read or written.
         InexactFoldError: An error is greater than `max_error`. Nothing is written then.
+        TypeError: `inputs` are neither a mapping nor an iterable of mappings.
         ValueError: `model` is no ONNX model; or ONNX Runtime cannot run it on these inputs; or `inputs` or
             `max_error` are given and `verify` is false.
     """
@@ -126,7 +127,7 @@ def fold(
     if verify and report.folded:
         if inputs is None:
             inputs = generated(original)
-        feeds = [inputs] if isinstance(inputs, Mapping) else inputs
+        feeds: Iterable[Feeds] = [inputs] if isinstance(inputs, Mapping) else inputs
         report = FoldReport(report.nodes, compare(original, editor.model, feeds))
         if max_error is not None and not report.errors:
             raise ValueError(f"max_error: was {max_error}, but {original.where} has no output of floats")
@@ -175,8 +176,10 @@ def _refused(key: str, error: Exception, graph: Graph) -> FoldedNode:
 
 
 def _layer(graph: Graph, node: onnx.NodeProto) -> FrozenBatchNorm:
-    """Return the layer of a node, or raise ValueError if a caller of the model can change it."""
+    """Return the layer of a node that has an output, and that a caller of the model cannot change."""
     layer = read(graph, node).layer()
+    if not any(node.output[:1]):
+        raise ValueError("it has no output")
     sources = set().union(*(graph.sources("", name) for name in node.input[1:]))
     if given := sorted(sources & graph.overridable):
         raise ValueError(f"{given[0]!r} is an input of the model too, so that a caller may give another")

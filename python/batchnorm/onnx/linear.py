@@ -74,7 +74,7 @@ def linear_behind(graph: Graph, value: str, original: Graph) -> Linear:
         raise NoLinearError(f"its input {value!r} is an input of the model or a constant")
     if is_standard(node, *OPERATORS):
         return _read(graph, node, None, value, original)
-    for name in node.input if is_standard(node, "Add") else ():
+    for name in node.input if is_standard(node, "Add") and len(node.input) == 2 else ():
         inner = graph.producer.get(name)
         if inner is not None and is_standard(inner, "MatMul"):
             check_only_reader(graph, name, node)
@@ -239,7 +239,7 @@ def _copied(graph: Graph, name: str) -> Iterator[str]:
 
 def _adds_constant(graph: Graph, value: str, node: onnx.NodeProto) -> bool:
     """Return whether a node adds a constant to a value."""
-    if not is_standard(node, "Add") or list(node.input).count(value) != 1:
+    if not is_standard(node, "Add") or len(node.input) != 2 or list(node.input).count(value) != 1:
         return False
     try:
         _constant(graph, "summand", node.input[_other_input(node, value)])
