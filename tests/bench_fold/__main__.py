@@ -10,6 +10,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from batchnorm.onnx import fold
 from batchnorm.onnx.graph import Graph
+from batchnorm.onnx.nodes import operator_name
 from batchnorm.onnx.runtime import open_session
 from bench.page import put_in
 from bench.tables import DEFAULT_THREADS, markdown, processor
@@ -90,8 +92,9 @@ def measure(name: str, rounds: int, threads: int) -> list[dict[str, Any]]:
                 "network": name,
                 "folded": report.folded,
                 "normalizations": len(report.nodes),
-                "left": left_by_runtime(model, optimize),
                 "optimizations": level,
+                "left": nodes_run(model, optimize)["BatchNormalization"],
+                "same": nodes_run(model, optimize) == nodes_run(folded, optimize),
                 "ms": {kind: median.ms for kind, median in times.items()},
                 "rounds": {kind: median.rounds for kind, median in times.items()},
             }
@@ -99,8 +102,8 @@ def measure(name: str, rounds: int, threads: int) -> list[dict[str, Any]]:
     return lines
 
 
-def left_by_runtime(model: onnx.ModelProto, optimize: bool) -> int:
-    """Number of batch normalizations of a model that ONNX Runtime does not fold by itself."""
+def nodes_run(model: onnx.ModelProto, optimize: bool) -> Counter[str]:
+    """How many nodes of each operator ONNX Runtime runs, after its optimizations if they are on."""
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
@@ -109,7 +112,7 @@ def left_by_runtime(model: onnx.ModelProto, optimize: bool) -> int:
         options.optimized_model_filepath = str(Path(folder, "model.onnx"))
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(options.optimized_model_filepath)
-    return sum(node.op_type == "BatchNormalization" for node in optimized.graph.node)
+    return Counter(operator_name(node) for node in optimized.graph.node)
 
 
 def cells(line: dict[str, Any]) -> list[str]:
@@ -117,8 +120,9 @@ def cells(line: dict[str, Any]) -> list[str]:
     return [
         line["network"],
         f"{line['folded']} of {line['normalizations']}",
-        str(line["left"]),
         line["optimizations"],
+        str(line["left"]),
+        "yes" if line["same"] else "no",
         *(f"{ms[kind]:.1f}" for kind in KINDS),
         f"{ms['as it is'] / ms['folded']:.2f} ×",
     ]

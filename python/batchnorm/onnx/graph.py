@@ -173,7 +173,7 @@ class Graph:
                 values[value] = self._sizes(node, role)
                 continue
             if node.op_type == "CastLike":
-                inputs.append(np.empty(0, self._element("".join(node.input[1:2]), role)))
+                inputs.append(np.empty(0, self._element(next(iter(node.input[1:]), ""), role)))
             values[value] = evaluate(node, inputs, self.tensors, self.where, f"{role} ({value!r})")
         return values[name]
 
@@ -201,7 +201,7 @@ class Graph:
 
     def _sizes(self, node: onnx.NodeProto, role: str) -> NDArray[Any]:
         """Return the output of a Shape."""
-        name, attributes = "".join(node.input[:1]), attributes_of(node)
+        name, attributes = next(iter(node.input), ""), attributes_of(node)
         shape = self.shapes.get(name)
         sizes = None if shape is None else shape[attributes.get("start", 0) : attributes.get("end")]
         if sizes is None or None in sizes:
