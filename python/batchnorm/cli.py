@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from batchnorm import _core
-from batchnorm.commands import data, models, programs, recalibrate
+from batchnorm.commands import data, fold, models, programs, recalibrate
 from batchnorm.commands.kit import Commands
 
 
@@ -22,6 +22,7 @@ for _command in (
     models.import_,
     models.export,
     recalibrate.recalibrate,
+    fold.fold,
     programs.serve,
     programs.demo,
 ):

@@ -292,6 +292,89 @@ class FrozenBatchNorm(Frozen):
             count=None if count is None else integer("count", count),
         )
 
+    def fold_into_linear(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, before: bool = False
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return weight and bias of the linear layer that does what a linear layer and this batch norm do.
+
+        They are computed in float64 and rounded once; `docs/folding.md` has the algebra.
+
+        Args:
+            weight: Shape (out, in), as PyTorch stores it; pass the transpose of a weight of shape (in, out).
+            bias: Shape (out,); zeros if None.
+            before: Whether the batch norm comes before the linear layer, and not after it.
+
+        Returns:
+            The new weight and bias, both of the weight's dtype.
+
+        Raises:
+            TypeError: An array is not of real numbers, or the weight is not of floats.
+            ValueError: Shapes do not fit the layer, a value is not finite, or the result is not in the range
+                of the weight's dtype.
+        """
+        from batchnorm.folding import fold_arrays
+
+        return fold_arrays(self, "linear", weight, bias, before=before)
+
+    def fold_into_conv(
+        self,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        groups: int = 1,
+        before: bool = False,
+        padded: bool | None = None,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return weight and bias of the convolution that does what a convolution and this batch norm do.
+
+        Before a convolution that pads, a batch norm can be folded only if it adds nothing: the zeros are put
+        around its result, so near the border what it adds is in some terms of a sum and not in others.
+
+        Args:
+            weight: Shape (out, in/groups, *kernel), as PyTorch and ONNX store it.
+            bias: Shape (out,); zeros if None.
+            groups: Number of groups of channels.
+            before: Whether the batch norm comes before the convolution, and not after it.
+            padded: Whether the convolution pads its input; must be given if `before`.
+
+        Returns:
+            The new weight and bias, both of the weight's dtype.
+
+        Raises:
+            TypeError: An array is not of real numbers, or the weight is not of floats.
+            ValueError: See `fold_into_linear`; or the batch norm comes before a padded convolution and
+                beta − mean·gamma/√(var + eps) is not 0 in every channel, or `padded` is not given.
+        """
+        from batchnorm.folding import fold_arrays
+
+        if before and padded is None:
+            raise ValueError("padded: was None, wanted True or False if the batch norm comes before")
+        return fold_arrays(self, "conv", weight, bias, groups=groups, before=before, padded=bool(padded))
+
+    def fold_into_conv_transpose(
+        self, weight: ArrayLike, bias: ArrayLike | None = None, *, groups: int = 1
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return weight and bias of the transposed convolution that does what one and this batch norm do.
+
+        The batch norm comes after it. Before it none can be folded: how many terms of a transposed
+        convolution meet in a value, and with them what the batch norm adds, depends on the position.
+
+        Args:
+            weight: Shape (in, out/groups, *kernel), as PyTorch and ONNX store it.
+            bias: Shape (out,); zeros if None.
+            groups: Number of groups of channels.
+
+        Returns:
+            The new weight and bias, both of the weight's dtype.
+
+        Raises:
+            TypeError: An array is not of real numbers, or the weight is not of floats.
+            ValueError: See `fold_into_linear`.
+        """
+        from batchnorm.folding import fold_arrays
+
+        return fold_arrays(self, "conv_transpose", weight, bias, groups=groups)
+
     @property
     def channels(self) -> int:
         """Number of channels."""

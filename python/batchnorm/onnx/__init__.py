@@ -11,6 +11,8 @@ except ImportError as error:
     raise ImportError("batchnorm.onnx needs the package onnx: pip install 'batchnorm[onnx]'") from error
 
 from batchnorm.onnx.affine import Affine, affines
+from batchnorm.onnx.compare import OutputError
+from batchnorm.onnx.fold import FoldedNode, FoldReport, InexactFoldError, fold
 from batchnorm.onnx.network import Activation, Conv, Fused, Linear, export_network
 from batchnorm.onnx.outputs import Outcome
 from batchnorm.onnx.read import frozen_layers, load_frozen
@@ -24,14 +26,19 @@ __all__ = [
     "Affine",
     "Conv",
     "Errors",
+    "FoldReport",
+    "FoldedNode",
     "Fused",
+    "InexactFoldError",
     "Linear",
     "Outcome",
+    "OutputError",
     "RecalibratedLayer",
     "Recalibration",
     "Verification",
     "affines",
     "export_network",
+    "fold",
     "frozen_layers",
     "load_frozen",
     "recalibrate",

@@ -59,8 +59,11 @@ def _constant(attributes: dict[str, onnx.AttributeProto], tensors: Tensors, wher
         return tensors.dense(attributes["sparse_value"].sparse_tensor, what)
     for name, dtype in _CONSTANT_DTYPES.items():
         if name in attributes:
-            return np.array(helper.get_attribute_value(attributes[name]), dtype)
-    found = ", ".join(attributes) or "no value"
+            try:
+                return np.array(helper.get_attribute_value(attributes[name]), dtype)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where}: {what} is a Constant whose {name} is damaged: {error}") from error
+    found = ", ".join(map(str, attributes)) or "no value"
     raise ValueError(f"{where}: {what} is a Constant with {found}, but numbers are wanted")
 
 
@@ -108,12 +111,17 @@ def _shape(sizes: Array) -> tuple[int, ...]:
     return shape
 
 
+def _transpose(inputs: list[Array], attributes: dict[str, Any]) -> Array:
+    return np.transpose(inputs[0], attributes.get("perm"))
+
+
 _OPERATORS: dict[str, Callable[[list[Array], dict[str, Any]], Array]] = {
     "Identity": _identity,
     "Cast": _cast,
     "CastLike": _cast_like,
     "Reshape": _reshape,
     "Expand": _expand,
+    "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from batchnorm._atomic import replacing
 from batchnorm._checks import channels_where
 from batchnorm.onnx.graph import Graph
-from batchnorm.onnx.nodes import graphs_of
+from batchnorm.onnx.nodes import graphs_of, values_used
 from batchnorm.onnx.tensors import external_tensors, is_external
 
 _LARGEST_MODEL = 2**31 - 1  # bytes of one message of protobuf
@@ -85,29 +87,37 @@ class Editor:
     def remove_unused(self, names: set[str]) -> None:
         """Remove those of the named initializers, and nodes without other use, that nothing reads any more.
 
-        What they were computed from goes with them. Call it after nodes have been removed or connected anew.
+        What they were computed from goes with them, and what the model says of the types of values that it
+        no longer has. Call it after nodes have been removed or connected anew.
         """
         self.refresh()
+        uses = Counter({name: len(nodes) for name, nodes in self.graph.consumers.items()})
+        uses.update(self.graph.outputs)
+        removed: set[str] = set()
         pending = [*names]
         while pending:
             name = pending.pop()
-            if self.graph.consumers.get(name) or name in self.graph.outputs:
+            if uses[name] or name in removed:
                 continue
             if (node := self.graph.producer.get(name)) is not None:
-                if any(self.graph.consumers.get(o) or o in self.graph.outputs for o in node.output):
+                if any(uses[output] for output in node.output):
                     continue
-                pending.extend(node.input)
-                self.model.graph.node.remove(node)
+                removed.update(filter(None, node.output))
+                for used in values_used(node):
+                    uses[used] -= 1
+                    pending.append(used)
             elif name in self.graph.initializers and name not in self.graph.overridable:
-                graph = self.model.graph
-                for tensors in (graph.initializer, graph.input):
-                    for entry in [entry for entry in tensors if entry.name == name]:
-                        tensors.remove(entry)
-                for sparse in [s for s in graph.sparse_initializer if s.values.name == name]:
-                    graph.sparse_initializer.remove(sparse)
-            else:
-                continue
-            self.refresh()
+                removed.add(name)
+        graph = self.model.graph
+        remove(graph.node, lambda node: not removed.isdisjoint(node.output))
+        remove(graph.initializer, lambda tensor: tensor.name in removed)
+        remove(graph.sparse_initializer, lambda sparse: sparse.values.name in removed)
+        remove(graph.input, lambda entry: entry.name in removed)
+        self.refresh()
+        left = {*self.graph.producer, *self.graph.initializers}
+        gone = {*self._source.producer, *self._source.initializers} - left
+        remove(graph.value_info, lambda entry: entry.name in gone)
+        remove(graph.quantization_annotation, lambda entry: entry.tensor_name in gone)
 
     def finish(self, out: str | os.PathLike[str] | None = None) -> onnx.ModelProto:
         """Return the changed model, and save it to `out` if that is given.
@@ -162,6 +172,16 @@ class Editor:
                 tensor.external_data.add(key=key, value=str(value))
         with replacing(out) as file:
             file.write(self.model.SerializeToString())
+
+
+def remove(entries: Any, unwanted: Callable[[Any], bool]) -> None:
+    """Remove the entries of a repeated field of a message that are unwanted.
+
+    The field's own `remove` compares messages, with all the data in them.
+    """
+    for position in reversed(range(len(entries))):
+        if unwanted(entries[position]):
+            del entries[position]
 
 
 def narrowed(role: str, values: NDArray[np.float64], dtype: np.dtype[Any], where: str) -> NDArray[Any]:

@@ -143,9 +143,9 @@ class Graph:
     def constant(self, role: str, name: str) -> NDArray[Any]:
         """Return the constant `name`: an initializer, or a value computed from constants by simple operators.
 
-        The operators are every form of Constant, ConstantOfShape, Identity, Cast, CastLike, Expand, Reshape
-        and Unsqueeze, and Shape of any value whose sizes are fixed. The array may be read-only, or one number
-        broadcast to a shape.
+        The operators are every form of Constant, ConstantOfShape, Identity, Cast, CastLike, Expand, Reshape,
+        Transpose and Unsqueeze, and Shape of any value whose sizes are fixed. The array may be read-only, or
+        one number broadcast to a shape.
 
         Args:
             role: Name of the value in errors.
@@ -173,7 +173,7 @@ class Graph:
                 values[value] = self._sizes(node, role)
                 continue
             if node.op_type == "CastLike":
-                inputs.append(np.empty(0, self._element(node.input[1], role)))
+                inputs.append(np.empty(0, self._element(next(iter(node.input[1:]), ""), role)))
             values[value] = evaluate(node, inputs, self.tensors, self.where, f"{role} ({value!r})")
         return values[name]
 
@@ -201,7 +201,7 @@ class Graph:
 
     def _sizes(self, node: onnx.NodeProto, role: str) -> NDArray[Any]:
         """Return the output of a Shape."""
-        name, attributes = node.input[0], attributes_of(node)
+        name, attributes = next(iter(node.input), ""), attributes_of(node)
         shape = self.shapes.get(name)
         sizes = None if shape is None else shape[attributes.get("start", 0) : attributes.get("end")]
         if sizes is None or None in sizes:

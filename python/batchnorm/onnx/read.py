@@ -71,8 +71,8 @@ def frozen_layers(model: ModelSource, *, skip: bool = False) -> dict[str, Frozen
     They are the BatchNormalization nodes of the main graph. Such a node must be in inference mode: by its
     attribute `is_test` in opset 6, by a single output in opsets 7 to 13, by `training_mode` from 14 on. Its
     parameters must be constant: initializers, every form of Constant, ConstantOfShape, and Identity, Cast,
-    CastLike, Expand, Reshape and Unsqueeze of these. A layer is float64 if a parameter is, else float32,
-    which holds 16-bit parameters exactly.
+    CastLike, Expand, Reshape, Transpose and Unsqueeze of these. A layer is float64 if a parameter is, else
+    float32, which holds 16-bit parameters exactly.
 
     Args:
         model: The model, its path, or its bytes. If parameters have their data in other files, it must be the

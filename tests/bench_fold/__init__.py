@@ -1,0 +1,1 @@
+"""What folding gains in ONNX Runtime: whole networks as they are and folded; `make bench-fold`."""
