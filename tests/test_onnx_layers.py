@@ -301,6 +301,15 @@ def test_only_what_changed_is_written(values):
     assert replace_layers(model, {}).SerializeToString() == before
 
 
+def test_fingerprints_of_our_exports_stay_true(values):
+    """`load_frozen` compares the fingerprint of a model with its parameters."""
+    layer = layer_of(values)
+    model = layer.to_onnx()
+    (name,) = frozen_layers(model)
+    assert load_frozen(replace_layers(model, {name: other(layer)})) == other(layer)
+    assert replace_layers(model, {name: layer}).SerializeToString() == model.SerializeToString()
+
+
 @pytest.mark.parametrize("raw", [True, False])
 def test_epsilon_alone(values, raw):
     model = make([batch_norm(name="bn")], values)
@@ -359,6 +368,12 @@ def test_parameters_keep_the_type_of_the_model(rng):
     result = replace_layers(model, {"bn": layer})
     assert {tensor.data_type for tensor in result.graph.initializer} == {TensorProto.FLOAT16}
     assert np.array_equal(frozen_layers(result)["bn"].mean, layer.mean.astype(np.float16).astype(np.float32))
+
+
+def test_statistics_that_make_no_layer_can_be_replaced(values):
+    broken = values | {"var": np.array([1, -1, np.nan], np.float32)}
+    result = replace_layers(make([batch_norm(name="bn")], broken), {"bn": layer_of(values)})
+    assert frozen_layers(result) == {"bn": layer_of(values)}
 
 
 @pytest.mark.parametrize(

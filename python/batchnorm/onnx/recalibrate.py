@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchnorm._checks import channels_where, integer, number
 from batchnorm._core import Moments
-from batchnorm._file import BATCH_NORM
 from batchnorm.frozen import FrozenBatchNorm
 from batchnorm.onnx.calibration import AGAIN, Batches, Calibration
 from batchnorm.onnx.edit import Editor, narrowed
+from batchnorm.onnx.fingerprints import renew_fingerprints
 from batchnorm.onnx.graph import Graph, ModelSource
 from batchnorm.onnx.nodes import values_used
 from batchnorm.onnx.normalizations import OPERATOR, PARAMETERS, normalizations, read
@@ -144,7 +144,7 @@ def recalibrate(
             changed[key] = _write(editor, key, node, layers[key], statistics, blend)
         editor.refresh()
     after = outcome(editor.graph, data, wanted, threads, stages.next()) if wanted else None
-    _renew_fingerprints(editor.model, {key: read(editor.graph, nodes[key]).layer() for key in nodes})
+    renew_fingerprints(editor.model, {key: read(editor.graph, nodes[key]).layer() for key in nodes})
     in_order = tuple(changed[key] for key in nodes)
     _warn(graph.where, in_order, data.left_out)
     report = Recalibration(
@@ -256,25 +256,6 @@ def _write(
         shift=shift(live, layer),
         constant=tuple(np.flatnonzero(measured.var == 0).tolist()),
     )
-
-
-def _renew_fingerprints(model: onnx.ModelProto, layers: dict[str, FrozenBatchNorm]) -> None:
-    """Bring what our exports say of the layers in a model's metadata up to date, or remove it.
-
-    The fingerprint of the one layer of a model is computed again. That of a node in a network is removed,
-    since it may be of a layer on another axis.
-    """
-    properties = {prop.key: prop.value for prop in model.metadata_props}
-    whole = properties.keys() >= {*BATCH_NORM.keys} and properties["format"] == BATCH_NORM.format
-    of_nodes = {f"batchnorm.{key}.fingerprint" for key in layers}
-    for prop in [*model.metadata_props]:
-        if prop.key == "fingerprint" and whole and len(layers) == 1:
-            (layer,) = layers.values()
-            axis, dtype = int(properties["channel_axis"]), properties["dtype"]
-            arrays = (layer.mean, layer.var, layer.gamma, layer.beta)
-            prop.value = FrozenBatchNorm(*arrays, eps=layer.eps, channel_axis=axis, dtype=dtype).fingerprint
-        elif prop.key in of_nodes:
-            model.metadata_props.remove(prop)
 
 
 def _warn(where: str, changed: tuple[RecalibratedLayer, ...], left_out: int) -> None:
