@@ -73,13 +73,13 @@ def error_of(*arguments):
 
 
 def test_every_command_has_an_example():
-    assert set(EXAMPLES) == {"fit", "apply", "inspect", "import", "export", "serve", "demo"}
+    assert set(EXAMPLES) == {"fit", "apply", "inspect", "import", "export", "lint", "serve", "demo"}
     for name, example in EXAMPLES.items():
         assert shlex.split(example)[:2] == ["batchnorm", name]
         assert example in " ".join(run(name, "--help").split())
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"import", "serve", "demo"}))
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"import", "lint", "serve", "demo"}))
 def test_example(name):
     done = subprocess.run(
         [sys.executable, "-m", *shlex.split(EXAMPLES[name])],

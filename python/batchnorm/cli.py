@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from batchnorm import _core
-from batchnorm.commands import data, models, programs
+from batchnorm.commands import data, lint, models, programs
 from batchnorm.commands.kit import Commands
 
 
@@ -21,6 +21,7 @@ for _command in (
     data.inspect,
     models.import_,
     models.export,
+    lint.lint,
     programs.serve,
     programs.demo,
 ):
