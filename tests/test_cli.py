@@ -74,14 +74,14 @@ def error_of(*arguments):
 
 def test_every_command_has_an_example():
     assert set(EXAMPLES) == {
-        *("fit", "apply", "inspect", "import", "export", "recalibrate", "fold", "serve", "demo")
+        *("fit", "apply", "inspect", "import", "export", "lint", "recalibrate", "fold", "serve", "demo")
     }
     for name, example in EXAMPLES.items():
         assert shlex.split(example)[:2] == ["batchnorm", name]
         assert example in " ".join(run(name, "--help").split())
 
 
-OF_MODELS = {"import", "recalibrate", "fold"}  # their tests have files for them
+OF_MODELS = {"import", "lint", "recalibrate", "fold"}  # their tests have files for them
 
 
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - OF_MODELS - {"serve", "demo"}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from batchnorm import _core
-from batchnorm.commands import data, fold, models, programs, recalibrate
+from batchnorm.commands import data, fold, lint, models, programs, recalibrate
 from batchnorm.commands.kit import Commands
 
 
@@ -23,6 +23,7 @@ for _command in (
     models.export,
     recalibrate.recalibrate,
     fold.fold,
+    lint.lint,
     programs.serve,
     programs.demo,
 ):

@@ -38,8 +38,10 @@ def layer_argument(name: str) -> Callable[[Callable[..., None]], Callable[..., N
     return click.argument(name, type=kind, callback=_regular)
 
 
-def _writable(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
+def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     # Checked before the work is done.
+    if path is None:
+        return None
     if path.exists() and not path.is_file():
         raise click.BadParameter(f"{str(path)!r} is not a regular file, and only those are replaced.")
     if not os.access(path.parent, os.W_OK):
@@ -53,10 +55,12 @@ def check_suffix(path: Path, suffix: str) -> None:
         raise ValueError(f"{path}: wanted a name that ends in {suffix}")
 
 
-def output_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def output_option(
+    text: str, *, required: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator: the option for the file to write, checked before any work is done."""
     kind = click.Path(dir_okay=False, path_type=Path)
-    return click.option("-o", "--output", type=kind, required=True, callback=_writable, help=text)
+    return click.option("-o", "--output", type=kind, required=required, callback=_writable, help=text)
 
 
 class _CommandError(click.ClickException):

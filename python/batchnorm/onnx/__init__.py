@@ -12,7 +12,10 @@ except ImportError as error:
 
 from batchnorm.onnx.affine import Affine, affines
 from batchnorm.onnx.compare import OutputError
+from batchnorm.onnx.findings import Finding
 from batchnorm.onnx.fold import FoldedNode, FoldReport, InexactFoldError, fold
+from batchnorm.onnx.inference_mode import fix
+from batchnorm.onnx.lint import lint
 from batchnorm.onnx.network import Activation, Conv, Fused, Linear, export_network
 from batchnorm.onnx.outputs import Outcome
 from batchnorm.onnx.read import frozen_layers, load_frozen
@@ -26,6 +29,7 @@ __all__ = [
     "Affine",
     "Conv",
     "Errors",
+    "Finding",
     "FoldReport",
     "FoldedNode",
     "Fused",
@@ -38,8 +42,10 @@ __all__ = [
     "Verification",
     "affines",
     "export_network",
+    "fix",
     "fold",
     "frozen_layers",
+    "lint",
     "load_frozen",
     "recalibrate",
     "replace_layers",
