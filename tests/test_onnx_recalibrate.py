@@ -399,3 +399,26 @@ def test_a_real_graph():
 def test_real_graphs(name, count, layerwise):
     """After the layerwise form, every layer has the statistics of what reaches it in the new model."""
     assert real(name, layerwise=layerwise) == count
+
+
+@pytest.mark.parametrize(
+    ("role", "value"), [("var", -1.0), ("var", np.nan), ("mean", np.nan), ("mean", np.inf)]
+)
+def test_impossible_statistics_are_healed(role, value):
+    """They are what one recalibrates for: the measured ones do not depend on them, and there is no shift."""
+    values, data = parameters(np.random.default_rng(1)), batches(shape=(3,))
+    model = make([batch_norm(name="bn")], values)
+    wanted, _ = recalibrate(model, data)
+    values[role][1] = value
+    broken = make([batch_norm(name="bn")], values)
+    with pytest.raises(ValueError, match=f"'bn': {role} is"):
+        frozen_layers(broken)
+    new, report = recalibrate(broken, data)
+    assert frozen_layers(new) == frozen_layers(wanted)
+    assert report.layers[0].shift is None
+    assert report.to_dict()["layers"][0]["mean_shift"] is None
+    with pytest.raises(ValueError, match="blend: was 0.5, wanted 1, since the old statistics of 'bn'"):
+        recalibrate(broken, data, blend=0.5)
+    values["gamma"][0] = np.inf
+    with pytest.raises(ValueError, match="'bn': gamma is"):
+        recalibrate(make([batch_norm(name="bn")], values), data)

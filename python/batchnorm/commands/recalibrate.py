@@ -148,9 +148,11 @@ def _show(output: Path, report: Recalibration) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for layer in report.layers:
-        moved = layer.shift.summary()
-        measures = [moved[name] for name in ("mean_shift", "log_variance_ratio")]
-        cells = [f"{value:.3g}" for measure in measures for value in (measure.mean, measure.max)]
+        cells = ["–"] * 4  # where the old statistics were impossible
+        if layer.shift is not None:
+            moved = layer.shift.summary()
+            measures = [moved[name] for name in ("mean_shift", "log_variance_ratio")]
+            cells = [f"{value:.3g}" for measure in measures for value in (measure.mean, measure.max)]
         table.add_row(
             layer.name, str(layer.channels), str(layer.values), *cells, str(len(layer.constant) or "")
         )

@@ -37,22 +37,22 @@ RULES: dict[str, Rule] = {
     "non-finite": Rule(
         "error",
         "A parameter is NaN or infinite, so the channel's results are too.",
-        "Train or recalibrate again; such values come from a diverged training or an overflow.",
+        "`batchnorm recalibrate` for mean and var, else train again; a training diverged, or a type overflowed.",
     ),
     "negative-variance": Rule(
         "error",
         "A variance is negative, which no data have.",
-        "Recalibrate; the statistics are damaged or were computed as E[x²] − E[x]² with rounding.",
+        "`batchnorm recalibrate`; the values are damaged, or were computed as E[x²] − E[x]² with rounding.",
     ),
     "zero-variance": Rule(
         "warning or error",
         "A variance is 0: the channel was constant. With ε = 0 its results are not finite.",
-        "Recalibrate on data in which the channel varies, or prune the channel.",
+        "`batchnorm recalibrate` on data in which the channel varies, or prune the channel.",
     ),
     "tiny-variance": Rule(
         "info",
         "A variance is at most ε, or subnormal, so that ε decides the scale of the channel.",
-        "Look whether the channel is in use; prune it or recalibrate.",
+        "Look whether the channel is in use; prune it, or `batchnorm recalibrate`.",
     ),
     "eps": Rule(
         "warning or error",
@@ -73,7 +73,7 @@ RULES: dict[str, Rule] = {
     "initial-statistics": Rule(
         "warning",
         "All means are 0 and all variances 1, as before any training.",
-        "Export after training, or recalibrate; if the node is meant as a scale alone, write Mul and Add.",
+        "Export after training, or `batchnorm recalibrate`; if a scale alone is meant, write Mul and Add.",
     ),
     "dead-channels": Rule(
         "info or warning",
@@ -89,7 +89,7 @@ RULES: dict[str, Rule] = {
     "unfolded": Rule(
         "info",
         "The node could be folded into a neighbour, which leaves less to compute.",
-        "Fold it, if the runtime does not.",
+        "`batchnorm fold`, if the runtime does not fold by itself.",
     ),
     "runtime": Rule(
         "warning",
@@ -99,7 +99,7 @@ RULES: dict[str, Rule] = {
     "shared-statistics": Rule(
         "info",
         "Nodes share a mean or a variance, though each sees data of its own.",
-        "Nothing if they are one layer that is used twice and trained so; else recalibrate.",
+        "Nothing if they are one layer that is used twice and trained so; else `batchnorm recalibrate`.",
     ),
     "overridable": Rule(
         "warning",

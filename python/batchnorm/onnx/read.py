@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -26,6 +27,8 @@ from batchnorm.onnx.normalizations import (
     read,
     vector,
 )
+
+Made = TypeVar("Made")
 
 _INPUTS = {"Cast": 1, "Sqrt": 1}  # all others of mode "exact" have 2
 
@@ -92,14 +95,24 @@ def frozen_layers(model: ModelSource, *, skip: bool = False) -> dict[str, Frozen
         UserWarning: A parameter is an input of the model too, so that a caller may give another (from IR
             version 4 on); or what `skip` leaves out.
     """
-    graph = Graph(model)
-    layers: dict[str, FrozenBatchNorm] = {}
+    return read_all(Graph(model), Reading.layer, skip)
+
+
+def read_all(graph: Graph, make: Callable[[Reading], Made], skip: bool) -> dict[str, Made]:
+    """Return what `make` makes of each batch normalization of a model; see `frozen_layers`, which it serves.
+
+    Args:
+        graph: The model.
+        make: Is called with the parameters of a node; may raise ValueError or TypeError saying what is wrong.
+        skip: Leave out, with a warning, what cannot be read.
+    """
+    made: dict[str, Made] = {}
     refused: dict[str, str] = {}
     changeable: list[str] = []
     found = normalizations(graph)
     for entry in found:
         try:
-            layers[entry.key] = read(graph, entry.node).layer()
+            made[entry.key] = make(read(graph, entry.node))
         except (ValueError, TypeError) as error:
             refused[entry.key] = str(error).removeprefix(f"{graph.where}: ")
             continue
@@ -113,12 +126,12 @@ def frozen_layers(model: ModelSource, *, skip: bool = False) -> dict[str, Frozen
         message = f"{graph.where}: {message}: {'; '.join(listed)}"
         if not skip:
             raise ValueError(f"{message}; skip=True leaves them out")
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=3)
     if changeable:
         names = ", ".join(changeable)
         message = f"{graph.where}: inputs of the model too, so that a caller may give others: {names}"
-        warnings.warn(message, stacklevel=2)
-    return layers
+        warnings.warn(message, stacklevel=3)
+    return made
 
 
 def _float64(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx
@@ -18,9 +18,9 @@ from batchnorm.onnx.edit import Editor, narrowed
 from batchnorm.onnx.fingerprints import renew_fingerprints
 from batchnorm.onnx.graph import Graph, ModelSource
 from batchnorm.onnx.nodes import values_used
-from batchnorm.onnx.normalizations import OPERATOR, PARAMETERS, normalizations, read
+from batchnorm.onnx.normalizations import OPERATOR, PARAMETERS, Reading, normalizations, read
 from batchnorm.onnx.outputs import outcome, wanted_outputs
-from batchnorm.onnx.read import frozen_layers
+from batchnorm.onnx.read import read_all
 from batchnorm.onnx.recalibration import RecalibratedLayer, Recalibration
 from batchnorm.onnx.taps import Advance, Collected, Meter, Statistics, Tap
 from batchnorm.shift import shift
@@ -54,7 +54,8 @@ def recalibrate(
     The model is run over the data in ONNX Runtime, and the input of each BatchNormalization of the main graph
     is measured. Its mean and unbiased variance (as PyTorch stores it) are written into the copy, in the types
     of the model. γ, β, ε and all else stay. Statistics that several nodes share, or that are no initializer,
-    become new initializers, named `<old name>/<name of the node>`. Fingerprints in the metadata that the
+    become new initializers, named `<old name>/<name of the node>`. Old statistics may be impossible, such as
+    negative variances. Fingerprints in the metadata that the
     exports of this package have written are renewed, or removed.
 
     There are two populations. Over batches b, of m_b values in a channel with mean μ_b and sum of squared
@@ -116,7 +117,10 @@ def recalibrate(
     if integer("threads", threads) < 1:
         raise ValueError(f"threads: was {threads}, wanted 1 or more")
     graph = Graph(model)
-    layers = _layers(graph, model, skip)
+    layers = _layers(graph, skip)
+    if blend < 1 and (broken := [key for key, layer in layers.items() if layer.frozen is None]):
+        found = f"the old statistics of {broken[0]!r} are negative or not finite"
+        raise ValueError(f"blend: was {blend}, wanted 1, since {found}")
     data = Calibration(graph, batches, batch_size)
     wanted = wanted_outputs(labels, reference)
     if (layerwise or wanted) and not data.again:
@@ -175,13 +179,30 @@ class _Stages:
         return lambda fraction: self._progress((start + fraction) / self._count)
 
 
-def _layers(graph: Graph, model: ModelSource, skip: bool) -> dict[str, FrozenBatchNorm]:
+class _Old(NamedTuple):
+    """A layer as it is in the model: without `frozen` if its statistics are impossible."""
+
+    channels: int
+    eps: float
+    frozen: FrozenBatchNorm | None
+
+
+def _old(reading: Reading) -> _Old:
+    try:
+        layer = frozen = reading.layer()
+    except ValueError:  # raised again if it is not for the statistics, which are measured anew
+        zeros, ones = np.zeros_like(reading.mean), np.ones_like(reading.var)
+        layer, frozen = reading._replace(mean=zeros, var=ones).layer(), None
+    return _Old(layer.channels, layer.eps, frozen)
+
+
+def _layers(graph: Graph, skip: bool) -> dict[str, _Old]:
     """Return the layers to recalibrate, as they are in the model."""
     if graph.nodes(OPERATOR) and graph.opset < _OLDEST_IN_RUNTIME:
         found = f"ONNX Runtime has no {OPERATOR} of opset {graph.opset}"
         remedy = f"onnx.version_converter.convert_version(model, {_CONVERT_TO})"
         raise ValueError(f"{graph.where}: {found}; convert the model first: {remedy}")
-    layers = frozen_layers(model, skip=skip)
+    layers = read_all(graph, _old, skip)
     if not layers:
         raise ValueError(
             f"{graph.where}: the main graph has no {OPERATOR} to recalibrate; where they were folded into "
@@ -209,7 +230,7 @@ def _generations(graph: Graph, nodes: dict[str, onnx.NodeProto]) -> list[list[st
     return generations
 
 
-def _tap(graph: Graph, key: str, node: onnx.NodeProto, layer: FrozenBatchNorm) -> Tap:
+def _tap(graph: Graph, key: str, node: onnx.NodeProto, layer: _Old) -> Tap:
     value = node.input[0]
     return Tap(value, key, layer.channels, graph.elements.get(value))
 
@@ -229,7 +250,7 @@ def _write(
     editor: Editor,
     key: str,
     node: onnx.NodeProto,
-    layer: FrozenBatchNorm,
+    layer: _Old,
     measured: Statistics,
     blend: float,
 ) -> RecalibratedLayer:
@@ -239,7 +260,9 @@ def _write(
     new: dict[str, NDArray[np.float64]] = {}
     for role in ("mean", "var"):
         before: NDArray[Any] = getattr(old, role)
-        values = (1 - blend) * before.astype(np.float64) + blend * getattr(measured, role)
+        values = getattr(measured, role)
+        if blend < 1:
+            values = (1 - blend) * before.astype(np.float64) + blend * values
         after = narrowed(role, values, before.dtype, where)
         new[role] = after.astype(np.float64)
         if after.tobytes() != before.tobytes():
@@ -253,7 +276,7 @@ def _write(
         name=key,
         channels=layer.channels,
         values=int(measured.count[0]),
-        shift=shift(live, layer),
+        shift=None if layer.frozen is None else shift(live, layer.frozen),
         constant=tuple(np.flatnonzero(measured.var == 0).tolist()),
     )
 

@@ -20,25 +20,26 @@ class RecalibratedLayer:
         values: The number of values that were measured in each channel.
         shift: How far the new statistics, as they were written, are from the old ones: among others
             `mean_shift`, in units of the old σ = √(var + ε), and `log_variance_ratio`, ln of the ratio of the
-            variances with ε. `z` takes the new statistics as those of so many values.
+            variances with ε. `z` takes the new statistics as those of so many values. None if the old
+            statistics were negative variances or not finite.
         constant: The channels whose measured variance is 0.
     """
 
     name: str
     channels: int
     values: int
-    shift: Shift
+    shift: Shift | None
     constant: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the entries for JSON, with mean and largest shift over the channels by size."""
-        moved = self.shift.summary()
+        moved = self.shift and self.shift.summary()
         return {
             "name": self.name,
             "channels": self.channels,
             "values": self.values,
             **{
-                measure: {"mean": _number(moved[measure].mean), "max": _number(moved[measure].max)}
+                measure: moved and {"mean": _number(moved[measure].mean), "max": _number(moved[measure].max)}
                 for measure in ("mean_shift", "log_variance_ratio")
             },
             "constant": list(self.constant),
