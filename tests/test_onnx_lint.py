@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from batchnorm.onnx import lint
+from batchnorm.onnx import fold, lint
 from batchnorm.onnx.findings import RULES, SEVERITIES
 from onnx_models import GOLDEN, LIGHT, NORMALIZATIONS, batch_norm, make, parameters, real_graph, run
 
@@ -508,10 +508,21 @@ def test_models_of_pytorch():
     assert len(found) == 25
     assert found.pop("training_mode.script.opset17") == {("error", "training-mode"): 1}
     unfolded = {name for name, count in found.items() if count == {("info", "unfolded"): 1}}
-    # The other exporter writes the weights of the mlp behind a Transpose, which is not evaluated.
-    assert unfolded == {name for name in found if name.startswith(("depthwise", "mlp.dynamo"))}
-    assert len(unfolded) == 6
+    assert unfolded == {name for name in found if name.startswith(("depthwise", "mlp"))}
+    assert len(unfolded) == 8
     assert all(not count for name, count in found.items() if name not in unfolded)
+
+
+@pytest.mark.parametrize(
+    "model", [*GOLDEN, *(LIGHT / f"light_{n}.onnx" for n in ("shufflenet", "densenet121"))]
+)
+def test_what_can_be_folded_is_what_fold_folds(model):
+    """But for pairs of Mul and Add, into which `fold` does not fold."""
+    unfolded = {
+        f.node for f in lint(model) if f.name == "unfolded" and not re.search("into (Mul|Add)", f.message)
+    }
+    _, report = fold(model, verify=False)
+    assert {node.name for node in report.nodes if node.into} == unfolded
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)

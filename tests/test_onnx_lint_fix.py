@@ -230,7 +230,7 @@ def test_exit_status(arguments, status):
 
 def test_table():
     printed = command("model.onnx", status=1)
-    assert "zero-variance: Recalibrate on data in which" in printed
+    assert "zero-variance: `batchnorm recalibrate` on data in which" in printed
     assert printed.splitlines()[-1] == "model.onnx: 0 errors, 1 warning, 0 info"
     assert command("sound.onnx", status=0) == "sound.onnx: 0 errors, 0 warnings, 0 info\n"
 
@@ -246,11 +246,11 @@ def test_names_are_shown_as_they_are():
 def test_json():
     shown = json.loads(command("model.onnx", "--json", status=1))
     (finding,) = shown.pop("findings")
-    assert finding.pop("remedy").startswith("Recalibrate")
+    assert finding.pop("remedy").startswith("`batchnorm recalibrate` on data")
     assert finding == {
         "name": "zero-variance",
         "severity": "warning",
-        "node": "y",
+        "node": "batchnorm",
         "message": "var is 0 in channel 1",
     }
     assert shown == {

@@ -417,7 +417,7 @@ def test_impossible_statistics_are_healed(role, value):
     assert frozen_layers(new) == frozen_layers(wanted)
     assert report.layers[0].shift is None
     assert report.to_dict()["layers"][0]["mean_shift"] is None
-    with pytest.raises(ValueError, match="blend: was 0.5, wanted 1, since the old statistics of 'bn'"):
+    with pytest.raises(ValueError, match=r"blend: was 0\.5, wanted 1, since the old statistics of 'bn'"):
         recalibrate(broken, data, blend=0.5)
     values["gamma"][0] = np.inf
     with pytest.raises(ValueError, match="'bn': gamma is"):

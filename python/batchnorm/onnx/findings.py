@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
     "non-finite": Rule(
         "error",
         "A parameter is NaN or infinite, so the channel's results are too.",
-        "`batchnorm recalibrate` for mean and var, else train again; a training diverged, or a type overflowed.",
+        "`batchnorm recalibrate` for mean and var, else train again; training or a type overflowed.",
     ),
     "negative-variance": Rule(
         "error",
