@@ -418,9 +418,6 @@ def test_models_of_pytorch(path):
         )
 
 
-FOLDED = {"densenet121": 59, "inception_v2": 69, "resnet50": 53, "shufflenet": 49}
-
-
 @pytest.mark.parametrize(
     "name", ["shufflenet", *(pytest.param(n, marks=pytest.mark.long) for n in FOLDED if n != "shufflenet")]
 )
