@@ -12,6 +12,7 @@ from onnx import helper
 import linear_oracle
 from batchnorm.onnx import fold, frozen_layers
 from onnx_models import (
+    FOLDED,
     GOLDEN,
     NEWEST_IN_RUNTIME,
     NORMALIZATIONS,
