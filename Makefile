@@ -259,6 +259,10 @@ bench-whitening: setup ## Time whitening beside batch norm and other libraries (
 bench-fold: setup ## Time networks in ONNX Runtime with their batch norms and with them folded (updates docs/folding.md)
 	@PYTHONPATH=tests $(BIN)/python -m bench_fold docs/folding.md
 
+.PHONY: onnx-runtimes
+onnx-runtimes: setup ## Run every export in ONNX Runtime and OpenVINO (updates the table of docs/onnx.md)
+	@$(BIN)/python tests/onnx_runtimes.py docs/onnx.md
+
 .PHONY: clean
 clean: ## Remove what was built
 	rm -rf $(VENV) .venv-kserve .venv-lowest .venv-mlserver $(TORCH) .venv-triton target dist demo-output bench-output docs-output

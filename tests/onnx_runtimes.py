@@ -167,7 +167,7 @@ def table():
     return "\n".join(lines)
 
 
-MARK, END = "<!-- printed by `tests/onnx_runtimes.py` -->\n", "<!-- end -->\n"
+MARK, END = "<!-- printed by `make onnx-runtimes` -->\n", "<!-- end -->\n"
 
 
 def main():
