@@ -37,9 +37,15 @@ def keep_first_line(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
         lines.insert(0, "")
 
 
+def is_field(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """The fields of a named tuple are in the docstring of its class, and are left out below it."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Sphinx) -> None:
     """Registers the writer of mathematics, and what comes before Napoleon."""
     app.connect("autodoc-process-docstring", keep_first_line, priority=0)
+    app.connect("autodoc-skip-member", is_field)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
 
 

@@ -19,7 +19,7 @@ from batchnorm._core import real_array
 from batchnorm._types import BatchNormParameters
 
 LinearKind: TypeAlias = Literal["linear", "conv", "conv_transpose"]
-"""Which axes a weight has: (out, in), (out, in/groups, *kernel) or (in, out/groups, *kernel)."""
+"""Which axes a weight has: (out, in), (out, in/groups, kernel…) or (in, out/groups, kernel…)."""
 
 Array = NDArray[Any]
 

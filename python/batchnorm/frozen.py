@@ -331,7 +331,7 @@ class FrozenBatchNorm(Frozen):
         around its result, so near the border what it adds is in some terms of a sum and not in others.
 
         Args:
-            weight: Shape (out, in/groups, *kernel), as PyTorch and ONNX store it.
+            weight: Shape (out, in/groups, kernel…), as PyTorch and ONNX store it.
             bias: Shape (out,); zeros if None.
             groups: Number of groups of channels.
             before: Whether the batch norm comes before the convolution, and not after it.
@@ -360,7 +360,7 @@ class FrozenBatchNorm(Frozen):
         convolution meet in a value, and with them what the batch norm adds, depends on the position.
 
         Args:
-            weight: Shape (in, out/groups, *kernel), as PyTorch and ONNX store it.
+            weight: Shape (in, out/groups, kernel…), as PyTorch and ONNX store it.
             bias: Shape (out,); zeros if None.
             groups: Number of groups of channels.
 

@@ -27,8 +27,8 @@ class OutputError:
     Attributes:
         output: Name of the output.
         absolute: The largest difference; inf where only one of the two is finite.
-        relative: `absolute` over the largest finite |value| of the original output.
-        ulps: `absolute` in units in the last place of that |value|.
+        relative: `absolute` over the largest finite magnitude of the original output.
+        ulps: `absolute` in units in the last place of that magnitude.
     """
 
     output: str

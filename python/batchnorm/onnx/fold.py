@@ -101,7 +101,7 @@ def fold(
         inputs: What to run the models on: the inputs by name, or any iterable of such mappings, one for each
             run. By default one run on standard normal values, where a dynamic size is 4 on the first axis
             and 32 on others; this wants inputs of floats.
-        max_error: The largest error that is allowed in an output, relative to its largest |value|.
+        max_error: The largest error that is allowed in an output, relative to its largest magnitude.
         verify: Whether the models are run.
         out: File to write the result to. If the model has data in other files, they are copied to one beside
             it, `<out>.data`. A model of more than 2 GB needs this argument, and its path as `model`.
@@ -133,7 +133,7 @@ def fold(
             raise ValueError(f"max_error: was {max_error}, but {original.where} has no output of floats")
     if max_error is not None and report.max_error > max_error:
         worst = max(report.errors, key=lambda error: error.relative)
-        message = f"{worst.relative:.3g} of its largest |value|, and max_error={max_error:g} is allowed"
+        message = f"{worst.relative:.3g} of its largest magnitude, and max_error={max_error:g} is allowed"
         raise InexactFoldError(f"{original.where}: folding changes {worst.output!r} by {message}", report)
     return editor.finish(out), report
 

@@ -29,7 +29,7 @@ class Errors(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What `verify` found; an ulp is that of the tensor's dtype at S = max(|γ·x̂|, |β|, |y|).
+    """What `verify` found; an ulp is that of the tensor's dtype at the largest of `|γ·x̂|`, `|β|` and `|y|`.
 
     Attributes:
         values: Number of values compared.
@@ -144,7 +144,7 @@ def _input_of(graph: Graph) -> tuple[onnx.ValueInfoProto, np.dtype[Any]]:
 
 
 def _reference(layer: FrozenBatchNorm, x: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return y in extended precision, and S."""
+    """Return y in extended precision, and the largest of |γ·x̂|, |β| and |y|."""
     long = np.longdouble
     shape = [1] * x.ndim
     shape[layer.channel_axis] = layer.channels
