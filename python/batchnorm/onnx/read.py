@@ -118,6 +118,7 @@ def frozen_layers(model: ModelSource, *, skip: bool = False) -> dict[str, Frozen
     return layers
 
 
+@np.errstate(invalid="ignore")  # of a signaling NaN, which the layer refuses
 def _float64(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(values, np.float64) for name, values in parameters.items()}
 
