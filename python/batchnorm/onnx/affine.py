@@ -45,7 +45,7 @@ def affines(model: ModelSource) -> dict[str, Affine]:
     graph = Graph(model)
     found: dict[str, Affine] = {}
     for mul in graph.nodes("Mul"):
-        y = mul.output[0]
+        y = next(iter(mul.output), "")
         followers = graph.consumers.get(y, [])
         if len(followers) != 1 or y in graph.outputs or followers[0] not in graph.nodes("Add"):
             continue
@@ -54,7 +54,7 @@ def affines(model: ModelSource) -> dict[str, Affine]:
             continue
         (x, scale), (_, shift) = by, plus
         key = mul.name if mul.name and mul.name not in found else y
-        found[key] = Affine(x, followers[0].output[0], scale, shift)
+        found[key] = Affine(x, next(iter(followers[0].output), ""), scale, shift)
     return found
 
 

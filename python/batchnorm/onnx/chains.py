@@ -59,7 +59,8 @@ def _takes_what_precedes(graph: Graph, node: onnx.NodeProto, y: str) -> bool:
         return False
     attributes = attributes_of(node)
     if is_standard(node, "Conv"):  # zeros of a padding are not what the shift makes of zeros
-        return attributes.get("auto_pad", b"NOTSET") in _UNPADDED and not any(attributes.get("pads", ()))
+        pads = attributes.get("pads", [])
+        return attributes.get("auto_pad", b"NOTSET") in _UNPADDED and isinstance(pads, list) and not any(pads)
     if is_standard(node, "Gemm"):
         return not attributes.get("transA", 0)
     return is_standard(node, "MatMul") and len(graph.shapes.get(y, ())) == 2
@@ -75,7 +76,7 @@ def _weights_are_its_own(graph: Graph, names: Sequence[str]) -> bool:
     """Return whether weights, and the bias behind them, are constant, and no other node has the weights."""
     if not names or not _constant(graph, names):
         return False
-    readers = [node for node in graph.consumers[names[0]] if not is_standard(node, "Shape")]
+    readers = [node for node in graph.consumers.get(names[0], []) if not is_standard(node, "Shape")]
     return len(readers) == 1 and names[0] not in graph.outputs
 
 

@@ -47,7 +47,7 @@ def evaluate(node: onnx.NodeProto, inputs: list[Array], tensors: Tensors, where:
                 values = tensors.array(attributes["value"].t, what)
             return np.broadcast_to(values.reshape(()), _shape(inputs[0]))
         return _OPERATORS[node.op_type](inputs, attributes_of(node))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, OverflowError, TypeError, ValueError) as error:
         message = str(error).removeprefix(f"{where}: ")
         raise ValueError(f"{where}: {what}: {node.op_type} cannot be evaluated: {message}") from error
 
@@ -61,7 +61,7 @@ def _constant(attributes: dict[str, onnx.AttributeProto], tensors: Tensors, wher
         if name in attributes:
             try:
                 return np.array(helper.get_attribute_value(attributes[name]), dtype)
-            except (TypeError, ValueError) as error:
+            except (OverflowError, TypeError, ValueError) as error:
                 raise ValueError(f"{where}: {what} is a Constant whose {name} is damaged: {error}") from error
     found = ", ".join(map(str, attributes)) or "no value"
     raise ValueError(f"{where}: {what} is a Constant with {found}, but numbers are wanted")

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from batchnorm.onnx.constants import OPERATORS, evaluate
-from batchnorm.onnx.nodes import attributes_of, is_standard, operator_name, opset_of, values_used
+from batchnorm.onnx.nodes import attributes_of, is_standard, names_of, operator_name, opset_of, values_used
 from batchnorm.onnx.tensors import Tensors
 
 ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str] | bytes
 """A model, its file, or its bytes."""
 
+_FEWEST_INPUTS = {"Shape": 1, "CastLike": 2}  # that are looked at here, not in `evaluate`
 _OVERRIDABLE_FROM_IR = 4  # before it, every initializer had to be an input too
 
 
@@ -51,6 +52,8 @@ class Graph:
         if not isinstance(model, (onnx.ModelProto, bytes)):
             self.where, self.folder = os.fspath(model), Path(model).parent
         self.model = _parse(model, self.where)
+        if (damaged := next((n for n in names_of(self.model) if isinstance(n, bytes)), None)) is not None:
+            raise ValueError(f"{self.where}: not an ONNX model: {damaged!r} is not UTF-8")
         self.tensors = Tensors(self.where, self.folder)
         self.opset = opset_of(self.model.opset_import)
         self.producer: dict[str, onnx.NodeProto] = {}
@@ -165,6 +168,8 @@ class Graph:
         # Nodes are sorted: the inputs of a node are computed before it.
         for value in sorted(needed - values.keys(), key=self._position.__getitem__):
             node = self.producer[value]
+            if len(node.input) < _FEWEST_INPUTS.get(node.op_type, 0):
+                raise ValueError(f"{self.where}: {role}: {node.op_type} has {len(node.input)} inputs")
             try:
                 inputs = [values[used] for used in _read_by(node)]
             except KeyError as error:
@@ -202,8 +207,11 @@ class Graph:
     def _sizes(self, node: onnx.NodeProto, role: str) -> NDArray[Any]:
         """Return the output of a Shape."""
         name, attributes = next(iter(node.input), ""), attributes_of(node)
+        start, end = attributes.get("start", 0), attributes.get("end")
+        if not isinstance(start, int) or not isinstance(end, int | None):
+            raise ValueError(f"{self.where}: {role} is made by a Shape from {start!r} to {end!r}")
         shape = self.shapes.get(name)
-        sizes = None if shape is None else shape[attributes.get("start", 0) : attributes.get("end")]
+        sizes = None if shape is None else shape[start:end]
         if sizes is None or None in sizes:
             found = "rank varies" if sizes is None else "sizes vary"
             raise ValueError(f"{self.where}: {role} is made by the Shape of {name!r}, whose {found}")

@@ -33,10 +33,11 @@ _TYPES = {  # some four digits must be left in 32 and 64 bits, one to two in 16
 Array = NDArray[Any]
 
 
+@np.errstate(all="ignore")  # what is not finite is a finding
 def parameter_findings(
     key: str, values: dict[str, Array], eps: float, element: np.dtype[Any], shape: list[int | None] | None
-) -> Iterator[Finding]:
-    """Yield the findings about the parameters of a node.
+) -> list[Finding]:
+    """Return the findings about the parameters of a node.
 
     Args:
         key: The name of the node.
@@ -46,8 +47,11 @@ def parameter_findings(
         shape: The sizes of x, if they are known.
     """
     if problem := _shapes(values, shape):
-        yield Finding("damaged", "error", key, problem)
-        return
+        return [Finding("damaged", "error", key, problem)]
+    return [*_numbers(key, values, eps, element)]
+
+
+def _numbers(key: str, values: dict[str, Array], eps: float, element: np.dtype[Any]) -> Iterator[Finding]:
     wide = {role: value.astype(np.float64) for role, value in values.items()}
     for role, value in wide.items():
         if bad := channels_where(~np.isfinite(value)):
@@ -56,13 +60,12 @@ def parameter_findings(
         yield Finding("eps", "warning" if eps == 0 else "error", key, f"epsilon is {_short(eps)}")
     if not (0 <= eps < math.inf):
         return
-    with np.errstate(all="ignore"):
-        if "var" in wide:
-            yield from _variance(key, wide["var"], eps, values["var"].dtype)
-        if "var" in wide and "mean" in wide:
-            yield from _mean(key, wide["mean"], wide["var"], eps, element)
-        if "gamma" in wide:
-            yield from _gamma(key, wide["gamma"])
+    if "var" in wide:
+        yield from _variance(key, wide["var"], eps, values["var"].dtype)
+    if "var" in wide and "mean" in wide:
+        yield from _mean(key, wide["mean"], wide["var"], eps, element)
+    if "gamma" in wide:
+        yield from _gamma(key, wide["gamma"])
 
 
 def _shapes(values: dict[str, Array], shape: list[int | None] | None) -> str:

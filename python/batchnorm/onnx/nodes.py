@@ -61,6 +61,27 @@ def graphs_of(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
         pending.extend(inner for node in graph.node for _, inner in subgraphs(node))
 
 
+def names_of(model: onnx.ModelProto) -> Iterator[str | bytes]:
+    """Yield all names in the graphs and functions of a model, and its metadata; bytes are damaged text."""
+    for prop in model.metadata_props:
+        yield from (prop.key, prop.value)
+    for function in model.functions:
+        yield from (function.name, function.domain)
+        yield from _names_of_nodes(function.node)
+    for graph in graphs_of(model):
+        yield from _names_of_nodes(graph.node)
+        yield from (
+            entry.name for entries in (graph.input, graph.output, graph.initializer) for entry in entries
+        )
+        yield from (sparse.values.name for sparse in graph.sparse_initializer)
+
+
+def _names_of_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[str | bytes]:
+    for node in nodes:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
 def values_used(node: onnx.NodeProto) -> Iterator[str]:
     """Yield the names of the values that a node reads, those that its subgraphs read included, once each.
 

@@ -57,7 +57,8 @@ class Reading(NamedTuple):
             ValueError: The parameters make no layer, such as a negative variance.
         """
         wide = any(values.dtype == np.float64 for values in self[:4])
-        gamma, beta, mean, var = (values.astype(np.float64) for values in self[:4])
+        with np.errstate(invalid="ignore"):  # of a signaling NaN, which the layer refuses
+            gamma, beta, mean, var = (values.astype(np.float64) for values in self[:4])
         dtype = "float64" if wide else "float32"
         return FrozenBatchNorm(mean, var, gamma, beta, eps=self.eps, dtype=dtype)
 

@@ -134,6 +134,7 @@ def read_all(graph: Graph, make: Callable[[Reading], Made], skip: bool) -> dict[
     return made
 
 
+@np.errstate(invalid="ignore")  # of a signaling NaN, which the layer refuses
 def _float64(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(values, np.float64) for name, values in parameters.items()}
 
