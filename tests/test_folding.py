@@ -157,3 +157,12 @@ def test_overflow_is_refused():
     layer = bn.FrozenBatchNorm([1e6, 0], 1)
     with pytest.raises(ValueError, match=r"^bias: out of the range of float16 after folding in channel 0$"):
         layer.fold_into_linear(weight)
+
+
+def test_a_channel_that_vanishes_is_refused():
+    layer = bn.FrozenBatchNorm([0.0, 0.0], [1.0, 1.0], [1e-9, 1.0])
+    weight = np.array([[1.0, 1.0], [1.0, 1e-7]], np.float16)
+    with pytest.raises(ValueError, match="weight: all values are 0 in float16 after folding in channel 0"):
+        layer.fold_into_linear(weight)
+    folded, _ = layer.fold_into_linear(np.array([[0.0, 0.0], [1.0, 1e-7]], np.float16))
+    assert folded.tolist() == [[0, 0], [1, np.float16(1e-7)]]

@@ -81,7 +81,7 @@ def test_verify_with_data(layer):
         (["--dtype", "float64"], "--dtype: was float64, wanted one that the layer takes"),
         (
             ["--verify", "--mode", "training", "--update-weight", 0.1, "--count", 9],
-            "found 1 inputs and 3 outp",
+            "--verify: is not of mode training",
         ),
     ],
 )

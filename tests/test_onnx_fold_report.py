@@ -83,15 +83,19 @@ def with_input(element, shape):
 @pytest.mark.parametrize(
     ("model", "how", "message"),
     [
-        (with_input(TensorProto.INT64, [2]), {}, "the input 'other' is of int64, .*; give inputs"),
-        (with_input(TensorProto.FLOAT, None), {}, "the rank of the input 'other' is not known; give inputs"),
-        (conv_model(CONV, NORM), {"inputs": []}, "inputs: was empty, wanted one batch"),
-        (conv_model(CONV, NORM), {"inputs": {}}, "ONNX Runtime cannot run the model: .*x"),
+        (with_input(TensorProto.INT64, [2]), {}, "inputs: wanted, since 'other' of model is of int64"),
+        (
+            with_input(TensorProto.FLOAT, None),
+            {},
+            "inputs: wanted, since the rank of 'other' of model",
+        ),
+        (conv_model(CONV, NORM), {"inputs": []}, "inputs: there is none, wanted one or more"),
+        (conv_model(CONV, NORM), {"inputs": {}}, r"inputs: batch 1: names were \[\], wanted"),
         (conv_model(CONV, NORM), {"max_error": -1}, "max_error: was -1, wanted 0 or more"),
         (conv_model(CONV, NORM), {"max_error": float("nan")}, "max_error: was nan, wanted 0 or more"),
         (conv_model(CONV, NORM), {"verify": False, "max_error": 1}, "verify: was False, wanted True"),
         (conv_model(CONV, NORM), {"verify": False, "inputs": {}}, "verify: was False, wanted True"),
-        (conv_model(CONV, batch_norm("h", is_test=1), opset=6), {}, "ONNX Runtime refuses the model"),
+        (conv_model(CONV, batch_norm("h", is_test=1), opset=6), {}, "no BatchNormalization of opset 6"),
     ],
 )
 def test_errors(model, how, message):
@@ -99,9 +103,9 @@ def test_errors(model, how, message):
         fold(model, **how)
 
 
-@pytest.mark.parametrize("inputs", [np.ones((2, 3)), [[1.0]], [None]])
+@pytest.mark.parametrize("inputs", [3, [[1.0]], [None]])
 def test_inputs_of_another_type(inputs):
-    with pytest.raises(TypeError, match=r"inputs: was of .*, wanted a mapping of names to arrays"):
+    with pytest.raises(TypeError, match=r"inputs: (batch 1: )?was (int|list|NoneType), wanted a"):
         fold(conv_model(CONV, NORM), inputs=inputs)
 
 
@@ -273,3 +277,19 @@ def test_command_errors(tmp_path):
         assert done.exit_code == 2
         assert message in done.output
     assert not out.exists()
+
+
+def test_nothing_would_be_compared_of_no_examples():
+    model = conv_model(CONV, NORM)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 0
+    with pytest.raises(ValueError, match=r"inputs: batch 1: 'x': shape was \(0, .*, wanted one example"):
+        fold(model)
+
+
+def test_a_size_below_0_varies():
+    """Some exporters write -1."""
+    model = conv_model(CONV, NORM)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    _, report = fold(model)
+    assert report.folded == 1
+    assert report.errors[0].absolute > 0

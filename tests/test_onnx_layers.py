@@ -490,3 +490,31 @@ def test_pairs_in_real_graphs(name):
     """Caffe2 wrote γ and β of two of them as a pair behind each batch norm."""
     count = onnx_models.NORMALIZATIONS[name] if name in ("densenet121", "inception_v2") else 0
     assert len(affines(onnx_models.LIGHT / f"light_{name}.onnx")) == count
+
+
+def test_data_of_the_model_are_never_written_over(tmp_path, rng):
+    """The model was renamed, and the result gets its old name: the file with its data stays."""
+    values = parameters(rng, 3000)
+    path, renamed = tmp_path / "m.onnx", tmp_path / "old.onnx"
+    model = make([batch_norm(name="bn")], values, x=("n", 3000))
+    onnx.save(model, path, save_as_external_data=True, location="m.onnx.data")
+    path.rename(renamed)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    layer = layer_of(values, eps=0.5)
+    replace_layers(renamed, {"bn": layer}, out=path)
+    assert frozen_layers(path) == {"bn": layer}
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert {file.name for file in tmp_path.iterdir()} == {*before, "m.onnx", "m.onnx.2.data"}
+
+
+@pytest.mark.parametrize("data", [b"", onnx.TensorProto(dims=[2], data_type=1, name="x").SerializeToString()])
+def test_files_that_are_no_models(tmp_path, data):
+    (tmp_path / "m.onnx").write_bytes(data)
+    for source in (tmp_path / "m.onnx", data):
+        with pytest.raises(ValueError, match="not an ONNX model"):
+            frozen_layers(source)
+
+
+def test_layers_that_are_no_mapping(values):
+    with pytest.raises(TypeError, match="layers: was NoneType, wanted a mapping of names to layers"):
+        replace_layers(make([batch_norm()], values), None)  # type: ignore[arg-type]

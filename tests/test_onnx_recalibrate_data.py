@@ -220,7 +220,7 @@ def test_data_that_can_be_gone_over_only_once():
         ({"batch_size": 0}, ValueError, "batch_size: was 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size: was 2.5, wanted an integer"),
         ({"labels": np.zeros(8)}, TypeError, "labels: dtype was float64, wanted integers"),
-        ({"labels": np.zeros(7, int)}, ValueError, r"labels: shape for a batch was \(7,\), wanted \(8,\)"),
+        ({"labels": np.zeros(7, int)}, ValueError, r"labels: had fewer entries than there are examples"),
         ({"labels": np.zeros(9, int)}, ValueError, "labels: had 9 entries, wanted 8"),
         ({"reference": np.full((8, 3), np.nan)}, ValueError, "reference: values are not finite"),
         (

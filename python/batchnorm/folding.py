@@ -82,10 +82,13 @@ def fold(
         else:
             parts = parts * scale.reshape(groups, -1, 1, 1)
             offset = scale * (offset - mean) + beta
-        parts, offset = parts.astype(dtype), offset.astype(dtype)
+        exact, parts, offset = parts, parts.astype(dtype), offset.astype(dtype)
     lost = f"out of the range of {dtype.name} after folding"
     _check("weight", parts.reshape(outputs, -1), lost)
     _check("bias", offset.T, lost)
+    by_channel = (exact.reshape(outputs, -1) != 0).any(axis=1)
+    if there := channels_where(by_channel & (parts.reshape(outputs, -1) == 0).all(axis=1)):
+        raise ValueError(f"weight: all values are 0 in {dtype.name} after folding in {there}")
     return _from_groups(kind, parts, weight.shape), offset
 
 

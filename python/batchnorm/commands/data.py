@@ -18,6 +18,7 @@ from batchnorm._sources import Rounding, check_fit_together, statistics
 from batchnorm.commands.kit import (
     HEADER,
     JSON,
+    PIPE_WIDTH,
     SOURCE,
     Command,
     by_options,
@@ -40,8 +41,6 @@ from batchnorm.streaming import (
     npy_writer,
     open_source,
 )
-
-_PIPE_WIDTH = 160  # columns of a terminal, enough for a row of float64 parameters
 
 
 @click.command(cls=Command, epilog="Example: batchnorm fit my.csv -o bn.safetensors")
@@ -189,7 +188,7 @@ def inspect(file: Path, as_json: bool) -> None:
     click.echo(str(file))
     for name, value in header.items():
         click.echo(f"  {name:<13}{np.float32(value) if name == 'eps' else value!s}")
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def _cell(value: Any) -> str:

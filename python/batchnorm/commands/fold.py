@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from batchnorm.commands.kit import (
     layer_argument,
     output_option,
     print_json,
+    read_array,
 )
 from batchnorm.streaming import counted
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-error",
     type=float,
-    help="The largest change that is allowed in an output, relative to its largest |value|.",
+    help="The largest change that is allowed in an output, relative to its largest magnitude.",
 )
 @click.option(
     "--verify/--no-verify",
@@ -70,14 +72,17 @@ def fold(
 
 def _feeds(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
     """Read the inputs of a model from a file."""
-    values = np.load(path, allow_pickle=False)
-    if isinstance(values, np.ndarray):
+    if path.suffix.lower() != ".npz":
+        values = read_array(path)
         if len(names) != 1:
             there = ", ".join(names) or "none"
             raise ValueError(f"{path}: found one array, wanted a .npz of the model's inputs: {there}")
         return {names[0]: values}
-    with values:
-        return {name: values[name] for name in values}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no arrays can be read: {error}") from error
 
 
 def _print(report: FoldReport, output: Path | None, as_json: bool) -> None:
@@ -95,7 +100,7 @@ def _print(report: FoldReport, output: Path | None, as_json: bool) -> None:
         table.add_row(Text(node.name), Text(into if node.into else f"left: {node.reason}"))
     Console().print(table)
     for error in report.errors:
-        size = f"{error.relative:.3g} of its largest |value|, {error.ulps:.3g} ulp"
+        size = f"{error.relative:.3g} of its largest magnitude, {error.ulps:.3g} ulp"
         click.echo(f"output {error.output!r}: changed by {error.absolute:.3g}, {size}")
     total = f"{report.folded} of {counted(len(report.nodes), 'batch normalization')} folded"
     click.echo(f"{output}: {total}" if output else f"--max-error is exceeded, nothing is written: {total}")

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 SOURCE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+PIPE_WIDTH = 160
+"""Columns of a table that does not go to a terminal: enough for a row of float64 parameters."""
+
 HEADER = click.option(
     "--header",
     type=click.Choice(["auto", "yes", "no"]),
@@ -98,6 +103,8 @@ def by_options(message: str) -> str:
         if isinstance(option, click.Option):
             flag = max(option.opts, key=len)
             message = re.sub(rf"^{option.name}(?=: | is )", flag, message)
+            if option.is_flag:
+                message = message.replace(f"{option.name}=True", flag)
             message = re.sub(rf"\b{option.name}='?([\w.]+)'?", rf"{flag} \1", message)
     return message
 
@@ -154,6 +161,16 @@ def progress(label: str) -> Iterator[Callable[[float | None], None]]:
                 bar.update(task, total=1.0, completed=fraction)
 
         yield advance
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read the array of a .npy file."""
+    check_suffix(path, ".npy")
+    try:
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: no array can be read: {error}") from error
+    return array
 
 
 def warn(message: str) -> None:

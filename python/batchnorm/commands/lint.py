@@ -11,6 +11,7 @@ import click
 
 from batchnorm.commands.kit import (
     JSON,
+    PIPE_WIDTH,
     Command,
     check_suffix,
     extra,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _SEVERITIES = ("info", "warning", "error")
 _STYLES = {"info": "dim", "warning": "yellow", "error": "bold red"}
-_PIPE_WIDTH = 120
 
 
 @click.command(cls=Command, epilog="Example: batchnorm lint model.onnx --fail-on error")
@@ -98,7 +98,7 @@ def _print(model: Path, output: Path | None, found: Sequence[Finding], fixed: Se
         for finding in found:
             severity = Text(finding.severity, _STYLES[finding.severity])
             table.add_row(severity, finding.name, Text(finding.node), Text(finding.message))
-        Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
         for name, remedy in {finding.name: finding.remedy for finding in found}.items():
             click.echo(f"{name}: {remedy}")
     errors, warnings, infos = (sum(f.severity == s for f in found) for s in reversed(_SEVERITIES))

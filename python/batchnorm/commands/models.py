@@ -19,6 +19,7 @@ from batchnorm.commands.kit import (
     layer_argument,
     output_option,
     print_json,
+    read_array,
     warn,
 )
 from batchnorm.frozen import FrozenBatchNorm
@@ -138,9 +139,13 @@ def export(
     shape = arguments.pop("shape")
     if shape is not None:
         arguments["shape"] = [int(size) if size.isdigit() else size for size in shape.split(",")]
+        if not all(size.isdigit() or size.isidentifier() for size in shape.split(",")):
+            raise ValueError(f"shape: was {shape}, wanted integers and names, such as rows,3,224,224")
     given = {key: value for key, value in arguments.items() if value not in (None, "")}
     if data is not None and not verified:
         raise ValueError("--input: is of --verify, which is not given")
+    if verified and mode == "training":
+        raise ValueError("--verify: is not of mode training, where y is not that of the layer")
     report = None
     if isinstance(layer, FrozenBatchNorm):
         model = layer.to_onnx(opset=opset, mode=mode, rank=rank, **given)
@@ -174,8 +179,7 @@ def _verification(model: onnx.ModelProto, layer: FrozenBatchNorm, data: Path | N
 
         if data is None:
             return verify(model, layer)
-        check_suffix(data, ".npy")
-        x = np.load(data, allow_pickle=False)
+        x = read_array(data)
         element = model.graph.input[0].type.tensor_type.elem_type
         with np.errstate(over="ignore"):
             return verify(model, layer, x.astype(onnx.helper.tensor_dtype_to_np_dtype(element)))

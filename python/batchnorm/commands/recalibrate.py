@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm.commands.kit import (
     JSON,
+    PIPE_WIDTH,
     Command,
     by_options,
     check_suffix,
@@ -21,6 +20,7 @@ from batchnorm.commands.kit import (
     output_option,
     print_json,
     progress,
+    read_array,
     warn,
 )
 from batchnorm.streaming import counted
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from batchnorm.onnx import Recalibration
 
 _MEBIBYTE = 2**20
-_PIPE_WIDTH = 160  # columns of a table that does not go to a terminal
 _ARRAY = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -113,8 +112,8 @@ def recalibrate(
                 batch_size=batch_size,
                 memory=memory * _MEBIBYTE,
                 threads=threads,
-                labels=_array(labels),
-                reference=_array(reference),
+                labels=None if labels is None else read_array(labels),
+                reference=None if reference is None else read_array(reference),
                 skip=skip,
                 out=output,
                 progress=advance,
@@ -125,17 +124,6 @@ def recalibrate(
         print_json(path=str(output), **report.to_dict())
     else:
         _show(output, report)
-
-
-def _array(path: Path | None) -> NDArray[Any] | None:
-    if path is None:
-        return None
-    check_suffix(path, ".npy")
-    try:
-        array: NDArray[Any] = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: no array can be read: {error}") from error
-    return array
 
 
 def _show(output: Path, report: Recalibration) -> None:
@@ -156,7 +144,7 @@ def _show(output: Path, report: Recalibration) -> None:
         table.add_row(
             layer.name, str(layer.channels), str(layer.values), *cells, str(len(layer.constant) or "")
         )
-    Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
     form = "layerwise" if report.layerwise else "plain"
     layers, times = counted(len(report.layers), "layer"), counted(report.passes, "time")
     click.echo(

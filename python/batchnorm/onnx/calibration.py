@@ -51,6 +51,7 @@ class Calibration:
         batches: The data; see `batchnorm.onnx.recalibrate`.
         batch_size: Examples of a batch, for data that are cut into batches; None is the size that the model
             fixes, or 32.
+        argument: Name of `batches` in errors.
 
     Attributes:
         fixed: The size that the model fixes for the first axis of its inputs, the smallest of several; None
@@ -65,7 +66,10 @@ class Calibration:
         ValueError: `batch_size` is below 1 or not the one that the model fixes, or there is no file of data.
     """
 
-    def __init__(self, graph: Graph, batches: Batches, batch_size: int | None = None) -> None:
+    def __init__(
+        self, graph: Graph, batches: Batches, batch_size: int | None = None, *, argument: str = "batches"
+    ) -> None:
+        self._argument = argument
         self._elements = {name: entry.type.tensor_type.elem_type for name, entry in graph.inputs.items()}
         self._wanted = {name: _shape_of(entry) for name, entry in graph.inputs.items()}
         sizes = {shape[0] for shape in self._wanted.values() if shape and shape[0] is not None}
@@ -77,7 +81,7 @@ class Calibration:
     def _source_of(self, batches: Any) -> Callable[[], _Rows]:
         """Return a function that begins to go over the data."""
         if isinstance(batches, np.ndarray | Mapping):
-            return lambda: self._cut([(0.0, 1.0, batches, "batches")])
+            return lambda: self._cut([(0.0, 1.0, batches, self._argument)])
         if callable(batches):
             return lambda: _feeds(batches())
         if isinstance(batches, list | tuple) and batches and _all_paths(batches):
@@ -90,7 +94,7 @@ class Calibration:
             self.again = iter(batches) is not batches
             return lambda: _feeds(batches)
         wanted = "a path, an array, a dict of arrays, an iterable of batches or a callable that returns one"
-        raise TypeError(f"batches: was {type(batches).__name__}, wanted {wanted}")
+        raise TypeError(f"{self._argument}: was {type(batches).__name__}, wanted {wanted}")
 
     def __iter__(self) -> Iterator[tuple[float | None, Feeds]]:
         """Yield each batch, and the fraction of the data that it completes; None if that is not known.
@@ -119,11 +123,11 @@ class Calibration:
     def _none(self) -> ValueError:
         if self.left_out:
             few = f"{self.left_out} examples fill no batch of {self._size}, which the model fixes"
-            return ValueError(f"batches: {few}")
-        return ValueError("batches: there is none, wanted one or more")
+            return ValueError(f"{self._argument}: {few}")
+        return ValueError(f"{self._argument}: there is none, wanted one or more")
 
     def _checked(self, number: int, feed: Any) -> Feeds:
-        where = f"batches: batch {number}"
+        where = f"{self._argument}: batch {number}"
         if not isinstance(feed, Mapping):
             if not hasattr(feed, "__array__"):
                 raise TypeError(f"{where}: was {type(feed).__name__}, wanted an array, or a dict of arrays")

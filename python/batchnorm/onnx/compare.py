@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from batchnorm.onnx.calibration import Calibration
 from batchnorm.onnx.graph import Graph
 from batchnorm.onnx.runtime import open_session, run
 
@@ -41,7 +42,7 @@ def compare(graph: Graph, changed: onnx.ModelProto, feeds: Iterable[Any]) -> tup
     """Run two models on the same inputs and return how far their outputs are apart.
 
     Graph optimizations are off, so that ONNX Runtime does not fold batch norms by itself. Outputs that are no
-    tensors of float16, float32 or float64 are left out.
+    tensors of float16, float32 or float64, or are empty, are left out.
 
     Args:
         graph: The original model.
@@ -56,21 +57,12 @@ def compare(graph: Graph, changed: onnx.ModelProto, feeds: Iterable[Any]) -> tup
     """
     sessions = [open_session(graph, model, optimize=False) for model in (graph.model, changed)]
     largest: dict[str, tuple[np.dtype[Any], float, float]] = {}
-    ran = False
-    for feed in feeds:
-        ran = True
-        if not isinstance(feed, Mapping):
-            found = type(feed).__name__
-            raise TypeError(
-                f"inputs: was of {found}, wanted a mapping of names to arrays, or an iterable of them"
-            )
-        before, after = (run(graph, session, dict(feed), graph.outputs) for session in sessions)
+    for _, feed in Calibration(graph, feeds, argument="inputs"):
+        before, after = (run(graph, session, feed, graph.outputs) for session in sessions)
         for name, old, new in zip(graph.outputs, before, after, strict=True):
-            if isinstance(old, np.ndarray) and old.dtype.kind == "f":
+            if isinstance(old, np.ndarray) and old.dtype.kind == "f" and old.size:
                 _, scale, absolute = largest.get(name, (old.dtype, 0.0, 0.0))
                 largest[name] = old.dtype, max(scale, _scale(old)), max(absolute, _difference(old, new))
-    if not ran:
-        raise ValueError("inputs: was empty, wanted one batch or more")
     return tuple(_error(name, *found) for name, found in largest.items())
 
 
@@ -89,17 +81,18 @@ def generated(graph: Graph) -> dict[str, NDArray[Any]]:
         dtype = graph.elements.get(name)
         if dtype is None or dtype.name not in ("float16", "float32", "float64"):
             found = "of an unknown type" if dtype is None else f"of {dtype}"
-            raise ValueError(
-                f"{graph.where}: the input {name!r} is {found}, for which none are made; give inputs"
-            )
+            raise ValueError(f"inputs: wanted, since {name!r} of {graph.where} is {found}, and none are made")
         if name not in graph.shapes:
-            raise ValueError(f"{graph.where}: the rank of the input {name!r} is not known; give inputs")
+            raise ValueError(f"inputs: wanted, since the rank of {name!r} of {graph.where} is not known")
         shape = []
         for axis, dim in enumerate(entry.type.tensor_type.shape.dim):
             size = _SIZE if axis else _BATCH
             if dim.dim_param:
                 size = named.setdefault(dim.dim_param, size)
-            shape.append(dim.dim_value if dim.HasField("dim_value") else size)
+            fixed = (
+                dim.HasField("dim_value") and dim.dim_value >= 0
+            )  # some exporters write -1 where it varies
+            shape.append(dim.dim_value if fixed else size)
         feeds[name] = rng.standard_normal(shape).astype(dtype)
     return feeds
 

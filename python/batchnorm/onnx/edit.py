@@ -124,8 +124,9 @@ class Editor:
 
         Args:
             out: A file to write, whole or not at all. If the model has tensors in other files, they are
-                copied to one file beside it, `<out>.data`, to which the result refers. Without `out` they
-                become part of the result.
+                copied to one file beside it, `<out>.data`, to which the result refers; if the model itself
+                has tensors in a file of that name, a number is added. Without `out` they become part of the
+                result.
 
         Raises:
             OSError: A file cannot be read or written.
@@ -150,12 +151,16 @@ class Editor:
             with replacing(out) as file:
                 file.write(self.model.SerializeToString())
             return
-        data = out.with_name(f"{out.name}.data")
-        # Written before any change of the model, since out may be the file that the tensors are read from.
+        found = [(tensor, self.graph.tensors.place(tensor, repr(tensor.name))) for tensor in external]
+        source_files = external_tensors(self._source.model)
+        read_from = {self._source.tensors.place(tensor, repr(tensor.name)).path for tensor in source_files}
+        data, number = out.with_name(f"{out.name}.data"), 2
+        while data.resolve() in read_from:  # the model, or a copy of it by another name, would be destroyed
+            data, number = out.with_name(f"{out.name}.{number}.data"), number + 1
+        # Written before any change of the model, since out may be the model's own file.
         places: list[tuple[onnx.TensorProto, int, int]] = []
         with replacing(data) as file:
-            for tensor in external:
-                place = self.graph.tensors.place(tensor, repr(tensor.name))
+            for tensor, place in found:
                 places.append((tensor, _aligned(file), place.length))
                 with place.path.open("rb") as source:
                     source.seek(place.offset)

@@ -27,7 +27,7 @@ RULES: dict[str, Rule] = {
     "training-mode": Rule(
         "error",
         "The node normalizes by the statistics of each batch, not by its running ones.",
-        "Export the network in evaluation mode, or `batchnorm lint --fix`.",
+        "Export the network in evaluation mode, or `batchnorm lint --fix` if nothing hinders it.",
     ),
     "damaged": Rule(
         "error",
@@ -89,7 +89,7 @@ RULES: dict[str, Rule] = {
     "unfolded": Rule(
         "info",
         "The node could be folded into a neighbour, which leaves less to compute.",
-        "`batchnorm fold`, if the runtime does not fold by itself.",
+        "`batchnorm fold` for linear neighbours, if the runtime does not fold by itself; others by hand.",
     ),
     "runtime": Rule(
         "warning",

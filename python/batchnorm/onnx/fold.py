@@ -17,6 +17,8 @@ from batchnorm.onnx.graph import Graph, ModelSource
 from batchnorm.onnx.linear import NoLinearError, check_only_reader, linear_ahead, linear_behind, write
 from batchnorm.onnx.nodes import described
 from batchnorm.onnx.normalizations import (
+    OLDEST_IN_RUNTIME,
+    OPERATOR,
     Normalization,
     normalizations,
     normalizations_elsewhere,
@@ -125,6 +127,9 @@ def fold(
     editor = Editor(original)
     report = FoldReport(_fold_nodes(editor, original))
     if verify and report.folded:
+        if original.opset < OLDEST_IN_RUNTIME:
+            found = f"ONNX Runtime has no {OPERATOR} of opset {original.opset}"
+            raise ValueError(f"verify: was True, but {found}; convert {original.where}, or do not verify")
         if inputs is None:
             inputs = generated(original)
         feeds: Iterable[Feeds] = [inputs] if isinstance(inputs, Mapping) else inputs

@@ -114,7 +114,11 @@ class Graph:
         They are inferred by onnx; of a model in which it finds a contradiction, none are known.
         """
         return {
-            name: [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+            # Some exporters write -1 where a size varies.
+            name: [
+                dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None
+                for dim in kind.shape.dim
+            ]
             for name, kind in self._types.items()
             if kind.HasField("shape")
         }
@@ -233,6 +237,9 @@ def _parse(model: ModelSource, where: str) -> onnx.ModelProto:
         return model
     try:
         data = model if isinstance(model, bytes) else Path(model).read_bytes()
-        return onnx.load_model_from_string(data)
+        parsed = onnx.load_model_from_string(data)
     except DecodeError as error:
         raise ValueError(f"{where}: not an ONNX model: {error}") from error
+    if parsed.ir_version < 1 or not parsed.HasField("graph"):  # any short file may be read as a message
+        raise ValueError(f"{where}: not an ONNX model: it has no IR version or no graph")
+    return parsed

@@ -52,7 +52,9 @@ def lint(model: ModelSource) -> list[Finding]:
     if (here or elsewhere) and (reason := model_refused(graph)):
         found.append(Finding("runtime", "warning", "", reason))
     for entry in here:
-        found.extend(_node(graph, entry))
+        of_node = [*_node(graph, entry)]
+        damaged = any(finding.severity == "error" for finding in of_node)
+        found.extend(finding for finding in of_node if finding.name != "unfolded" or not damaged)
     found.extend(_shared(graph, here))
     for entry in elsewhere:
         found.extend(_elsewhere(graph, entry))

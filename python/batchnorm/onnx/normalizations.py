@@ -19,6 +19,8 @@ OPERATOR = "BatchNormalization"
 PARAMETERS = ("gamma", "beta", "mean", "var")
 """The parameters in the order of the node's inputs, of which the first is x."""
 DEFAULT_EPS = float(np.float32(1e-5))  # the default of the attribute epsilon
+OLDEST_IN_RUNTIME = 7
+"""The oldest opset whose BatchNormalization ONNX Runtime computes."""
 
 _OLDEST_OPSET = 6
 _TRAINING_BY_IS_TEST = (6,)  # opsets with the attribute is_test

@@ -83,6 +83,7 @@ def outcome(
         examples = here.stop
         if "labels" in wanted:
             answer = output.argmax(1)
+            _check_classes(wanted["labels"][here], output.shape[1])
             right += int((answer == _same_shape("labels", wanted["labels"][here], answer)).sum())
             answers += answer.size
         if "reference" in wanted:
@@ -96,8 +97,9 @@ def outcome(
             advance(done)
     for name, array in wanted.items():
         # Examples that fill no batch of a fixed size are left out.
-        if len(array) - examples >= (data.fixed or 1):
-            raise ValueError(f"{name}: had {len(array)} entries, wanted {examples}, one for each example")
+        if len(array) not in (examples, examples + data.left_out):
+            found = f"{examples + data.left_out}, one for each example"
+            raise ValueError(f"{name}: had {len(array)} entries, wanted {found}")
     return Outcome(
         accuracy=right / answers if answers else None,
         rms=math.sqrt(squares / values) if values else None,
@@ -105,8 +107,15 @@ def outcome(
     )
 
 
+def _check_classes(labels: NDArray[Any], classes: int) -> None:
+    if outside := [int(label) for label in labels.ravel() if not 0 <= label < classes]:
+        raise ValueError(f"labels: {outside[0]} is none of the {classes} classes, 0 to {classes - 1}")
+
+
 def _same_shape(name: str, part: NDArray[Any], output: NDArray[Any]) -> NDArray[Any]:
     """Return what is wanted of a batch, or raise ValueError if it has another shape than what there is."""
+    if len(part) < len(output) and part.shape[1:] == output.shape[1:]:
+        raise ValueError(f"{name}: had fewer entries than there are examples, wanted one for each")
     if part.shape != output.shape:
         raise ValueError(f"{name}: shape for a batch was {part.shape}, wanted {output.shape}")
     return part

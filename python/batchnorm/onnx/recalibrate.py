@@ -18,7 +18,14 @@ from batchnorm.onnx.edit import Editor, narrowed
 from batchnorm.onnx.fingerprints import renew_fingerprints
 from batchnorm.onnx.graph import Graph, ModelSource
 from batchnorm.onnx.nodes import values_used
-from batchnorm.onnx.normalizations import OPERATOR, PARAMETERS, Reading, normalizations, read
+from batchnorm.onnx.normalizations import (
+    OLDEST_IN_RUNTIME,
+    OPERATOR,
+    PARAMETERS,
+    Reading,
+    normalizations,
+    read,
+)
 from batchnorm.onnx.outputs import outcome, wanted_outputs
 from batchnorm.onnx.read import read_all
 from batchnorm.onnx.recalibration import RecalibratedLayer, Recalibration
@@ -27,7 +34,6 @@ from batchnorm.shift import shift
 
 Population: TypeAlias = Literal["algorithm2", "pooled"]
 
-_OLDEST_IN_RUNTIME = 7  # opset of BatchNormalization in ONNX Runtime
 _NAMED = 4  # layers with constant channels that a warning names; the report has all
 _CONVERT_TO = 15  # an opset that ONNX Runtime has had for long
 _FEW_EXAMPLES = 32  # in a batch, below which the variance between batches is no small part
@@ -198,11 +204,13 @@ def _old(reading: Reading) -> _Old:
 
 def _layers(graph: Graph, skip: bool) -> dict[str, _Old]:
     """Return the layers to recalibrate, as they are in the model."""
-    if graph.nodes(OPERATOR) and graph.opset < _OLDEST_IN_RUNTIME:
+    if graph.nodes(OPERATOR) and graph.opset < OLDEST_IN_RUNTIME:
         found = f"ONNX Runtime has no {OPERATOR} of opset {graph.opset}"
         remedy = f"onnx.version_converter.convert_version(model, {_CONVERT_TO})"
         raise ValueError(f"{graph.where}: {found}; convert the model first: {remedy}")
     layers = read_all(graph, _old, skip)
+    if not layers and (nodes := graph.nodes(OPERATOR)):
+        raise ValueError(f"{graph.where}: none of its {len(nodes)} {OPERATOR} nodes can be recalibrated")
     if not layers:
         raise ValueError(
             f"{graph.where}: the main graph has no {OPERATOR} to recalibrate; where they were folded into "

@@ -45,6 +45,8 @@ def replace_layers(
             the model's type.
         TypeError: A layer is not a `FrozenBatchNorm`.
     """
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers: was {type(layers).__name__}, wanted a mapping of names to layers")
     graph = Graph(model)
     editor = Editor(graph)
     nodes = {entry.key: entry.node for entry in normalizations(editor.graph)}

@@ -75,11 +75,15 @@ def verify(model: ModelSource, layer: FrozenBatchNorm, x: NDArray[Any] | None = 
     entry, wanted = _input_of(graph)
     if x is None:
         x = generated(layer, entry, wanted)
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x: was {type(x).__name__}, wanted an array")
     if x.dtype != wanted:
         raise TypeError(f"x: was {x.dtype}, wanted {wanted}, as the model has it")
     if not x.size:
         raise ValueError(f"x: was of shape {x.shape}, wanted values")
     y = infer(graph, open_session(graph), x)
+    if y.shape != x.shape:
+        raise ValueError(f"{graph.where}: y has shape {y.shape}, wanted {x.shape}, that of x")
     ours = layer(x)
     exact, size = _reference(layer, x)
     unit = _ulp(size, x.dtype)
