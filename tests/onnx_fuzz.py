@@ -1,7 +1,8 @@
 """Damaged ONNX models, and what the readers of `batchnorm.onnx` do with them; run by tests/test_onnx_fuzz.py.
 
 `python tests/onnx_fuzz.py SEED NUMBER` mutates models NUMBER times and gives each to every verb, in a process
-whose memory is limited. It prints what was tried and how it ended as JSON.
+whose memory is limited. `hostile NODES` and `external` try the models of tests/onnx_hostile.py. It prints
+what was tried and how it ended as JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import batchnorm as bn
+import onnx_hostile
 from batchnorm.onnx import affines, fix, frozen_layers, lint, load_frozen, replace_layers
 from onnx_models import GOLDEN, batch_norm, make, parameters
 
@@ -248,27 +250,41 @@ def _other(rng, field, value, names):
     return wanted if field.type == field.TYPE_INT64 else abs(wanted)
 
 
-def main(seed, number):
-    """Mutate, call, and print what happened."""
+def mutate(outcome, folder, seed, number):
+    """Try mutated models, in turns as bytes and by their fields; the latter also as a file."""
+    (folder / "weights").write_bytes(np.arange(1, 4, dtype=np.float32).tobytes())
+    models, path = bases(), folder / "model.onnx"
+    for trial in range(number):
+        rng = np.random.default_rng([seed, trial])
+        model = models[trial % len(models)]
+        if trial // len(models) % 2:
+            outcome.try_all(f"bytes {seed} {trial}", mutate_bytes(rng, model))
+        else:
+            mutated = mutate_fields(rng, model)
+            outcome.try_all(f"fields {seed} {trial}", mutated)
+            path.write_bytes(mutated.SerializeToString())
+            outcome.try_all(f"file {seed} {trial}", path, folder)
+
+
+def main(*arguments):
+    """Try what the arguments ask for, and print what happened."""
     outcome = Outcome()
-    models = bases()
     limit_memory()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "weights").write_bytes(np.arange(1, 4, dtype=np.float32).tobytes())
-        path = folder / "model.onnx"
-        for trial in range(number):
-            rng = np.random.default_rng([seed, trial])
-            model = models[trial % len(models)]
-            if trial // len(models) % 2:
-                outcome.try_all(f"bytes {seed} {trial}", mutate_bytes(rng, model))
-            else:
-                mutated = mutate_fields(rng, model)
-                outcome.try_all(f"fields {seed} {trial}", mutated)
-                path.write_bytes(mutated.SerializeToString())
-                outcome.try_all(f"file {seed} {trial}", path, folder)
+        folder = Path(name) / "model"
+        folder.mkdir()
+        if arguments[0] == "hostile":
+            for what, model in onnx_hostile.models(int(arguments[1])):
+                outcome.try_all(what, model)
+        elif arguments[0] == "external":
+            secret = Path(name) / "secret"
+            secret.write_bytes(bytes(12))
+            for what, path in onnx_hostile.external(folder, secret):
+                outcome.try_all(what, path, folder)
+        else:
+            mutate(outcome, folder, *map(int, arguments))
     print(json.dumps({"counts": outcome.counts, "failures": outcome.failures}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*sys.argv[1:])

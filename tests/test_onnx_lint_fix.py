@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 import batchnorm as bn
 from batchnorm.cli import main
 from batchnorm.onnx import fix, frozen_layers, lint
+from batchnorm.onnx.findings import SEVERITIES
 from onnx_models import GOLDEN, batch_norm, make, parameters, real_graph, run
 
 EXAMPLE = shlex.split(main.commands["lint"].epilog.removeprefix("Example: "))
@@ -192,7 +193,6 @@ def test_a_real_graph_in_training_mode(rng):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bn.FrozenBatchNorm([0.5, 1], [1, 2]).to_onnx(rank=2)
     onnx.save(bn.FrozenBatchNorm([0.5, 1], [1, 2]).to_onnx(rank=2), "sound.onnx")
     onnx.save(bn.FrozenBatchNorm([0.5, 1], [1, 0]).to_onnx(rank=2), "model.onnx")
 
@@ -224,6 +224,8 @@ def command(*arguments, status):
 )
 def test_exit_status(arguments, status):
     assert EXAMPLE[:2] == ["batchnorm", "lint"]
+    (fail_on,) = (option for option in main.commands["lint"].params if option.name == "fail_on")
+    assert tuple(fail_on.type.choices) == SEVERITIES
     command(*arguments, status=status)
     command(*arguments, "--json", status=status)
 

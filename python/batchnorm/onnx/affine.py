@@ -8,6 +8,7 @@ import onnx
 from numpy.typing import NDArray
 
 from batchnorm.onnx.graph import Graph, ModelSource
+from batchnorm.onnx.nodes import is_standard
 
 
 class Affine(NamedTuple):
@@ -47,7 +48,7 @@ def affines(model: ModelSource) -> dict[str, Affine]:
     for mul in graph.nodes("Mul"):
         y = next(iter(mul.output), "")
         followers = graph.consumers.get(y, [])
-        if len(followers) != 1 or y in graph.outputs or followers[0] not in graph.nodes("Add"):
+        if len(followers) != 1 or y in graph.outputs or not is_standard(followers[0], "Add"):
             continue
         by, plus = _constant_of(graph, mul), _constant_of(graph, followers[0])
         if by is None or plus is None:

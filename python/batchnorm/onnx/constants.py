@@ -75,13 +75,23 @@ def _cast(inputs: list[Array], attributes: dict[str, Any]) -> Array:
     if attributes["to"] not in _CAST_TO:
         wanted = ", ".join(map(str, _CAST_TO))
         raise ValueError(f"to={attributes['to']} is none of the types {wanted}")
-    with np.errstate(all="ignore"):
-        return inputs[0].astype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
+    return _as_type(inputs[0], helper.tensor_dtype_to_np_dtype(attributes["to"]))
 
 
 def _cast_like(inputs: list[Array], attributes: dict[str, Any]) -> Array:
-    with np.errstate(all="ignore"):
-        return inputs[0].astype(inputs[1].dtype)
+    return _as_type(inputs[0], inputs[1].dtype)
+
+
+@np.errstate(all="ignore")
+def _as_type(values: Array, dtype: np.dtype[Any]) -> Array:
+    if _is_one_value(values):
+        return np.broadcast_to(values.flat[0].astype(dtype), values.shape)
+    return values.astype(dtype)
+
+
+def _is_one_value(values: Array) -> bool:
+    """Return whether an array is one value broadcast, of which no copy in full is made."""
+    return values.size > 1 and not any(values.strides)
 
 
 def _reshape(inputs: list[Array], attributes: dict[str, Any]) -> Array:

@@ -21,6 +21,7 @@ ModelSource: TypeAlias = onnx.ModelProto | str | os.PathLike[str] | bytes
 """A model, its file, or its bytes."""
 
 _FEWEST_INPUTS = {"Shape": 1, "CastLike": 2}  # that are looked at here, not in `evaluate`
+_LONGEST_FOLLOWED = 2**16  # entries of a vector
 _OVERRIDABLE_FROM_IR = 4  # before it, every initializer had to be an input too
 
 
@@ -134,17 +135,22 @@ class Graph:
 
     @cached_property
     def _types(self) -> dict[str, onnx.TypeProto.Tensor]:
+        own = {
+            name: helper.make_tensor_type_proto(
+                (tensor if isinstance(tensor, onnx.TensorProto) else tensor.values).data_type, tensor.dims
+            ).tensor_type
+            for name, tensor in self.initializers.items()
+        }
         try:
-            inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True).graph
+            found = _inferred(self.model) | own
+            # To follow the values of shapes, onnx makes an object for each entry of the vectors that it
+            # comes across, whatever they hold: some hundred bytes each, and for as long as the model says.
+            if all(
+                len(t.shape.dim) != 1 or t.shape.dim[0].dim_value < _LONGEST_FOLLOWED for t in found.values()
+            ):
+                found = _inferred(self.model, data_prop=True) | own
         except (onnx.shape_inference.InferenceError, ValueError, TypeError, RuntimeError):
             return {}
-        entries = (*inferred.input, *inferred.output, *inferred.value_info)
-        found = {
-            entry.name: entry.type.tensor_type for entry in entries if entry.type.HasField("tensor_type")
-        }
-        for name, tensor in self.initializers.items():
-            element = (tensor if isinstance(tensor, onnx.TensorProto) else tensor.values).data_type
-            found[name] = helper.make_tensor_type_proto(element, tensor.dims).tensor_type
         return found
 
     def constant(self, role: str, name: str) -> NDArray[Any]:
@@ -230,6 +236,13 @@ class Graph:
 def _read_by(node: onnx.NodeProto) -> list[str]:
     """Return the inputs whose values a constant depends on, and not on their shape or type alone."""
     return [*node.input[: {"Shape": 0, "CastLike": 1}.get(node.op_type)]]
+
+
+def _inferred(model: onnx.ModelProto, *, data_prop: bool = False) -> dict[str, onnx.TypeProto.Tensor]:
+    """Return the types that onnx infers, by value."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=data_prop).graph
+    entries = (*graph.input, *graph.output, *graph.value_info)
+    return {entry.name: entry.type.tensor_type for entry in entries if entry.type.HasField("tensor_type")}
 
 
 def _parse(model: ModelSource, where: str) -> onnx.ModelProto:

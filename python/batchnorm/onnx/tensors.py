@@ -17,6 +17,7 @@ from batchnorm.onnx.nodes import graphs_of
 
 MOST_VALUES = 2**28
 """Of an array that is made from fewer values: a file of a few bytes must not ask for all memory."""
+_MOST_DENSE = 2**26  # of such an array that is not one value broadcast
 
 
 class Place(NamedTuple):
@@ -73,8 +74,8 @@ class Tensors:
         try:
             if indices.ndim == 2:
                 indices = np.ravel_multi_index(tuple(indices.T), tuple(sparse.dims))
-            if math.prod(sparse.dims) > MOST_VALUES:
-                raise ValueError(f"shape {tuple(sparse.dims)}, but at most {MOST_VALUES} values are made")
+            if math.prod(sparse.dims) > _MOST_DENSE:
+                raise ValueError(f"shape {tuple(sparse.dims)}, but at most {_MOST_DENSE} values are made")
             dense = np.zeros(tuple(sparse.dims), values.dtype)
             if indices.min(initial=0) < 0:
                 raise IndexError("negative index")
