@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import batchnorm as bn
 import onnx_hostile
-from batchnorm.onnx import affines, fix, frozen_layers, lint, load_frozen, replace_layers
+from batchnorm.onnx import affines, fix, fold, frozen_layers, lint, load_frozen, replace_layers
 from onnx_models import GOLDEN, batch_norm, make, parameters
 
 MEMORY = 1 << 30  # bytes that the process may have more than after its imports
@@ -48,6 +48,7 @@ VERBS = {
     "affines": affines,
     "lint": lint,
     "fix": fix,
+    "fold": lambda model: fold(model, verify=False),
 }
 
 

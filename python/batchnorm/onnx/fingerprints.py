@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import onnx
@@ -26,8 +27,11 @@ def renew_fingerprints(model: onnx.ModelProto, layers: Mapping[str, FrozenBatchN
     for prop in [*model.metadata_props]:
         if prop.key == "fingerprint" and whole and len(layers) == 1:
             (layer,) = layers.values()
-            axis, dtype = int(properties["channel_axis"]), properties["dtype"]
+            axis, dtype = properties["channel_axis"], properties["dtype"]
             arrays = (layer.mean, layer.var, layer.gamma, layer.beta)
-            prop.value = FrozenBatchNorm(*arrays, eps=layer.eps, channel_axis=axis, dtype=dtype).fingerprint
+            # Other entries that are damaged stay so: `load_frozen` tells of them.
+            with contextlib.suppress(TypeError, ValueError):
+                new = FrozenBatchNorm(*arrays, eps=layer.eps, channel_axis=int(axis), dtype=dtype)
+                prop.value = new.fingerprint
         elif prop.key in of_nodes:
             model.metadata_props.remove(prop)
