@@ -102,3 +102,28 @@ recalibrate(sys.argv[1], x, batch_size=2, population="pooled", out=sys.argv[2])
     assert np.allclose(layer.mean, inputs.mean(0), rtol=1e-5)
     assert 0.9 < np.min(layer.var / inputs.var(0, ddof=1)) < np.max(layer.var / inputs.var(0, ddof=1)) < 1.1
     assert out.with_name("out.onnx.data").stat().st_size >= 3 * WEIGHT
+
+
+@pytest.mark.long
+def test_it_is_checked_and_folded(path, tmp_path):
+    """Folding reads the one weight that it changes."""
+    code = """
+from batchnorm.onnx import fold, lint
+assert [finding.name for finding in lint(sys.argv[1])] == ["unfolded"]
+_, report = fold(sys.argv[1], verify=False, out=sys.argv[2])
+assert report.nodes[0].into == "Gemm 'down'", report
+"""
+    out = tmp_path / "out.onnx"
+    in_child(code, path, out, most=12 * WEIGHT)
+    assert frozen_layers(out) == {}
+    assert out.stat().st_size < 10_000
+    layer = frozen_layers(path)["bn"]
+    with out.with_name("out.onnx.data").open("rb") as file:
+        (tensor,) = (
+            t for t in onnx.load(out, load_external_data=False).graph.initializer if t.name == "down"
+        )
+        offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+        file.seek(offset + WEIGHT - 32)
+        last = np.frombuffer(file.read(32), np.float32)
+    scale = layer.gamma.astype(np.float64) / np.sqrt(layer.var.astype(np.float64) + layer.eps)
+    assert np.allclose(last, np.arange(1, 9) * scale, rtol=1e-6)

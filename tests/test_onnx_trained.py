@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, files
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx
 import pytest
 
 import text_lines
-from batchnorm.onnx import frozen_layers, recalibrate, replace_layers
+from batchnorm.onnx import fold, frozen_layers, lint, recalibrate, replace_layers
 from onnx_models import run
 
 pytestmark = pytest.mark.long
@@ -68,3 +69,11 @@ def test_recalibrated_layers_normalize_what_they_see(path, lines):
         bare = np.sqrt(layer.var / (layer.var + layer.eps))
         assert np.allclose(y.mean((0, 2, 3)), layer.beta, rtol=1e-3, atol=1e-3)
         assert np.allclose(y.std((0, 2, 3)), np.abs(layer.gamma) * bare, rtol=1e-2, atol=1e-3)
+
+
+def test_it_is_folded_and_checked(path, lines):
+    assert Counter(finding.name for finding in lint(path)) == {"unfolded": NORMALIZATIONS}
+    folded, report = fold(path, inputs={"x": lines[0][:32]})
+    assert report.folded == len(report.nodes) == NORMALIZATIONS
+    assert report.errors[0].absolute < 1e-4  # of probabilities
+    assert accuracy(folded, lines) == accuracy(onnx.load(path), lines)
