@@ -372,16 +372,26 @@ def test_runtimes_run_what_the_page_says_in_opset_15(mode):
         for runtime in onnx_runtimes.RUNTIMES:
             found = onnx_runtimes.outcome(runtime, mode, dtype, 15)
             assert found != onnx_runtimes.NO
-            assert rows[mode, dtype][runtime].startswith(f"{found}, ")
+            printed, _, opsets = rows[mode, dtype][runtime].partition(", ")
+            assert opsets
+            if runtime != "OpenVINO":  # whose arithmetic depends on the processor
+                assert printed == found
 
 
 @pytest.mark.long
 def test_the_table_of_runtimes_is_what_is_measured():
-    assert onnx_runtimes.table() in PAGE.read_text()
+    """But for how exact OpenVINO is, which depends on the processor."""
+    printed, measured = table_of_the_page(), table_of(onnx_runtimes.table())
+    for of in (*printed.values(), *measured.values()):
+        of["OpenVINO"] = of["OpenVINO"].rpartition(", ")[2]
+    assert printed == measured
 
 
 def table_of_the_page():
-    text = PAGE.read_text().split(onnx_runtimes.MARK)[1].split(onnx_runtimes.END)[0]
+    return table_of(PAGE.read_text().split(onnx_runtimes.MARK)[1].split(onnx_runtimes.END)[0])
+
+
+def table_of(text):
     lines = [line for line in text.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     (_, _, *runtimes), _, *rest = rows
