@@ -53,7 +53,9 @@ class Graph:
         if not isinstance(model, (onnx.ModelProto, bytes)):
             self.where, self.folder = os.fspath(model), Path(model).parent
         self.model = _parse(model, self.where)
-        if (damaged := next((n for n in names_of(self.model) if isinstance(n, bytes)), None)) is not None:
+        # Of a copy it is known, and copies are looked at after each change.
+        damaged = None if like else next((n for n in names_of(self.model) if isinstance(n, bytes)), None)
+        if damaged is not None:
             raise ValueError(f"{self.where}: not an ONNX model: {damaged!r} is not UTF-8")
         self.tensors = Tensors(self.where, self.folder)
         self.opset = opset_of(self.model.opset_import)
