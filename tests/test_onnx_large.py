@@ -46,7 +46,16 @@ def path(tmp_path_factory):
         file.write(np.arange(1, rows + 1, dtype=np.float32).tobytes())  # the last row of down
         file.truncate(3 * WEIGHT)
     onnx.save(model, folder / "m.onnx")
-    return folder / "m.onnx"
+    yield folder / "m.onnx"
+    (folder / "weights").unlink()
+
+
+@pytest.fixture(autouse=True)
+def disk(tmp_path):
+    """Gives gigabytes back after each test."""
+    yield
+    for file in tmp_path.glob("*.data"):
+        file.unlink()
 
 
 def in_child(code, *arguments, most):
