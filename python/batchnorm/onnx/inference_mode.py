@@ -11,9 +11,12 @@ from batchnorm.onnx.edit import Editor
 from batchnorm.onnx.findings import Finding
 from batchnorm.onnx.graph import Graph, ModelSource
 from batchnorm.onnx.nodes import described
-from batchnorm.onnx.normalizations import Normalization, normalizations, training_sign
-
-_IS_TEST_OPSET = 6
+from batchnorm.onnx.normalizations import (
+    OPSET_OF_IS_TEST,
+    Normalization,
+    normalizations,
+    training_sign,
+)
 
 
 def fix(
@@ -79,7 +82,7 @@ def hindrance(graph: Graph, node: onnx.NodeProto) -> str:
 def _turn(node: onnx.NodeProto, opset: int) -> None:
     del node.output[1:]
     kept = [a for a in node.attribute if a.name not in ("training_mode", "is_test")]
-    if opset == _IS_TEST_OPSET:
+    if opset == OPSET_OF_IS_TEST:
         kept.append(helper.make_attribute("is_test", 1))
     del node.attribute[:]
     node.attribute.extend(kept)

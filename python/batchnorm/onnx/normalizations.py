@@ -21,10 +21,10 @@ PARAMETERS = ("gamma", "beta", "mean", "var")
 DEFAULT_EPS = float(np.float32(1e-5))  # the default of the attribute epsilon
 OLDEST_IN_RUNTIME = 7
 """The oldest opset whose BatchNormalization ONNX Runtime computes."""
+OPSET_OF_IS_TEST = 6
+"""The opset whose nodes are in inference mode by the attribute is_test."""
 
 _OLDEST_OPSET = 6
-_TRAINING_BY_IS_TEST = (6,)  # opsets with the attribute is_test
-_TRAINING_BY_ATTRIBUTE = 14  # the first opset with the attribute training_mode
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _MOST_CHANNELS = 2**24
 
@@ -104,7 +104,7 @@ def training_sign(graph: Graph, node: onnx.NodeProto) -> str:
     It is the attribute `is_test` in opset 6, more than one output in 7 to 13, and `training_mode` from 14 on.
     """
     attributes = attributes_of(node)
-    if graph.opset in _TRAINING_BY_IS_TEST and not attributes.get("is_test", 0):
+    if graph.opset == OPSET_OF_IS_TEST and not attributes.get("is_test", 0):
         return "is_test=0"
     if attributes.get("training_mode", 0):
         return "training_mode=1"
