@@ -310,7 +310,7 @@ class FrozenBatchNorm(Frozen):
         Raises:
             TypeError: An array is not of real numbers, or the weight is not of floats.
             ValueError: Shapes do not fit the layer, a value is not finite, or the result is not in the range
-                of the weight's dtype.
+                of the weight's dtype, or all weights of a channel become 0 in it.
         """
         from batchnorm.folding import fold_arrays
 
