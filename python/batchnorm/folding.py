@@ -49,8 +49,8 @@ def fold(
 
     Raises:
         ValueError: Shapes do not fit, a value is not finite, or a result is not in the range of `dtype`; or
-            all weights of a channel become 0 in it; or the batch norm comes before a convolution that pads, and
-            adds something to a channel.
+            all weights of a channel become 0 in it; or the batch norm comes before a convolution that pads,
+            and adds something to a channel.
     """
     dtype = weight.dtype if dtype is None else dtype
     wanted_rank = "2" if kind == "linear" else "3 or more"
